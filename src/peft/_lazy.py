@@ -1,0 +1,74 @@
+"""Lazy packages: names and submodules that are imported when somebody first asks for them (PEP 562).
+
+`attach` builds what a package's `__init__` needs from literal tables. Names that upstream has and this package does
+not are part of the tables too, so that asking for one says which method it belongs to and where it can be had.
+
+A package is told twice about a name that is missing, because Python asks in two ways. `peft.AdaLoraConfig` and
+`hasattr(peft, "AdaLoraConfig")` go through the package's `__getattr__`, which must raise AttributeError. `from peft
+import AdaLoraConfig` swallows that error and next looks for a submodule of that name; there a finder, last on
+`sys.meta_path`, raises ImportError. (No single exception can do both: AttributeError and ImportError have different
+memory layouts, so Python refuses a class that is both.) The second way exists for packages only, not for plain modules.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_methods_of_missing_names: dict[str, str] = {}  # {"peft.AdaLoraConfig": "AdaLoRA"}, of all packages
+
+
+def attach(
+    package: str, table: Mapping[str, str], missing: Mapping[str, str] | None = None, submodules: tuple[str, ...] = ()
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Return `(__getattr__, __dir__, __all__)` for the package `package`.
+
+    Args:
+        package: the package's `__name__`.
+        table: public name -> module that defines it, relative to the package (`".tuners.lora"`).
+        missing: name that upstream has and we do not -> the method it belongs to, in words.
+        submodules: submodules that are reachable as attributes without having been imported.
+    """
+    missing = dict(missing or {})
+    _methods_of_missing_names.update({f"{package}.{name}": method for name, method in missing.items()})
+    if missing and _MissingNames not in sys.meta_path:
+        sys.meta_path.append(_MissingNames)
+
+    def __getattr__(name: str) -> Any:
+        if name in table:
+            value = getattr(importlib.import_module(table[name], package), name)
+        elif name in submodules:
+            value = importlib.import_module(f"{package}.{name}")
+        elif name in missing:
+            raise AttributeError(_explanation(f"{package}.{name}"))
+        else:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        setattr(sys.modules[package], name, value)  # the next look-up does not come here
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *table, *submodules})
+
+    return __getattr__, __dir__, sorted(table)
+
+
+class _MissingNames:
+    """A finder that finds nothing: it explains `from package import name` for the known missing names."""
+
+    @staticmethod
+    def find_spec(fullname: str, path: Any = None, target: Any = None) -> None:
+        if fullname in _methods_of_missing_names:
+            raise ImportError(_explanation(fullname), name=fullname)
+
+
+def _explanation(fullname: str) -> str:
+    from . import __version__
+
+    # Not plain `pip install peft==X`: our version satisfies that requirement, so pip would leave everything as it is.
+    upstream = __version__.partition("+")[0]
+    return (
+        f"{_methods_of_missing_names[fullname]} ({fullname}) is not part of peft {__version__} yet; upstream's package "
+        f"has it: pip install --force-reinstall --no-deps peft=={upstream}"
+    )

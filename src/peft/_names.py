@@ -1,0 +1,147 @@
+"""The one table of the package's public names: where each is defined, and which of upstream's names are not here yet.
+
+`MISSING` was generated once from upstream 0.21.2. A method that arrives moves its names from there to `EXPORTS`, and
+gets its line in the `TYPE_CHECKING` block of the package (a test holds the two together).
+"""
+
+from __future__ import annotations
+
+EXPORTS: dict[str, tuple[str, ...]] = {
+    ".auto": (
+        "AutoPeftModel",
+        "AutoPeftModelForCausalLM",
+        "AutoPeftModelForFeatureExtraction",
+        "AutoPeftModelForQuestionAnswering",
+        "AutoPeftModelForSeq2SeqLM",
+        "AutoPeftModelForSequenceClassification",
+        "AutoPeftModelForTokenClassification",
+    ),
+    ".config": ("PeftConfig", "PromptLearningConfig"),
+    ".mapping": (
+        "PEFT_TYPE_TO_CONFIG_MAPPING",
+        "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+        "PEFT_TYPE_TO_TUNER_MAPPING",
+        "get_peft_config",
+        "inject_adapter_in_model",
+    ),
+    ".mapping_func": ("MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "get_peft_model"),
+    ".mixed_model": ("PeftMixedModel",),
+    ".peft_model": (
+        "PeftModel",
+        "PeftModelForCausalLM",
+        "PeftModelForFeatureExtraction",
+        "PeftModelForQuestionAnswering",
+        "PeftModelForSeq2SeqLM",
+        "PeftModelForSequenceClassification",
+        "PeftModelForTokenClassification",
+        "get_layer_status",
+        "get_model_status",
+    ),
+    ".tuners.lora": ("LoraConfig", "LoraModel", "LoraRuntimeConfig"),
+    ".tuners.sft": ("SftAdamW", "SftArguments", "SftConfig", "SftModel", "SftSM3", "SftSelector", "SftTrainer"),
+    ".tuners.ssf": ("SSFConfig", "SsfConfig", "SsfModel"),
+    ".utils": (
+        "NoMatchingPeftModuleError",
+        "PeftError",
+        "PeftType",
+        "PeftWarning",
+        "TaskType",
+        "bloom_model_postprocess_past_key_value",
+        "cast_mixed_precision_params",
+        "get_base_model_state_dict",
+        "get_peft_model_state_dict",
+        "load_peft_weights",
+        "prepare_model_for_kbit_training",
+        "set_base_model_state_dict",
+        "set_peft_model_state_dict",
+        "shift_tokens_right",
+    ),
+}
+"""Module, relative to the package -> the public names it defines."""
+
+SUBMODULES = (
+    "auto",
+    "config",
+    "functional",
+    "helpers",
+    "import_utils",
+    "mapping",
+    "mapping_func",
+    "mixed_model",
+    "peft_model",
+    "tuners",
+    "utils",
+)
+"""Submodules that work as attributes right after `import peft`, as upstream's do."""
+
+MISSING: dict[str, tuple[str, ...]] = {
+    "AdaLoRA": ("AdaLoraConfig", "AdaLoraModel"),
+    "AdaMSS": ("AdamssConfig", "AdamssModel"),
+    "Arrow routing of LoRA adapters": ("ArrowConfig", "create_arrow_model"),
+    "BD-LoRA": ("BdLoraConfig",),
+    "BEFT": ("BeftConfig", "BeftModel"),
+    "BOFT": ("BOFTConfig", "BOFTModel"),
+    "C3A": ("C3AConfig", "C3AModel"),
+    "CPT": ("CPTConfig", "CPTEmbedding"),
+    "Cartridges": (
+        "CartridgeConfig",
+        "CartridgeEncoder",
+        "compose_cartridge_adapters",
+        "initialize_kv_prefix_from_past_key_values",
+        "initialize_kv_prefix_from_text",
+        "prompt_embeddings_from_past_key_values",
+    ),
+    "Conversion of other adapters to LoRA": ("convert_to_lora", "save_as_lora"),
+    "DEFT": ("DeftConfig", "DeftModel"),
+    "DeLoRA": ("DeloraConfig", "DeloraModel"),
+    "EVA initialisation of LoRA": ("EvaConfig", "get_eva_state_dict", "initialize_lora_eva_weights"),
+    "FRoD": ("FrodConfig", "FrodModel"),
+    "FourierFT": ("FourierFTConfig", "FourierFTModel"),
+    "GLoRA": ("GloraConfig", "GloraModel"),
+    "GraLoRA": ("GraloraConfig", "GraloraModel"),
+    "HRA": ("HRAConfig", "HRAModel"),
+    "HiRA": ("HiraConfig", "HiraModel"),
+    "IA3": ("IA3Config", "IA3Model"),
+    "KaSA": ("KasaConfig",),
+    "KappaTune target selection": ("find_kappa_target_modules",),
+    "LLaMA-Adapter (adaption prompt)": ("AdaptionPromptConfig", "AdaptionPromptModel"),
+    "LN tuning": ("LNTuningConfig", "LNTuningModel"),
+    "Lily": ("LilyConfig", "LilyModel"),
+    "LoHa": ("LoHaConfig", "LoHaModel"),
+    "LoKr": ("LoKrConfig", "LoKrModel"),
+    "LoRA-GA initialisation": ("LoraGAConfig", "preprocess_loraga"),
+    "LoftQ initialisation of LoRA": ("LoftQConfig", "replace_lora_weights_loftq"),
+    "MiSS": ("MissConfig", "MissModel"),
+    "Monte Carlo LoRA": ("MontecloraConfig",),
+    "Multitask prompt tuning": ("MultitaskPromptTuningConfig", "MultitaskPromptTuningInit"),
+    "OFT": ("OFTConfig", "OFTModel"),
+    "OSF": ("OSFConfig", "OSFModel"),
+    "P-tuning": ("PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"),
+    "PEANuT": ("PeanutConfig", "PeanutModel"),
+    "PSOFT": ("PsoftConfig", "PsoftModel"),
+    "PVeRA": ("PveraConfig", "PveraModel"),
+    "Poly": ("PolyConfig", "PolyModel"),
+    "Prefix tuning": (
+        "PrefixEncoder",
+        "PrefixTuningConfig",
+        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
+    ),
+    "Prompt tuning": ("PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"),
+    "RandLoRA": ("RandLoraConfig", "RandLoraModel"),
+    "RoAd": ("RoadConfig", "RoadModel"),
+    "SHiRA": ("ShiraConfig", "ShiraModel"),
+    "Shadow": ("ShadowConfig", "ShadowModel"),
+    "Supertuning": ("SupertuningConfig", "SupertuningModel"),
+    "TinyLoRA": ("TinyLoraConfig", "TinyLoraModel"),
+    "Trainable tokens": ("TrainableTokensConfig", "TrainableTokensModel"),
+    "Uni-LoRA": ("UniLoraConfig", "UniLoraModel"),
+    "VB-LoRA": ("VBLoRAConfig", "VBLoRAModel"),
+    "VeLoRA": ("VeloraConfig",),
+    "VeRA": ("VeraConfig", "VeraModel"),
+    "WaveFT": ("WaveFTConfig", "WaveFTModel"),
+    "X-LoRA": ("XLoraConfig", "XLoraModel"),
+}
+"""Method of upstream 0.21.2 that is not here yet -> its public names."""
+
+TABLE: dict[str, str] = {name: module for module, names in EXPORTS.items() for name in names}
+MISSING_TABLE: dict[str, str] = {name: method for method, names in MISSING.items() for name in names}

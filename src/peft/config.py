@@ -1,0 +1,309 @@
+"""Adapter configurations: dataclasses that read and write `adapter_config.json`.
+
+The base classes know where a file comes from (folder or hub), which keys a class has, and how to name bad values.
+What a method's fields mean is said once, by the string literal below each field (see `documented`). Reading a
+configuration never imports or executes anything that the file names.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import json
+import os
+import tempfile
+import textwrap
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from .utils.constants import CONFIG_NAME
+from .utils.peft_types import PeftType, TaskType
+from .utils.warning import PeftWarning
+
+# Arguments of huggingface_hub.hf_hub_download that may come in through the loading functions.
+HUB_KWARGS = ("subfolder", "revision", "cache_dir", "force_download", "local_files_only", "token", "proxies", "user_agent")
+
+
+def split_hub_kwargs(kwargs: dict) -> tuple[dict, dict]:
+    """Split `kwargs` into those of `hf_hub_download` and the others."""
+    hub = {k: v for k, v in kwargs.items() if k in HUB_KWARGS and v is not None}
+    return hub, {k: v for k, v in kwargs.items() if k not in HUB_KWARGS}
+
+
+def write_atomically(path: str | os.PathLike, write) -> None:
+    """Call `write(temporary_path)` beside `path`, then rename: nobody ever sees half a file."""
+    folder, name = os.path.split(os.path.abspath(path))
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+    os.close(handle)
+    umask = os.umask(0)
+    os.umask(umask)
+    try:
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives 0600; a shared checkpoint folder needs the usual mode
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Return `{field: text}` from the string literals below the fields of `cls` and its bases."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
+        for field, text in zip(body, body[1:]):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+                and isinstance(text.value.value, str)
+            ):
+                docs[field.target.id] = " ".join(text.value.value.split())
+    return docs
+
+
+class _LazyHelp(dict):
+    """A field's metadata whose `help` is read from the class's source when somebody asks (a command line does)."""
+
+    def __init__(self, cls: type, name: str, metadata):
+        super().__init__(metadata)
+        self._cls, self._name = cls, name
+
+    def _fill(self) -> None:
+        super().setdefault("help", _cached_docs(self._cls).get(self._name, ""))
+
+    def __getitem__(self, key):
+        self._fill()
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        self._fill()
+        return super().get(key, default)
+
+    def __contains__(self, key) -> bool:
+        return key == "help" or super().__contains__(key)
+
+    def copy(self) -> dict:
+        self._fill()
+        return dict(self)
+
+
+_cached_docs = functools.lru_cache(maxsize=None)(field_docs)
+
+
+def documented(cls: type) -> type:
+    """Class decorator: let `dataclasses.fields(cls)[i].metadata["help"]` be the string below the field.
+
+    `HfArgumentParser` and our own command line show these texts.
+    """
+    for field in dataclasses.fields(cls):
+        field.metadata = _LazyHelp(cls, field.name, field.metadata)
+    return cls
+
+
+@dataclass
+class PeftConfigMixin:
+    """Reading, writing and converting of configurations."""
+
+    task_type: str | TaskType | None = None
+    """The task, one of `TaskType`; it chooses the `PeftModelFor...` class."""
+    peft_type: str | PeftType | None = None
+    """The method, one of `PeftType`; every configuration class sets its own."""
+    auto_mapping: dict | None = None
+    """Class and library of a base model that no task class covers; written for information, never imported."""
+    peft_version: str | None = None
+    """The version of the library that wrote the file."""
+
+    def __post_init__(self):
+        if self.task_type is not None and self.task_type not in list(TaskType):
+            raise ValueError(f"task_type must be one of {[t.value for t in TaskType]} or None, got {self.task_type!r}")
+        if self.peft_version is None:
+            from . import __version__
+
+            self.peft_version = __version__
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as a plain dict, in the key set of `adapter_config.json` and more."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def _file_dict(self) -> dict[str, Any]:
+        """What goes into the file: JSON types only (sets become sorted lists, enums their values)."""
+        return {key: _to_json(value) for key, value in self.to_dict().items()}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Write `adapter_config.json` into `save_directory`.
+
+        Args:
+            save_directory: the folder; it is created if need be.
+            auto_mapping_dict: what to write as `auto_mapping`.
+
+        Raises:
+            FileExistsError: `save_directory` is a file.
+            TypeError: an unknown keyword.
+        """
+        auto_mapping = kwargs.pop("auto_mapping_dict", None)
+        if kwargs:
+            raise TypeError(f"save_pretrained got unknown arguments {sorted(kwargs)}")
+        if os.path.isfile(save_directory):
+            raise FileExistsError(f"save_directory must be a folder, but {save_directory!r} is a file")
+        os.makedirs(save_directory, exist_ok=True)
+        content = self._file_dict()
+        if auto_mapping is not None:
+            content["auto_mapping"] = auto_mapping
+        text = json.dumps(content, indent=2, sort_keys=True)
+
+        def write(path):
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+
+        write_atomically(os.path.join(save_directory, CONFIG_NAME), write)
+
+    @classmethod
+    def from_peft_type(cls, **kwargs):
+        """Build the configuration class that `kwargs["peft_type"]` (or else `cls`) names.
+
+        Keys that the class does not know (a newer version wrote them) are reported and skipped.
+
+        Raises:
+            KeyError: a method that does not exist here.
+        """
+        from .mapping import config_class
+
+        peft_type = kwargs.get("peft_type")
+        target = config_class(peft_type) if peft_type is not None else cls
+        known = {field.name for field in dataclasses.fields(target) if field.init}
+        unknown = sorted(set(kwargs) - known)
+        if unknown:
+            writer = kwargs.get("peft_version") or "an unknown version"
+            warnings.warn(
+                f"{target.__name__} does not know the keys {unknown} and skips them; the file was written by peft "
+                f"{writer}. If the adapter depends on them, its results will differ: update peft.",
+                PeftWarning,
+                stacklevel=3,
+            )
+        return target(**{key: value for key, value in kwargs.items() if key in known})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs):
+        """Read `adapter_config.json` from a folder or from the hub.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub id.
+            subfolder: folder inside it.
+            kwargs: arguments of `huggingface_hub.hf_hub_download`; any others overwrite fields.
+
+        Raises:
+            ValueError: there is no such file, or it is not a JSON object.
+        """
+        hub_kwargs, overrides = split_hub_kwargs(kwargs)
+        path = find_file(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub_kwargs)
+        if path is None:
+            raise ValueError(f"Can't find {CONFIG_NAME!r} at {str(pretrained_model_name_or_path)!r}")
+        content = cls.from_json_file(path)
+        if cls.__name__ not in ("PeftConfig", "PeftConfigMixin") and "peft_type" not in content:
+            content["peft_type"] = cls().peft_type
+        return cls.from_peft_type(**{**content, **overrides})
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike, **kwargs) -> dict[str, Any]:
+        """Read a configuration file into a dict.
+
+        Raises:
+            ValueError: the file is not a JSON object.
+        """
+        if kwargs:
+            raise TypeError(f"from_json_file got unknown arguments {sorted(kwargs)}")
+        with open(path_json_file, encoding="utf-8") as file:
+            try:
+                content = json.load(file)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{str(path_json_file)!r} is not valid JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{str(path_json_file)!r} must hold a JSON object, got {type(content).__name__}")
+        return content
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """Upload the configuration to the hub; see `peft.utils.hub.push_to_hub`."""
+        from .utils.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **kwargs)
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        return False
+
+
+@documented
+@dataclass
+class PeftConfig(PeftConfigMixin):
+    """What every method's configuration has."""
+
+    base_model_name_or_path: str | None = None
+    """Folder or hub id of the base model, filled in from the model."""
+    revision: str | None = None
+    """Revision of the base model."""
+    inference_mode: bool = False
+    """Whether the adapter is only to be used, not trained."""
+
+
+@documented
+@dataclass
+class PromptLearningConfig(PeftConfig):
+    """What the prompt methods have in common. (The methods themselves are not in this version.)"""
+
+    num_virtual_tokens: int | None = None
+    """Number of virtual tokens."""
+    token_dim: int | None = None
+    """Width of the base model's embeddings."""
+    num_transformer_submodules: int | None = None
+    """1 for decoder-only or encoder-only models, 2 for encoder-decoders."""
+    num_attention_heads: int | None = None
+    """Attention heads of the base model."""
+    num_layers: int | None = None
+    """Layers of the base model."""
+    modules_to_save: list[str] | None = None
+    """Modules that are trained and saved whole beside the prompt."""
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return True
+
+
+def _to_json(value):
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, (PeftType, TaskType)):
+        return value.value
+    if dataclasses.is_dataclass(value):
+        return {key: _to_json(item) for key, item in dataclasses.asdict(value).items()}
+    if isinstance(value, dict):
+        return {key: _to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(item) for item in value]
+    return value
+
+
+def find_file(repo: str | os.PathLike, filename: str, *, subfolder: str | None = None, **hub_kwargs) -> str | None:
+    """The local path of `filename` in a folder or a hub repository (downloaded if need be); None if it is not there."""
+    folder = os.path.join(repo, subfolder) if subfolder else str(repo)
+    local = os.path.join(folder, filename)
+    if os.path.isfile(local):
+        return local
+    if os.path.isdir(repo):
+        return None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    try:
+        return hf_hub_download(str(repo), filename, subfolder=subfolder, **hub_kwargs)
+    except (EntryNotFoundError, HFValidationError):
+        return None

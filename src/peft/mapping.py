@@ -1,0 +1,143 @@
+"""The one registry: `PeftType -> configuration, tuner, prefix`.
+
+Entries are import paths and are resolved when somebody asks, so that a method costs nothing until it is used. The
+`PEFT_TYPE_TO_*_MAPPING`s are views of the registry; `register_peft_method` adds a method of one's own.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .utils.peft_types import PeftType
+
+if TYPE_CHECKING:
+    import torch
+
+    from .config import PeftConfig
+
+
+@dataclass
+class Method:
+    """Where a method's classes are: `module:Class` strings or the classes themselves."""
+
+    config: str | type
+    tuner: str | type
+    prefix: str
+
+
+METHODS: dict[str, Method] = {
+    PeftType.LORA: Method("peft.tuners.lora:LoraConfig", "peft.tuners.lora:LoraModel", "lora_"),
+    PeftType.SFT: Method("peft.tuners.sft:SftConfig", "peft.tuners.sft:SftModel", "sft_"),
+    PeftType.SSF: Method("peft.tuners.ssf:SsfConfig", "peft.tuners.ssf:SsfModel", "ssf_"),
+}
+
+
+class _View(MutableMapping):
+    """One column of `METHODS` as a dict; values are imported on access."""
+
+    def __init__(self, column: str):
+        self._column = column
+
+    def __getitem__(self, peft_type: str) -> Any:
+        value = getattr(METHODS[peft_type], self._column)
+        if isinstance(value, str) and ":" in value:
+            module, name = value.split(":")
+            value = getattr(importlib.import_module(module), name)
+        return value
+
+    def __setitem__(self, peft_type: str, value: Any) -> None:
+        method = METHODS.setdefault(peft_type, Method("", "", f"{str(peft_type).lower()}_"))
+        setattr(method, self._column, value)
+
+    def __delitem__(self, peft_type: str) -> None:
+        del METHODS[peft_type]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(METHODS)
+
+    def __len__(self) -> int:
+        return len(METHODS)
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING = _View("config")
+PEFT_TYPE_TO_TUNER_MAPPING = _View("tuner")
+PEFT_TYPE_TO_PREFIX_MAPPING = _View("prefix")
+
+
+def config_class(peft_type: str) -> type[PeftConfig]:
+    """The configuration class of a method.
+
+    Raises:
+        KeyError: the method does not exist, or not in this version.
+    """
+    if peft_type not in METHODS:
+        known = peft_type in list(PeftType)
+        raise KeyError(
+            f"peft_type={str(peft_type)!r} "
+            + ("is a method that this version of peft does not have" if known else "is no method of peft")
+            + f"; it has {sorted(getattr(t, 'value', t) for t in METHODS)}"
+        )
+    return PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """The configuration object for a dict with a `peft_type`.
+
+    Raises:
+        KeyError: no `peft_type`, or a method that does not exist here.
+    """
+    return config_class(config_dict["peft_type"])(**config_dict)
+
+
+def register_peft_method(
+    *, name: str, config_cls: type, model_cls: type, prefix: str | None = None, is_mixed_compatible: bool = False
+) -> None:
+    """Add a method of one's own.
+
+    Args:
+        name: its `peft_type`, in lower case.
+        config_cls, model_cls: its configuration and its tuner.
+        prefix: what the names of its parameters start with; None: the tuner's `prefix`.
+        is_mixed_compatible: models of several methods are not in this version, so only False is taken.
+
+    Raises:
+        ValueError: a name that is taken or not in lower case.
+    """
+    if name != name.lower():
+        raise ValueError(f"A method's name must be in lower case, got {name!r}")
+    if is_mixed_compatible:
+        raise NotImplementedError("is_mixed_compatible=True: models of several methods are not in this version of peft")
+    if name.upper() in METHODS:
+        raise ValueError(f"The method {name!r} exists already")
+    METHODS[name.upper()] = Method(config_cls, model_cls, prefix or model_cls.prefix)
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: torch.nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> torch.nn.Module:
+    """Put an adapter's layers into a model, in place, without wrapping the model.
+
+    Args:
+        low_cpu_mem_usage: create the adapter on the meta device, to be filled by loading.
+        state_dict: an adapter's tensors; if given, exactly the layers that have tensors in it are adapted.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: a prompt-learning method (it has no layers), or as in `BaseTuner.inject_adapter`.
+    """
+    if peft_config.is_prompt_learning or peft_config.is_adaption_prompt:
+        raise ValueError("inject_adapter_in_model is for methods with adapter layers; use get_peft_model for prompts")
+    config_class(peft_config.peft_type)  # a method that is not here is named
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[peft_config.peft_type]
+    return tuner(
+        model, peft_config, adapter_name=adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
+    ).model

@@ -1,0 +1,78 @@
+"""`get_peft_model`: from a base model and a configuration to a `PeftModel`."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+from .config import PeftConfig
+from .peft_model import TASK_CLASSES, PeftModel
+from .tuners.tuners_utils import BaseTunerLayer
+from .utils.warning import PeftWarning
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {task.value: cls for task, cls in TASK_CLASSES.items()}
+
+
+def task_class(peft_config: PeftConfig) -> type[PeftModel]:
+    """The `PeftModel` class for a configuration's task."""
+    return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Put a new adapter on a base model.
+
+    Args:
+        model: the base model; its target layers are replaced in place.
+        peft_config: what adapter; completed in place (targets, base model's name).
+        adapter_name: its name.
+        mixed: several methods in one model; not in this version.
+        autocast_adapter_dtype: widen adapter parameters of half precision to float32.
+        revision: of the base model, to be written into the configuration.
+        low_cpu_mem_usage: create the adapter on the meta device, to be filled by loading.
+
+    Returns:
+        A `PeftModel` of the class for `peft_config.task_type`.
+
+    Raises:
+        ValueError: as in `BaseTuner.inject_adapter`.
+        NotImplementedError: `mixed=True`.
+    """
+    if mixed:
+        raise NotImplementedError("mixed=True: models of several methods are not in this version of peft")
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "The model is a PeftModel already. For one more adapter use model.add_adapter(name, config); to start over, "
+            "take the base model back with model.unload() first"
+        )
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        warnings.warn(
+            "The model has adapter layers already; the new adapter is added to them. To start over, call .unload() on "
+            "the first PeftModel before",
+            PeftWarning,
+            stacklevel=2,
+        )
+    peft_config.base_model_name_or_path = getattr(model, "name_or_path", None)
+    if revision is not None:
+        if peft_config.revision not in (None, revision):
+            warnings.warn(
+                f"revision={revision!r} overrides revision={peft_config.revision!r} of the configuration",
+                PeftWarning,
+                stacklevel=2,
+            )
+        peft_config.revision = revision
+    return task_class(peft_config)(
+        model,
+        peft_config,
+        adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )

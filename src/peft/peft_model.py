@@ -1,0 +1,527 @@
+"""`PeftModel`: a base model with named adapters, as users hold it, and its subclasses per task.
+
+It knows adapters as wholes: adding, loading, saving, switching, mixing in one batch, disabling. What they do to layers
+is in the tuners. The task classes differ only in which head they train along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import PeftConfig, split_hub_kwargs
+from .mapping import PEFT_TYPE_TO_TUNER_MAPPING, config_class
+from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from .tuners.base import BASE_ADAPTER, BaseTuner, check_adapter_name
+from .tuners.tuners_utils import BaseTunerLayer
+from .utils.other import AuxiliaryTrainingWrapper
+from .utils.peft_types import PeftType, TaskType
+from .utils.save_and_load import (
+    get_peft_model_state_dict,
+    load_peft_weights,
+    report_incompatible,
+    set_peft_model_state_dict,
+    write_adapter,
+)
+from .utils.warning import PeftWarning
+
+__all__ = [
+    "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification",
+    "TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status",
+]  # fmt: skip
+
+
+class PeftModel(nn.Module):
+    """A base model with adapters.
+
+    Args:
+        model: the base model; its target layers are replaced in place.
+        peft_config: configuration of the first adapter.
+        adapter_name: its name.
+        autocast_adapter_dtype: widen adapter parameters of half precision to float32.
+        low_cpu_mem_usage: create the adapter on the meta device, to be filled by loading.
+    """
+
+    # Modules that this task trains whole along with every adapter.
+    task_heads: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ):
+        super().__init__()
+        _refuse_prompts(peft_config)
+        check_adapter_name(adapter_name)
+        self._add_task_heads(peft_config)
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING[peft_config.peft_type]
+        self.base_model: BaseTuner = tuner(
+            model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
+        )
+        self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        self._prepare_gradient_checkpointing(model)
+        self.special_peft_forward_args = {"adapter_names"}
+        if getattr(getattr(self.base_model, "config", None), "pretraining_tp", 1) > 1:
+            self.base_model.config.pretraining_tp = 1  # slices base weights in forward, past the adapters
+
+    def _add_task_heads(self, peft_config: PeftConfig) -> None:
+        if not self.task_heads or not hasattr(peft_config, "modules_to_save"):
+            return
+        listed = list(peft_config.modules_to_save or [])
+        peft_config.modules_to_save = listed + [name for name in self.task_heads if name not in listed]
+
+    @staticmethod
+    def _prepare_gradient_checkpointing(model: nn.Module) -> None:
+        """Reentrant checkpoints pass gradients only if their inputs require them: let the embeddings' output do so."""
+        if not getattr(model, "is_gradient_checkpointing", False):
+            return
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+
+    # What there is
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        return self.base_model.peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> str:
+        """The (first) active adapter."""
+        active = self.base_model.active_adapters
+        return active[0] if active else ""
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        return self.peft_config[self.active_adapter]
+
+    @property
+    def peft_type(self) -> PeftType:
+        return self.active_peft_config.peft_type
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        names = {n for config in self.peft_config.values() for n in getattr(config, "modules_to_save", None) or ()}
+        return names or None
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        return bool(self.active_adapters) and not getattr(self.base_model, "_adapters_disabled", False)
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        return getattr(self.base_model, "dtype", None)
+
+    def get_base_model(self) -> nn.Module:
+        """The base model (with the adapters in it)."""
+        return self.base_model.model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":  # not there yet, or unpickling
+                raise
+            return getattr(self.base_model, name)
+
+    # Adapters
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add a new adapter of the same method; it is not activated and does not train until it is.
+
+        Raises:
+            ValueError: the name is taken or cannot be one, the method is another, or as in `BaseTuner.inject_adapter`.
+        """
+        check_adapter_name(adapter_name)
+        if adapter_name in self.peft_config:
+            raise ValueError(f"There is an adapter {adapter_name!r} already: delete it first, or take another name")
+        own = next(iter(self.peft_config.values())).peft_type if self.peft_config else peft_config.peft_type
+        if peft_config.peft_type != own:
+            raise ValueError(
+                f"All adapters of a model must be of one method: this one has {own}, got {peft_config.peft_type}"
+            )
+        self._add_task_heads(peft_config)
+        known = list(self.base_model.targeted_module_names)
+        self.peft_config[adapter_name] = peft_config
+        try:
+            self.base_model.inject_adapter(
+                self.base_model.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
+            )
+        except Exception:
+            for module in (*self.base_model.layers(), *self.base_model.wrappers()):
+                module.delete_adapter(adapter_name)
+            self.peft_config.pop(adapter_name, None)
+            self.base_model.targeted_module_names = known
+            raise
+        self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter, or several in this order, active; they train (unless `inference_mode`), others do not.
+
+        An adapter that its user froze (`set_requires_grad(name, False)`, or through its parameters) stays frozen.
+
+        Raises:
+            ValueError: an adapter that does not exist.
+        """
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let adapters train or not, active or not; a freeze holds until it is taken back."""
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it was the only active one, the first that is left becomes active."""
+        self.base_model.delete_adapter(adapter_name)
+
+    @contextlib.contextmanager
+    def disable_adapter(self):
+        """Within this context the model is the base model."""
+        disabled = getattr(self.base_model, "_adapters_disabled", False)
+        merged = [(layer, list(layer.merged_adapters)) for layer in self.base_model.layers() if layer.merged]
+        self.base_model.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            if not disabled:
+                self.base_model.enable_adapter_layers()
+            for layer, names in merged:  # a forward in between has unmerged it
+                if not layer.merged:
+                    layer.merge(adapter_names=names)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """`(trained, all)` numbers of parameters; packed weights count those they encode."""
+        from .tuners.sft.model import logical_numel
+
+        counts = [(logical_numel(p), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        trained, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        return get_model_status(self)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return self.base_model.supports_lora_conversion(adapter_name)
+
+    # Running
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward. `adapter_names=[...]` names the adapter of every row (`__base__`: none)."""
+        names = kwargs.pop("adapter_names", None)
+        with self._mixed_batch(names):
+            return self.get_base_model()(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's generate. `adapter_names=[...]` names the adapter of every row (`__base__`: none)."""
+        names = kwargs.pop("adapter_names", None)
+        with self._mixed_batch(names, generating=True):
+            return self.get_base_model().generate(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _mixed_batch(self, adapter_names: Sequence[str] | None, generating: bool = False):
+        """Hand `adapter_names` to every adapter layer for the duration of one call.
+
+        In generation a layer may see several hypotheses per row, beside each other; names are repeated to match.
+        """
+        if adapter_names is None:
+            yield
+            return
+        names = list(adapter_names)
+        unknown = sorted(set(names) - set(self.peft_config) - {BASE_ADAPTER})
+        if unknown:
+            raise ValueError(
+                f"adapter_names holds unknown adapters {unknown}; the model has {sorted(self.peft_config)}, and "
+                f"{BASE_ADAPTER!r} stands for the base model"
+            )
+        if self.training and torch.is_grad_enabled() and getattr(self.base_model, "is_gradient_checkpointing", False):
+            raise ValueError(
+                "A mixed batch cannot be trained with gradient checkpointing: the layers run again in the backward "
+                "pass, when the batch's adapter_names are gone. Switch one of them off"
+            )
+
+        def hand_over(module, args, kwargs, *, exact):
+            x = args[0] if args else next(iter(kwargs.values()))
+            repeat = 1 if exact or x.shape[0] % len(names) else x.shape[0] // len(names)
+            return args, kwargs | {"adapter_names": [name for name in names for _ in range(max(1, repeat))]}
+
+        with contextlib.ExitStack() as stack:
+            for module in self.modules():
+                if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                    hook = partial(hand_over, exact=not generating)
+                    stack.enter_context(_removing(module.register_forward_pre_hook(hook, with_kwargs=True)))
+            yield
+
+    # Files
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        *,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write adapters: `adapter_config.json`, `adapter_model.safetensors` and a model card.
+
+        The adapter called "default" goes into the folder itself, others into folders of their name inside it. Every
+        file is written beside and then renamed.
+
+        Args:
+            safe_serialization: False writes `adapter_model.bin`.
+            selected_adapters: which ones; None: all.
+            save_embedding_layers: see `get_peft_model_state_dict`.
+            is_main_process: other processes of a distributed run write nothing.
+            path_initial_model_for_weight_conversion: for initialisations that change the base model; not in this
+                version.
+            state_dict: the model's state dict where it had to be gathered.
+            kwargs: `push_to_hub=True` (with `repo_id`, `token`, ...) uploads the folder afterwards. Others, which
+                saving functions of other libraries pass along, are named in a warning.
+
+        Raises:
+            ValueError: a file in place of the folder, or an unknown adapter.
+            NotImplementedError: `path_initial_model_for_weight_conversion`.
+        """
+        if os.path.isfile(save_directory):
+            raise ValueError(f"save_directory must be a folder, but {save_directory!r} is a file")
+        if path_initial_model_for_weight_conversion is not None:
+            raise NotImplementedError("path_initial_model_for_weight_conversion is not in this version of peft")
+        names = list(self.peft_config) if selected_adapters is None else selected_adapters
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"selected_adapters holds unknown adapters {unknown}; there are {sorted(self.peft_config)}")
+        push = kwargs.pop("push_to_hub", False)
+        push_kwargs = {k: kwargs.pop(k) for k in ("repo_id", "token", "private", "commit_message") if k in kwargs}
+        ignored = sorted(k for k in kwargs if k not in ("max_shard_size", "variant", "save_peft_format"))
+        if ignored:
+            warnings.warn(f"save_pretrained does not know {ignored} and does without", PeftWarning, stacklevel=2)
+        tensors = {
+            name: get_peft_model_state_dict(
+                self, state_dict, adapter_name=name, save_embedding_layers=save_embedding_layers
+            )
+            for name in names
+        }
+        if not is_main_process:
+            return
+        os.makedirs(save_directory, exist_ok=True)
+        self.create_or_update_model_card(save_directory)
+        for name in names:
+            folder = os.path.join(save_directory, name) if name != "default" else save_directory
+            os.makedirs(folder, exist_ok=True)
+            write_adapter(tensors[name], folder, safe_serialization)
+            self._config_to_save(name).save_pretrained(folder)
+        if push:
+            from .utils.hub import push_to_hub
+
+            push_kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            push_to_hub(self, **push_kwargs)
+
+    def _config_to_save(self, name: str) -> PeftConfig:
+        config = copy.copy(self.peft_config[name])
+        config.inference_mode = True
+        base = self.get_base_model()
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = getattr(base, "name_or_path", None)
+        if config.task_type is None:
+            config.auto_mapping = {
+                "base_model_class": type(base).__name__,
+                "parent_library": type(base).__module__,
+            }
+        return config
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """Upload the adapters to the hub; see `peft.utils.hub.push_to_hub`."""
+        from .utils.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **kwargs)
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
+        """Write `README.md` with what is known of the adapter, or bring the metadata of an existing one up to date."""
+        from .utils.model_card import write_model_card
+
+        write_model_card(self, output_dir)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Put a saved adapter on a base model.
+
+        Args:
+            model: the base model; changed in place.
+            model_id: folder or hub id of the adapter.
+            is_trainable: whether it is to be trained on; else it is frozen.
+            config: use this configuration instead of the saved one.
+            low_cpu_mem_usage: create the adapter empty and take the file's tensors over.
+            key_mapping: `{regular expression: replacement}` for the file's keys.
+            kwargs: as in `load_adapter`.
+
+        Raises:
+            ValueError: no configuration or no weights there, or a method that is not here.
+        """
+        hub, _ = split_hub_kwargs(kwargs)
+        if config is None:
+            config = PeftConfig.from_pretrained(model_id, **hub)
+        config.inference_mode = not is_trainable
+        from .mapping_func import task_class
+
+        kind = task_class(config) if cls is PeftModel else cls
+        peft_model = kind(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        peft_model.load_adapter(
+            model_id,
+            adapter_name,
+            is_trainable=is_trainable,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            ephemeral_gpu_offload=ephemeral_gpu_offload,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            key_mapping=key_mapping,
+            **kwargs,
+        )
+        return peft_model
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ):
+        """Load a saved adapter beside the others, or its tensors into one that exists. It is not activated.
+
+        Args:
+            torch_device: where to read the tensors to; None: an accelerator if there is one.
+            kwargs: arguments of `hf_hub_download` (`subfolder`, `revision`, `token`, ...), and
+                `ignore_mismatched_sizes`.
+
+        Returns:
+            `(missing_keys, unexpected_keys)`; both are reported in warnings too.
+
+        Raises:
+            ValueError: no configuration or no weights there, a bad name, or another method than the model's.
+        """
+        hub, rest = split_hub_kwargs(kwargs)
+        ignore_mismatched_sizes = rest.pop("ignore_mismatched_sizes", False)
+        unknown = sorted(set(rest) - {"device_map", "max_memory", "offload_dir", "offload_folder", "offload_index"})
+        if unknown:
+            raise TypeError(f"load_adapter got unknown arguments {unknown}")
+        if ephemeral_gpu_offload:
+            raise NotImplementedError("ephemeral_gpu_offload is not in this version of peft")
+        tensors = load_peft_weights(model_id, device=torch_device, key_mapping=key_mapping, **hub)
+        if adapter_name not in self.peft_config:
+            config = PeftConfig.from_pretrained(model_id, **hub)
+            config.inference_mode = not is_trainable
+            self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
+        result = set_peft_model_state_dict(
+            self,
+            tensors,
+            adapter_name,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+        )
+        report_incompatible(result, adapter_name, model_id)
+        self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not is_trainable:
+            self.eval()
+        return result
+
+
+@contextlib.contextmanager
+def _removing(handle):
+    try:
+        yield handle
+    finally:
+        handle.remove()
+
+
+def _refuse_prompts(peft_config: PeftConfig) -> None:
+    config_class(peft_config.peft_type)
+    if peft_config.is_prompt_learning:
+        raise NotImplementedError(f"{peft_config.peft_type}: prompt learning is not in this version of peft")
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """Adapters with a classification head (`classifier` or `score`) trained along."""
+
+    task_heads = ("classifier", "score")
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """Adapters with a token-classification head (`classifier` or `score`) trained along."""
+
+    task_heads = ("classifier", "score")
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """Adapters with an extractive question-answering head (`qa_outputs`) trained along."""
+
+    task_heads = ("qa_outputs",)
+
+
+class PeftModelForCausalLM(PeftModel):
+    """Adapters on a causal language model."""
+
+    @property
+    def prepare_inputs_for_generation(self):
+        return self.get_base_model().prepare_inputs_for_generation
+
+
+class PeftModelForSeq2SeqLM(PeftModelForCausalLM):
+    """Adapters on an encoder-decoder language model."""
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """Adapters on a model whose hidden states are what counts."""
+
+
+TASK_CLASSES: dict[str, type[PeftModel]] = {
+    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
+    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
+    TaskType.CAUSAL_LM: PeftModelForCausalLM,
+    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
+    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
+    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
+}

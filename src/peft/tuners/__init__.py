@@ -1,0 +1,18 @@
+"""The methods, one package or module each, on one shared core (`ops`, `tuners_utils`, `base`)."""
+
+from .._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "LoraConfig": "peft.tuners.lora",
+        "LoraModel": "peft.tuners.lora",
+        "LoraRuntimeConfig": "peft.tuners.lora",
+        "SftArguments": "peft.tuners.sft",
+        "SftConfig": "peft.tuners.sft",
+        "SftModel": "peft.tuners.sft",
+        "SsfConfig": "peft.tuners.ssf",
+        "SsfModel": "peft.tuners.ssf",
+    },
+    {},
+)

@@ -1,0 +1,468 @@
+"""`BaseTuner`: puts a method's layers into a model, once for all methods.
+
+It finds the targets, replaces them by adapter layers, wraps what is trained whole (`modules_to_save`), marks what
+trains, and carries out what concerns all layers at once: switching, merging, deleting, unloading. A method gives its
+`prefix`, its `tuner_layer_cls`, its default targets, and, where it needs them, `layer_kwargs` and `shared_state`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ..utils.constants import DUMMY_TARGET_MODULES, SEQ_CLS_HEAD_NAMES
+from ..utils.error import NoMatchingPeftModuleError
+from ..utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _get_submodules, shared_parameters
+from ..utils.warning import PeftWarning
+from .ops import make_op
+from .targeting import is_target, resolve_all_linear
+from .tuners_utils import BASE_ADAPTER, BaseTunerLayer, as_list
+
+
+def check_adapter_name(name: str) -> None:
+    """Refuse names that a ModuleDict or a key of an adapter file cannot carry.
+
+    Raises:
+        ValueError: an empty name, one with a dot, one of nn.Module's or of a dict's attributes, or `__base__`.
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"An adapter's name must be a non-empty string, got {name!r}")
+    if "." in name:
+        raise ValueError(f"An adapter's name must not contain a dot (it separates the parts of a key), got {name!r}")
+    if name == BASE_ADAPTER:
+        raise ValueError(f"{BASE_ADAPTER!r} stands for the base model in mixed batches; give the adapter another name")
+    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
+        raise ValueError(f"{name!r} is an attribute of torch's containers; give the adapter another name")
+
+
+def model_config(model: nn.Module) -> dict:
+    """The configuration of a base model as a dict; `{"model_type": "custom"}` for one without."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return {"model_type": "custom"}
+    if hasattr(config, "to_dict"):
+        return config.to_dict()
+    return config if isinstance(config, dict) else vars(config)
+
+
+class BaseTuner(nn.Module):
+    """A base model with adapters of one method.
+
+    Args:
+        model: the base model; it is changed in place.
+        peft_config: the configuration of the first adapter, or `{name: configuration}`.
+        adapter_name: the adapter to create.
+        low_cpu_mem_usage: create its parameters on the meta device, to be filled by loading.
+        state_dict: an adapter's tensors; if given, exactly the layers that have tensors in it are adapted.
+    """
+
+    prefix: str = ""
+    tuner_layer_cls: type[BaseTunerLayer] = BaseTunerLayer
+    target_module_mapping: dict[str, list[str]] = {}
+    # Whether parameters of half precision are widened to float32 (autocast_adapter_dtype) after creation.
+    widens_parameters = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config,
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ):
+        super().__init__()
+        self.model = model
+        self.targeted_module_names: list[str] = []
+        new = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+        self.peft_config = {**getattr(model, "peft_config", {}), **new}
+        self.active_adapter: str | list[str] = adapter_name
+        self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+        model.peft_config = self.peft_config
+
+    # What a method may add
+
+    def shared_state(self, config, targets: dict[str, nn.Module]) -> None:
+        """Called once per new adapter with its targets (`{key: base layer}`), before any layer is made."""
+
+    def layer_kwargs(self, config, key: str) -> dict:
+        """What `update_layer` gets besides the name and the configuration, for the layer `key`."""
+        return {}
+
+    def make_layer(self, target: nn.Module, key: str) -> nn.Module:
+        """A new adapter layer around `target`.
+
+        Raises:
+            ValueError: the method has no layer for this kind of module.
+        """
+        op = make_op(target)
+        if op is None:
+            raise ValueError(
+                f"Target module {key} ({type(target).__name__}) is not supported. Supported are linear and convolution "
+                "layers, transformers' Conv1D, embeddings and norms: narrow target_modules or use exclude_modules"
+            )
+        return self.tuner_layer_cls(target)
+
+    def prepare_config(self, config):
+        """Fill in what the configuration leaves to the model (here: the targets)."""
+        if config.target_modules is None:
+            model_type = model_config(self.model).get("model_type", "custom")
+            if model_type not in self.target_module_mapping:
+                raise ValueError(
+                    f"No default target_modules for model type {model_type!r}: give `target_modules` in the "
+                    "configuration (a list of names, a regular expression, or 'all-linear')"
+                )
+            targets = self.target_module_mapping[model_type]
+            config.target_modules = targets if isinstance(targets, str) else set(targets)
+        config.target_modules = resolve_all_linear(
+            self.model, config.target_modules, lambda module: isinstance(module, BaseTunerLayer)
+        )
+        return config
+
+    def check_new_config(self, config) -> None:
+        """Refuse a configuration that cannot live beside the others."""
+        others = [other for other in self.peft_config.values() if other is not config]
+        if getattr(config, "bias", "none") != "none" and others:
+            raise ValueError(
+                f"{type(config).__name__} with bias={config.bias!r} trains the base model's biases, which adapters "
+                "share: only a model's first and only adapter can do so; use bias='none'"
+            )
+
+    # Injection
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = False,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Create adapter `adapter_name` (its configuration stands in `peft_config`) in all its targets.
+
+        Raises:
+            ValueError: bad name, no default targets, or an unsupported target.
+            NoMatchingPeftModuleError: the patterns match no module.
+        """
+        check_adapter_name(adapter_name)
+        config = self.peft_config[adapter_name]
+        self.check_new_config(config)
+        if config.target_modules != DUMMY_TARGET_MODULES:
+            config = self.peft_config[adapter_name] = self.prepare_config(config)
+        targets = self._find_targets(config, state_dict)
+        self.shared_state(config, targets)
+        shared = shared_parameters(model)
+        active_before = self.active_adapters
+        for key in targets:
+            parent, target, target_name = _get_submodules(model, key)
+            with torch.device("meta") if low_cpu_mem_usage else _nothing():
+                self._create_and_replace(config, adapter_name, target, target_name, parent, key)
+            layer = model.get_submodule(key)
+            layer.op.shared = id(layer.weight) in shared
+        self.targeted_module_names = list(dict.fromkeys([*self.targeted_module_names, *targets]))
+        wrap_modules_to_save(model, getattr(config, "modules_to_save", None) or [], adapter_name)
+        self._mark_only_adapters_as_trainable(model)
+        self.set_adapter(active_before, inference_mode=config.inference_mode and active_before == [adapter_name])
+        if autocast_adapter_dtype:
+            self._cast_adapter_dtype(adapter_name)
+
+    def _find_targets(self, config, state_dict) -> dict[str, nn.Module]:
+        if config.target_modules == DUMMY_TARGET_MODULES:
+            return {}
+        if state_dict is not None:
+            keys = [key.removeprefix("base_model.model.") for key in state_dict]
+            wanted = {key[: key.index("." + self.prefix)] for key in keys if "." + self.prefix in key}
+        targets: dict[str, nn.Module] = {}
+        inside: tuple[str, ...] = ()
+        for key, module in self.model.named_modules():
+            if not key or (inside and key.startswith(inside)):
+                continue
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                inside = (*inside, key + ".")
+            if key in wanted if state_dict is not None else is_target(config, key):
+                targets[key] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+                inside = (*inside, key + ".")
+        if not targets and not getattr(config, "target_parameters", None):
+            raise NoMatchingPeftModuleError(self._no_match_message(config))
+        return targets
+
+    def _no_match_message(self, config) -> str:
+        wanted = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
+        names = list(dict.fromkeys(key.rpartition(".")[2] for key, _ in self.model.named_modules() if key))
+        examples = [name for name in names if not name.isdigit()][:20]
+        limits = {
+            field: getattr(config, field, None)
+            for field in ("layers_to_transform", "layers_pattern", "exclude_modules")
+            if getattr(config, field, None) is not None
+        }
+        return (
+            f"Target modules {wanted} not found in the base model"
+            + (f" (with {limits})" if limits else "")
+            + f". The model's module names end in: {', '.join(examples)}"
+        )
+
+    def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key) -> None:
+        """Give `target` the adapter, replacing it by an adapter layer unless it is one already."""
+        if isinstance(target, AuxiliaryTrainingWrapper):
+            raise ValueError(
+                f"{current_key} is trained whole (modules_to_save) and cannot be a target of the adapter as well"
+            )
+        layer = target
+        if not isinstance(target, self.tuner_layer_cls):
+            layer = self.make_layer(target, current_key)
+            layer._disable_adapters = getattr(self, "_adapters_disabled", False)
+            layer._active_adapter = self.active_adapters
+            layer.train(target.training)
+            setattr(parent, target_name, layer)
+        layer.update_layer(adapter_name, config, **self.layer_kwargs(config, current_key))
+        self._move_to_base(layer, adapter_name)
+
+    def _move_to_base(self, layer: BaseTunerLayer, adapter_name: str) -> None:
+        weight = layer.get_base_layer().weight
+        dtype = weight.dtype if self.widens_parameters and weight.dtype.is_floating_point else None
+        for _, parameter in layer.adapter_tensors(adapter_name):
+            if parameter.device.type == "meta":
+                target = parameter.device
+            else:
+                target = weight.device
+            parameter.data = parameter.data.to(target, dtype if parameter.is_floating_point() else None)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Widen an adapter's half-precision parameters to float32, for stable training."""
+        if not (autocast_adapter_dtype and self.widens_parameters):
+            return
+        for layer in self.layers():
+            for _, parameter in layer.adapter_tensors(adapter_name):
+                if parameter.dtype in (torch.float16, torch.bfloat16):
+                    parameter.data = parameter.data.float()
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """Freeze everything that belongs to no adapter, but for the biases that a configuration trains."""
+        own = {
+            id(parameter)
+            for layer in self.layers()
+            for name in layer._available_adapters
+            for _, parameter in layer.adapter_tensors(name)
+        }
+        own |= {id(p) for wrapper in self.wrappers() for p in wrapper.adapter_parameters()}
+        for parameter in model.parameters():
+            if id(parameter) not in own:
+                parameter.requires_grad_(False)
+        for config in self.peft_config.values():
+            for _, parameter in trained_biases(model, config):
+                parameter.requires_grad_(not config.inference_mode)
+
+    # All layers at once
+
+    def layers(self) -> Iterator[BaseTunerLayer]:
+        return (module for module in self.model.modules() if isinstance(module, BaseTunerLayer))
+
+    def wrappers(self) -> Iterator[AuxiliaryTrainingWrapper]:
+        return (module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return as_list(self.active_adapter)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one or several adapters active, in this order; see `BaseTunerLayer.set_adapter` for what trains.
+
+        Raises:
+            ValueError: an adapter that does not exist.
+        """
+        names = as_list(adapter_name)
+        self._check_known(names)
+        for layer in self.layers():
+            if layer.merged and layer.active_adapters != names:
+                warnings.warn(
+                    "Adapters are merged into the base weights; they are unmerged before switching", PeftWarning, 2
+                )
+                layer.unmerge()
+            layer.set_adapter(names, inference_mode)
+        for wrapper in self.wrappers():
+            wrapper.set_adapter(names, inference_mode)
+        self.active_adapter = adapter_name
+
+    def _check_known(self, names: Sequence[str]) -> None:
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"There is no adapter {unknown}; the model has {sorted(self.peft_config)}")
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let adapters train or not. A freeze holds, whatever is activated or loaded, until it is taken back."""
+        self._check_known(as_list(adapter_names))
+        for module in (*self.layers(), *self.wrappers()):
+            module.set_requires_grad(adapter_names, requires_grad)
+
+    def _enable_adapter_layers(self, enabled: bool) -> None:
+        self._adapters_disabled = not enabled
+        for module in (*self.layers(), *self.wrappers()):
+            module.enable_adapters(enabled)
+
+    def enable_adapter_layers(self) -> None:
+        self._enable_adapter_layers(True)
+
+    def disable_adapter_layers(self) -> None:
+        for name in self.active_adapters:
+            if getattr(self.peft_config[name], "bias", "none") != "none":
+                warnings.warn(
+                    f"Adapter {name!r} trains biases of the base model; disabling it does not give the old biases back",
+                    PeftWarning,
+                    stacklevel=3,
+                )
+        self._enable_adapter_layers(False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter from all layers; if it was the only active one, the first that is left becomes active."""
+        self._check_known([adapter_name])
+        for module in (*self.layers(), *self.wrappers()):
+            module.delete_adapter(adapter_name)
+        del self.peft_config[adapter_name]
+        active = [name for name in self.active_adapters if name != adapter_name]
+        if not active and self.peft_config:
+            active = [next(iter(self.peft_config))]
+            warnings.warn(f"The active adapter was deleted; {active[0]!r} is active now", PeftWarning, stacklevel=2)
+        if active:
+            self.set_adapter(active)
+        else:
+            self.active_adapter = []
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold adapters (default: the active ones) into the base weights; `unmerge_adapter` undoes it."""
+        names = as_list(adapter_names) if adapter_names is not None else self.active_adapters
+        self._check_known(names)
+        done = []
+        for layer in self.layers():
+            try:
+                layer.merge(safe_merge=safe_merge, adapter_names=names)
+            except Exception:
+                for other in done:
+                    if other.merged:
+                        other.unmerge()
+                raise
+            done.append(layer)
+
+    def unmerge_adapter(self) -> None:
+        for layer in self.layers():
+            layer.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Fold adapters (default: the active ones) into the base weights and give the plain model back."""
+        return self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
+
+    def unload(self) -> nn.Module:
+        """Give the base model back without its adapters."""
+        return self._unload_and_optionally_merge(False)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        from tqdm import tqdm
+
+        names = as_list(adapter_names) if adapter_names is not None else self.active_adapters
+        self._check_known(names)
+        if merge:
+            self.merge_adapter(names, safe_merge)  # all of it before any layer goes: an error leaves the model whole
+        untied = False
+        targets = [(k, m) for k, m in self.model.named_modules() if isinstance(m, (BaseTunerLayer, ModulesToSaveWrapper))]
+        for key, module in tqdm(targets, disable=not progressbar, desc="Unloading" + (" and merging" if merge else "")):
+            if isinstance(module, BaseTunerLayer):
+                if not merge and module.merged:
+                    module.unmerge()
+                untied = untied or module.op._tied_weight is not None
+                plain = module.base_layer
+            else:
+                plain = module.unload(names if merge else [])
+            parent, _, name = _get_submodules(self.model, key)
+            setattr(parent, name, plain)
+        if untied and getattr(getattr(self.model, "config", None), "tie_word_embeddings", False):
+            self.model.config.tie_word_embeddings = False
+            warnings.warn(
+                "The adapter changed a weight that the model ties to another; the merged model has them apart "
+                "(config.tie_word_embeddings is now False)",
+                PeftWarning,
+                stacklevel=3,
+            )
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return all(layer.supports_lora_conversion(adapter_name) for layer in self.layers())
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # not there yet, or unpickling
+                raise
+            return getattr(self.model, name)
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict:
+        return model_config(model)
+
+
+@contextmanager
+def _nothing():
+    yield
+
+
+def trained_biases(model: nn.Module, config) -> Iterator[tuple[str, nn.Parameter]]:
+    """`(name, parameter)` of the base model's biases that `config.bias` trains ("all", or "<method>_only")."""
+    mode = getattr(config, "bias", "none")
+    if mode == "none":
+        return
+    for name, parameter in model.named_parameters():
+        if not name.endswith("bias") or name.endswith("lora_B.bias"):
+            continue
+        adapted = name.endswith(".base_layer.bias")
+        if (mode == "all" and _is_base_parameter(name)) or (mode != "all" and adapted):
+            yield name, parameter
+
+
+def _is_base_parameter(name: str) -> bool:
+    return not any(part.startswith("lora_") or part == "modules_to_save" for part in name.split("."))
+
+
+def wrap_modules_to_save(model: nn.Module, names: Sequence[str], adapter_name: str) -> None:
+    """Give every module whose name ends in one of `names` a trainable copy for the adapter.
+
+    Raises:
+        ValueError: a name that is no module's. (Classification heads are called `score` or `classifier`, depending on
+            the architecture, and the task classes list both: one of them has to be there.)
+    """
+    wrapped = [name for name in names if _wrap_module_to_save(model, name, adapter_name)]
+    heads = set(SEQ_CLS_HEAD_NAMES)
+    excused = heads if heads & set(wrapped) else set()
+    missing = [name for name in names if name not in wrapped and name not in excused]
+    if missing:
+        raise ValueError(f"modules_to_save names {missing}, which are no modules of the model")
+
+
+def _wrap_module_to_save(model: nn.Module, name: str, adapter_name: str) -> bool:
+    found = False
+    for key, module in list(model.named_modules()):
+        if not (key == name or key.endswith("." + name)) or ".modules_to_save." in key or ".original_module" in key:
+            continue
+        if isinstance(module, BaseTunerLayer):
+            raise ValueError(f"{key} is a target of the adapter and cannot be in modules_to_save as well")
+        found = True
+        if isinstance(module, ModulesToSaveWrapper):
+            module.update(adapter_name)
+            continue
+        parent, _, child = _get_submodules(model, key)
+        setattr(parent, child, ModulesToSaveWrapper(module, adapter_name))
+    return found

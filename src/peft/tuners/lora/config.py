@@ -1,0 +1,157 @@
+"""Configuration of LoRA, in the key set of upstream's `adapter_config.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ...config import PeftConfig, documented
+from ...utils.peft_types import PeftType
+from ..common_config import check_layer_selection
+
+INIT_NAMES = ("gaussian", "orthogonal")
+# Switches of upstream's whose method is not in this version: field -> what it would be.
+NOT_YET = {
+    "megatron_config": "Megatron parallel layers",
+    "trainable_token_indices": "trainable tokens",
+    "loftq_config": "LoftQ",
+    "eva_config": "EVA initialisation",
+    "corda_config": "CorDA initialisation",
+    "lora_ga_config": "LoRA-GA initialisation",
+    "use_dora": "DoRA",
+    "velora_config": "VeLoRA",
+    "alora_invocation_tokens": "activated LoRA",
+    "use_qalora": "QA-LoRA",
+    "monteclora_config": "MonteCLoRA",
+    "layer_replication": "layer replication",
+    "target_parameters": "LoRA on bare parameters",
+    "use_bdlora": "block-diagonal LoRA",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA",
+    "ensure_weight_tying": "tied adapters",
+}
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """How to run, as against what to compute; never saved."""
+
+    ephemeral_gpu_offload: bool = False
+    """Move off-loaded weights to the accelerator while they are worked on. (Not in this version.)"""
+
+
+@documented
+@dataclass
+class LoraConfig(PeftConfig):
+    """LoRA: a delta `scaling * B A` of rank `r` beside every target (arXiv 2106.09685, eq. 3).
+
+    Raises:
+        ValueError: a value outside its range; it is named with the rule.
+        NotImplementedError: a switch whose method is not in this version.
+    """
+
+    r: int = 8
+    """Rank of the delta."""
+    target_modules: list[str] | str | None = None
+    """Modules to adapt: a list of names (matched at the end of a module's name), a regular expression for the whole
+    name, or "all-linear". None: the default of the architecture."""
+    exclude_modules: list[str] | str | None = None
+    """Modules not to adapt, given like target_modules."""
+    lora_alpha: int = 8
+    """The delta is scaled by lora_alpha / r (lora_alpha / sqrt(r) with use_rslora)."""
+    lora_dropout: float = 0.0
+    """Probability of dropping an input of the delta, in training."""
+    fan_in_fan_out: bool = False
+    """Kept for files of other tools: whether a weight is stored transposed is read from the layer."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases of the base model train: none, all, or those of adapted layers."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) (rank-stabilised LoRA, arXiv 2312.03732, eq. 4)."""
+    modules_to_save: list[str] | None = None
+    """Modules that are trained and saved whole beside the adapter, such as a new classification head."""
+    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
+    """True: A Kaiming-uniform, B zero. "gaussian": A normal with deviation 1/r, B zero. "orthogonal": A and B with
+    orthogonal factors whose product is zero. False: both random, so that the delta is not zero (for tests)."""
+    layers_to_transform: list[int] | int | None = None
+    """Numbers of the layers to adapt; None: all."""
+    layers_pattern: list[str] | str | None = None
+    """Name of the list that the layer numbers count in, such as "layers" or "h"; None: the first number in a name."""
+    rank_pattern: dict | None = field(default_factory=dict)
+    """Ranks of single layers: {regular expression for the end of a module's name: rank}."""
+    alpha_pattern: dict | None = field(default_factory=dict)
+    """lora_alpha of single layers, like rank_pattern."""
+    megatron_config: dict | None = None
+    """Not in this version."""
+    megatron_core: str | None = "megatron.core"
+    """Import path of Megatron; without effect while megatron_config is None."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Not in this version."""
+    loftq_config: dict = field(default_factory=dict)
+    """Not in this version."""
+    eva_config: dict | None = None
+    """Not in this version."""
+    corda_config: dict | None = None
+    """Not in this version."""
+    lora_ga_config: dict | None = None
+    """Not in this version."""
+    use_dora: bool = False
+    """Not in this version."""
+    velora_config: dict | None = None
+    """Not in this version."""
+    alora_invocation_tokens: list[int] | None = None
+    """Not in this version."""
+    use_qalora: bool = False
+    """Not in this version."""
+    qalora_group_size: int = 16
+    """Group size of QA-LoRA; without effect while use_qalora is False."""
+    monteclora_config: dict | None = None
+    """Not in this version."""
+    layer_replication: list[tuple[int, int]] | None = None
+    """Not in this version."""
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    """How to run; not saved."""
+    lora_bias: bool = False
+    """Give B a bias of its own; it goes into the layer's bias on merging."""
+    target_parameters: list[str] | None = None
+    """Not in this version."""
+    use_bdlora: dict | None = None
+    """Not in this version."""
+    arrow_config: dict | None = None
+    """Not in this version."""
+    kasa_config: dict | None = None
+    """Not in this version."""
+    ensure_weight_tying: bool = False
+    """Not in this version."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.LORA
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
+        self.loftq_config = self.loftq_config or {}
+        check_layer_selection(self)
+        self._check_numbers()
+        for name, what in NOT_YET.items():
+            if getattr(self, name):
+                raise NotImplementedError(f"{name}={getattr(self, name)!r}: {what} is not in this version of peft")
+        if getattr(self.runtime_config, "ephemeral_gpu_offload", False):
+            raise NotImplementedError("runtime_config.ephemeral_gpu_offload is not in this version of peft")
+
+    def _check_numbers(self):
+        ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}
+        for name, r in ranks.items():
+            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+                raise ValueError(f"LoRA rank must be a positive whole number, got {name}={r!r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
+        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in INIT_NAMES:
+            raise ValueError(
+                f"init_lora_weights must be True, False or one of {INIT_NAMES}, got {self.init_lora_weights!r}"
+            )
+
+    def to_dict(self):
+        content = super().to_dict()
+        del content["runtime_config"]
+        return content

@@ -1,0 +1,93 @@
+"""LoRA on a plain linear layer as one autograd function.
+
+`y = x W^T + b + s (x' A^T) B^T`, with x' the input after dropout (often x itself). Against the same thing module by
+module it keeps no output-sized temporary, adds the delta into the base product in place, and saves only x', which
+frozen linear layers that share their input share as well. Letters: N rows, I in, O out, r rank.
+
+Left out: anything but plain `nn.Linear` leaves; see `ops.is_plain`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..ops import is_plain, no_global_hooks
+
+class FusedLora(torch.autograd.Function):
+    """`apply(x, xd, W, b, A, B, bB, s)`: (..., I), (..., I) or None, (O, I), (O) or None, (r, I), (O, r), (O) or None.
+
+    `xd` None stands for `x`. All tensors have one dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, x, xd, W, b, A, B, bB, s):
+        rows = x.reshape(-1, x.shape[-1])  # (N, I)
+        dropped = rows if xd is None else xd.reshape(rows.shape)
+        hidden = dropped @ A.T  # (N, r)
+        y = torch.addmm(b, rows, W.T) if b is not None else rows @ W.T  # (N, O)
+        y.addmm_(hidden, B.T, alpha=s)
+        if bB is not None:
+            y.add_(bB, alpha=s)
+        ctx.s, ctx.shared_input = s, xd is None
+        needs = ctx.needs_input_grad
+        train = needs[4] or needs[5]
+        ctx.save_for_backward(dropped if train else None, hidden if train else None, W, A, B, rows if needs[2] else None)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx, gy):
+        dropped, hidden, W, A, B, rows = ctx.saved_tensors
+        need_x, need_xd, need_W, need_b, need_A, need_B, need_bB, _ = ctx.needs_input_grad
+        shape = (*gy.shape[:-1], W.shape[1])
+        with torch.autocast(gy.device.type, enabled=False):
+            g = gy.reshape(-1, gy.shape[-1])  # (N, O)
+            if torch.is_grad_enabled() and dropped is not None:
+                hidden = dropped @ A.T  # create_graph: the saved product is no longer a function of A to autograd
+            gh = (g @ B).mul_(ctx.s)  # (N, r)
+            gx = gxd = None
+            if need_x:
+                gx = g @ W
+                if ctx.shared_input:
+                    gx = gx.addmm_(gh, A) if not torch.is_grad_enabled() else torch.addmm(gx, gh, A)
+                gx = gx.view(shape)
+            if need_xd:
+                gxd = (gh @ A).view(shape)
+            gA = gh.T @ dropped if need_A else None  # (r, I)
+            gB = (g.T @ hidden).mul_(ctx.s) if need_B else None  # (O, r)
+            total = g.sum(0) if need_b or need_bB else None
+            gW = g.T @ rows if need_W else None
+        return gx, gxd, gW, total if need_b else None, gA, gB, total * ctx.s if need_bB else None, None
+
+
+def fused_lora(x, xd, base: nn.Linear, A: nn.Linear, B: nn.Linear, s: float) -> torch.Tensor:
+    """`base(x) + s * B(A(xd))` for plain leaves; `xd` None stands for `x`.
+
+    The adapter's factors are cast to the dtype of the base product (they are small), never the input to theirs; under
+    autocast everything is cast to autocast's dtype, as for the modules.
+    """
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
+
+    def cast(t):
+        return None if t is None else t.to(dtype)
+
+    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+        return FusedLora.apply(
+            cast(x), cast(xd), cast(base.weight), cast(base.bias), cast(A.weight), cast(B.weight), cast(B.bias), s
+        )
+
+
+def lora_product(xd: torch.Tensor, A: nn.Module, B: nn.Module, cast_input: bool = True) -> torch.Tensor:
+    """`B(A(xd))`, the factors cast to the input's dtype where they are plain, called as modules where not.
+
+    Modules get the input in their own dtype, if `cast_input`.
+    """
+    if is_plain(A) and is_plain(B) and no_global_hooks():
+        dtype = xd.dtype
+        return F.linear(F.linear(xd, A.weight.to(dtype)), B.weight.to(dtype), None if B.bias is None else B.bias.to(dtype))
+    return B(A(xd.to(A.weight.dtype) if cast_input else xd)).to(xd.dtype)

@@ -1,0 +1,238 @@
+"""LoRA layers: the mathematics of `W + scaling * B A` for linear, convolution and embedding layers.
+
+`LoraLayer` holds what they share; in memory the factors are modules (`layer.lora_A["default"].weight`), for embeddings
+bare parameters (`lora_embedding_A`). Letters: O out, I in, r rank, K kernel.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..ops import is_plain, no_global_hooks
+from ..tuners_utils import AdditiveLayer
+from .fused import fused_lora, lora_product
+from .init import INITS
+
+# Names under which callers find arguments that variants take; there are no variants yet.
+VARIANT_KWARG_KEYS: list[str] = []
+
+
+class LoraLayer(AdditiveLayer):
+    """What LoRA layers of all kinds share. A mixin: concrete layers inherit `nn.Module` too."""
+
+    adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "lora_bias")
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__(base_layer)
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.lora_bias: dict[str, bool] = {}
+        self.lora_dropout = nn.ModuleDict()
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.lora_embedding_A = nn.ParameterDict()
+        self.lora_embedding_B = nn.ParameterDict()
+        self.lora_magnitude_vector = nn.ModuleDict()
+        self.kwargs: dict = {}
+
+    def update_layer(self, name, config, *, r: int, lora_alpha: float) -> None:
+        self.r[name] = r
+        self.lora_alpha[name] = lora_alpha
+        self.use_rslora[name] = config.use_rslora
+        self.lora_bias[name] = config.lora_bias
+        self.scaling[name] = self._initial_scaling(name)
+        self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.create_factors(name, r, config.lora_bias)
+        self.reset_lora_parameters(name, config.init_lora_weights)
+
+    def _initial_scaling(self, name: str) -> float:
+        r = self.r[name]
+        return self.lora_alpha[name] / (math.sqrt(r) if self.use_rslora[name] else r)
+
+    def create_factors(self, name: str, r: int, bias: bool) -> None:
+        """Create `lora_A[name]` and `lora_B[name]`."""
+        raise NotImplementedError
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The parameters `A (r, I, *K)` and `B (O, r, ...)`."""
+        return self.lora_A[name].weight, self.lora_B[name].weight
+
+    def reset_lora_parameters(self, name: str, init_lora_weights: bool | str) -> None:
+        A, B = self.factors(name)
+        if A.is_meta:
+            return
+        INITS[init_lora_weights](A, B, self.r[name])
+        if self.lora_bias[name]:
+            nn.init.zeros_(self.lora_B[name].bias)
+
+    def _delta_bias(self, name: str) -> torch.Tensor | None:
+        return self.lora_B[name].bias * self.scaling[name] if self.lora_bias[name] else None
+
+    def fold(self, name, W, b):
+        W, b = super().fold(name, W, b)
+        bias = self._delta_bias(name)
+        if bias is None:
+            return W, b
+        return W, bias.detach() if b is None else b + bias.to(b)
+
+    def remember(self, name, W, b):
+        return None if b is None else b.detach()
+
+    def unfold(self, name, W, b, memory):
+        W, _ = super().unfold(name, W, b, None)
+        return W, memory if self.lora_bias[name] else b
+
+    # Scaling, as diffusers and transformers use it
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Scale the delta by `scale` times what its configuration says."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._initial_scaling(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters, or (None) set it back to what the configuration says."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = self._initial_scaling(name) if scale is None else self.scaling[name] / scale
+
+    def __repr__(self) -> str:
+        return "lora." + super().__repr__()
+
+
+class Linear(LoraLayer, nn.Module):
+    """LoRA on `nn.Linear` and everything like it (transformers' Conv1D, packed linear layers)."""
+
+    def __init__(self, base_layer: nn.Module):
+        nn.Module.__init__(self)
+        LoraLayer.__init__(self, base_layer)
+
+    def create_factors(self, name, r, bias):
+        self.lora_A[name] = nn.Linear(self.in_features, r, bias=False)
+        self.lora_B[name] = nn.Linear(r, self.out_features, bias=bias)
+
+    def delta_weight(self, name):
+        A, B = self.factors(name)
+        return B @ A * self.scaling[name]
+
+    def delta(self, name, x):
+        x = self.lora_dropout[name](x)
+        product = lora_product(x, self.lora_A[name], self.lora_B[name], self.cast_input_dtype_enabled)
+        return product * self.scaling[name]
+
+    def _apply_adapters(self, names, x, *args, **kwargs):
+        first = names[0]
+        A, B, base, s = self.lora_A[first], self.lora_B[first], self.base_layer, self.scaling[first]
+        plain = type(base) is nn.Linear and is_plain(base) and is_plain(A) and is_plain(B) and no_global_hooks() and isinstance(s, float)
+        if not plain or args or kwargs or not x.is_floating_point():
+            return super()._apply_adapters(names, x, *args, **kwargs)
+        dropout = self.lora_dropout[first]
+        dropped = dropout(x) if self.training and not isinstance(dropout, nn.Identity) else None
+        y = fused_lora(x, dropped, base, A, B, s)
+        for i, name in enumerate(names[1:], start=1):
+            y = self.post(name, x, y, names[:i])
+        return y
+
+
+class _ConvNd(LoraLayer, nn.Module):
+    """LoRA on convolutions: A has the base layer's kernel, B is a 1x1 convolution."""
+
+    def __init__(self, base_layer: nn.Module):
+        nn.Module.__init__(self)
+        LoraLayer.__init__(self, base_layer)
+
+    def create_factors(self, name, r, bias):
+        base = self.get_base_layer()
+        if base.groups != 1:
+            raise ValueError(
+                f"LoRA on a grouped convolution (groups={base.groups}) cannot be merged into its weight: leave it out "
+                "of target_modules"
+            )
+        kind = type(self).conv
+        self.lora_A[name] = kind(
+            base.in_channels, r, base.kernel_size, base.stride, base.padding, base.dilation,
+            bias=False, padding_mode=base.padding_mode,
+        )  # fmt: skip
+        self.lora_B[name] = kind(r, base.out_channels, 1, bias=bias)
+
+    def delta_weight(self, name):
+        A, B = self.factors(name)
+        return torch.einsum("or,ri...->oi...", B.flatten(1), A) * self.scaling[name]
+
+    def delta(self, name, x):
+        A, B = self.lora_A[name], self.lora_B[name]
+        hidden = self.lora_dropout[name](x)
+        if A.weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            hidden = A._conv_forward(hidden, A.weight.to(x.dtype), None)
+            y = B._conv_forward(hidden, B.weight.to(x.dtype), None if B.bias is None else B.bias.to(x.dtype))
+        else:
+            y = B(A(hidden))
+        return y * self.scaling[name]
+
+
+class Conv1d(_ConvNd):
+    conv = nn.Conv1d
+
+
+class Conv2d(_ConvNd):
+    conv = nn.Conv2d
+
+
+class Conv3d(_ConvNd):
+    conv = nn.Conv3d
+
+
+class Embedding(LoraLayer, nn.Module):
+    """LoRA on `nn.Embedding`: A is (r, tokens), B is (width, r), both bare parameters. There is no dropout."""
+
+    def __init__(self, base_layer: nn.Module):
+        nn.Module.__init__(self)
+        LoraLayer.__init__(self, base_layer)
+
+    def create_factors(self, name, r, bias):
+        if bias:
+            raise ValueError("lora_bias=True is for layers with a bias; leave embeddings out of target_modules")
+        self.lora_embedding_A[name] = nn.Parameter(torch.zeros(r, self.in_features))
+        self.lora_embedding_B[name] = nn.Parameter(torch.zeros(self.out_features, r))
+
+    def factors(self, name):
+        return self.lora_embedding_A[name], self.lora_embedding_B[name]
+
+    def reset_lora_parameters(self, name, init_lora_weights):
+        A, B = self.factors(name)
+        if A.is_meta:
+            return
+        if init_lora_weights is True:
+            # A row of the table is one column of B A: A zero and B normal, as embeddings are drawn.
+            nn.init.zeros_(A)
+            nn.init.normal_(B)
+        elif init_lora_weights is False:
+            nn.init.normal_(A)
+            nn.init.normal_(B)
+        else:
+            INITS[init_lora_weights](A, B, self.r[name])
+
+    def delta_weight(self, name):
+        A, B = self.factors(name)
+        return B @ A * self.scaling[name]
+
+    def post(self, name, x, y, before=()):
+        A, B = self.factors(name)
+        delta = F.linear(F.embedding(x, A.T), B) * self.scaling[name]
+        scale = self.op.embed_scale
+        return y + (delta if scale is None else delta * scale.to(delta)).to(y.dtype)
+
+    def delta(self, name, x):
+        return self.post(name, x, torch.zeros((), dtype=self.weight.dtype, device=x.device))

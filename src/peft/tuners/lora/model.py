@@ -1,0 +1,36 @@
+"""`LoraModel`: LoRA layers in a model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from ..base import BaseTuner
+from ..ops import make_op
+from ..targeting import get_pattern_key
+from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
+
+
+class LoraModel(BaseTuner):
+    """A model with LoRA adapters (arXiv 2106.09685); see `BaseTuner`."""
+
+    prefix = "lora_"
+    tuner_layer_cls = LoraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    layer_classes = {"Linear": Linear, "Conv1d": Conv1d, "Conv2d": Conv2d, "Conv3d": Conv3d, "Embedding": Embedding}
+
+    def layer_kwargs(self, config, key):
+        """Rank and alpha of this layer, from the patterns or the configuration."""
+        return {
+            "r": config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r),
+            "lora_alpha": config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, key), config.lora_alpha),
+        }
+
+    def make_layer(self, target: nn.Module, key: str):
+        op = make_op(target)
+        if op is None or op.kind not in self.layer_classes:
+            raise ValueError(
+                f"Target module {key} ({type(target).__name__}) is not supported by LoRA. Supported are linear and "
+                "convolution layers, transformers' Conv1D and embeddings: narrow target_modules or use exclude_modules"
+            )
+        return self.layer_classes[op.kind](target)

@@ -1,0 +1,276 @@
+"""Ops: what a base layer computes, seen the same way for every kind of layer.
+
+An `Op` knows the sizes of its layer, reads and writes its weight as `W[out, in, *kernel]` (so transposes exist only
+here), and computes with any such weight. Methods are written against this view and work on every kind of layer.
+
+Shape letters: O output channels, I input channels, K kernel, N tokens or images.
+
+Left out: `MultiheadAttention` and fused expert parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from ..utils.quantization_utils import dequantize, is_quantized, requantize
+
+
+class Op:
+    """The view of one base layer.
+
+    Attributes:
+        layer: the module.
+        in_features, out_features: channels of its input and output.
+        channel_dim: where the output channels stand in the layer's output (-1, or 1 for convolutions).
+        shared: another module holds the same weight `Parameter`; then `store` gives this layer one of its own.
+    """
+
+    kind = "?"
+    channel_dim = -1
+    transposed = False
+    has_input_axis = True  # False for norms: W is (O,)
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+        self.shared = False
+        self._tied_weight: nn.Parameter | None = None
+
+    @property
+    def in_features(self) -> int:
+        return self.weight_shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight_shape[0]
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        return tuple(self.weight_shape[2:])
+
+    @property
+    def stored_shape(self) -> torch.Size:
+        """Shape of the logical weight as the layer stores it (a packed weight counts its elements)."""
+        return self.layer.weight.shape
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """Shape of `W`, (O, I, *K)."""
+        shape = self.stored_shape
+        return torch.Size((shape[1], shape[0])) if self.transposed else shape
+
+    def to_view(self, stored: torch.Tensor) -> torch.Tensor:
+        """The weight as stored -> `W[O, I, *K]` (and back: it is its own inverse). No copy."""
+        return stored.T if self.transposed else stored
+
+    def load(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`(W, b)`; not copies where the layer holds them in the clear."""
+        return self.to_view(dequantize(self.layer)), getattr(self.layer, "bias", None)
+
+    def store(self, W: torch.Tensor, b: torch.Tensor | None) -> None:
+        """Write a weight and a bias (None: the layer has none)."""
+        W = self.to_view(W.detach())
+        if is_quantized(self.layer):
+            requantize(self.layer, W)
+        else:
+            weight = self.layer.weight
+            W = W.to(weight.dtype).contiguous()
+            if self.shared and self._tied_weight is None:
+                self._tied_weight = weight
+                self.layer.weight = nn.Parameter(W, requires_grad=weight.requires_grad)
+            else:
+                weight.data = W
+        if b is None or getattr(self.layer, "bias", None) is None:
+            self.layer.bias = None if b is None else nn.Parameter(b.detach().clone(), requires_grad=False)
+        elif b is not self.layer.bias:
+            self.layer.bias.data = b.detach().to(self.layer.bias.dtype)
+
+    def retie(self) -> None:
+        """Give a layer whose weight is shared the shared weight back (`store` had to part them)."""
+        if self._tied_weight is not None:
+            self.layer.weight, self._tied_weight = self._tied_weight, None
+
+    def op(self, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+        """The layer's function with another weight; `x` is what the layer takes."""
+        raise NotImplementedError
+
+    def channels(self, v: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """A vector (O,) shaped to multiply the output `y` channel by channel."""
+        return v if self.channel_dim == -1 else v.view(-1, *([1] * len(self.kernel)))
+
+    def add_shift(self, W: torch.Tensor, b: torch.Tensor | None, shift: torch.Tensor):
+        """`(W, b)` of the layer whose output is `shift` (O,) higher.
+
+        Raises:
+            TypeError: the layer has no place for a shift.
+        """
+        return W, shift if b is None else b + shift
+
+
+class LinearOp(Op):
+    kind = "Linear"
+
+    @property
+    def stored_shape(self) -> torch.Size:
+        layer = self.layer
+        if is_quantized(layer):
+            return torch.Size((layer.out_features, layer.in_features))
+        return layer.weight.shape
+
+    def op(self, x, W, b):
+        return F.linear(x, W, b)
+
+
+class Conv1DOp(Op):
+    """transformers' `Conv1D` (GPT-2): a linear layer whose weight is stored (I, O)."""
+
+    kind = "Linear"
+    transposed = True
+
+    def op(self, x, W, b):
+        return F.linear(x, W, b)
+
+
+class ConvOp(Op):
+    channel_dim = 1
+
+    @property
+    def kind(self) -> str:
+        return f"Conv{len(self.kernel)}d"
+
+    @property
+    def in_features(self) -> int:
+        return self.layer.in_channels
+
+    def op(self, x, W, b):
+        return self.layer._conv_forward(x, W, b)
+
+
+class EmbeddingOp(Op):
+    """`W[O, I]` is the transposed table: I tokens, O the width."""
+
+    kind = "Embedding"
+    transposed = True
+
+    def op(self, x, W, b):
+        table = W.T
+        layer = self.layer
+        y = F.embedding(
+            x, table, layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq, layer.sparse
+        )
+        scale = self.embed_scale
+        return y if scale is None else y * scale.to(y.dtype)
+
+    def add_shift(self, W, b, shift):
+        # A table has no bias, but every row can carry the shift.
+        scale = self.embed_scale
+        return W + (shift if scale is None else shift / scale.to(shift)).unsqueeze(1), b
+
+    @property
+    def embed_scale(self) -> torch.Tensor | None:
+        """The factor that some embeddings (Gemma's) multiply their rows by; deltas of the table are scaled too."""
+        scale = getattr(self.layer, "embed_scale", None)
+        return scale if scale is None or torch.is_tensor(scale) else torch.tensor(scale)
+
+
+class NormOp(Op):
+    """LayerNorm, GroupNorm and RMSNorm-like layers: `W` is (O,), normalisation first, then `W` and `b` per channel."""
+
+    kind = "Norm"
+    has_input_axis = False
+
+    def __init__(self, layer):
+        super().__init__(layer)
+        self.channel_dim = 1 if isinstance(layer, nn.GroupNorm) else -1
+
+    @property
+    def in_features(self) -> int:
+        return self.weight_shape[0]
+
+    def load(self):
+        W, b = super().load()
+        return W + self._offset, b
+
+    def store(self, W, b):
+        super().store(W - self._offset, b)
+
+    @functools.cached_property
+    def _offset(self) -> float:
+        # Some norms (Gemma's) multiply by 1 + weight: a zero weight then does not give zero.
+        layer = self.layer
+        if isinstance(layer, (nn.LayerNorm, nn.GroupNorm)):
+            return 0.0
+        probe = torch.linspace(1, 2, self.out_features, device=layer.weight.device, dtype=layer.weight.dtype)
+        zero = {name: torch.zeros_like(p) for name, p in layer.named_parameters()}
+        return 1.0 if torch.func.functional_call(layer, zero, (probe[None],)).any() else 0.0
+
+    def op(self, x, W, b):
+        layer = self.layer
+        ours = {"weight": (W - self._offset).to(layer.weight.dtype)}
+        if b is not None and getattr(layer, "bias", None) is not None:
+            return torch.func.functional_call(layer, ours | {"bias": b}, (x,))
+        y = torch.func.functional_call(layer, ours, (x,))
+        return y if b is None else y + self.channels(b, y)
+
+    def channels(self, v, y):
+        return v if self.channel_dim == -1 else v.view(-1, *([1] * (y.dim() - 2)))
+
+    def add_shift(self, W, b, shift):
+        if not isinstance(self.layer, (nn.LayerNorm, nn.GroupNorm)) and shift.any():
+            raise TypeError(
+                f"{type(self.layer).__name__} has no bias, so a shift cannot be merged into it: unload without merging, "
+                "or leave the norms out of the adapter's targets"
+            )
+        return super().add_shift(W, b, shift)
+
+
+def _is_conv1d(layer: nn.Module) -> bool:
+    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+
+
+def _is_norm(layer: nn.Module) -> bool:
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.dim() == 1 and type(layer).__name__.endswith("Norm")
+
+
+def make_op(layer: nn.Module) -> Op | None:
+    """The `Op` of a layer, or None where there is none for its kind."""
+    if isinstance(layer, nn.Linear):
+        return LinearOp(layer)
+    if _is_conv1d(layer):
+        return Conv1DOp(layer)
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return ConvOp(layer)
+    if isinstance(layer, nn.Embedding):
+        return EmbeddingOp(layer)
+    if isinstance(layer, (nn.LayerNorm, nn.GroupNorm)) or _is_norm(layer):
+        return NormOp(layer) if getattr(layer, "weight", None) is not None else None
+    if is_quantized(layer):
+        return LinearOp(layer)
+    return None
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling `module` (nn.Linear, Conv1D) is exactly its product, with nothing that wants to see the call.
+
+    Not plain: subclasses (FSDP, parametrisations, quantised), hooks (off-loading, ZeRO-3, the user's), a replaced
+    `forward` (accelerate), tensor subclasses as weights (DTensor).
+    """
+    if not (type(module) is nn.Linear or _is_conv1d(module)) or "forward" in module.__dict__:
+        return False
+    if any(getattr(module, name) for name in _HOOKS):
+        return False
+    return type(module.weight) in (nn.Parameter, torch.Tensor)
+
+
+def no_global_hooks() -> bool:
+    """Whether no hook is registered for all modules at once."""
+    return not any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)

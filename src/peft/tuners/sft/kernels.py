@@ -1,0 +1,245 @@
+"""Products with `W + delta`, the delta sparse, without a dense copy of the weight.
+
+`sparse_linear` writes the delta into the frozen weight for the duration of one matrix product and puts the base
+numbers back, so that outside the product the weight is the base weight, bit for bit. `sparse_product` leaves the
+weight alone and multiplies by the sparse delta alone. `scatter_add` is the plain dense formulation, for everything
+that is not a matrix product.
+
+Gradients of the values are the entries of the weight's gradient at the delta's positions. That gradient is formed in
+row blocks of at most `WORKSPACE_BYTES`, never as a whole; a reselection that gathers gradients gets its candidates
+from the same blocks.
+
+Letters: N rows of the input, I in, O out, k trained numbers; the weight is stored (O, I), or (I, O) if `transposed`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+WORKSPACE_BYTES = 64 * 2**20
+# Two threads in one module would each take the other's sum for the base number.
+_writing = threading.Lock()
+
+
+@contextlib.contextmanager
+def _written(weight: torch.Tensor, values: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]):
+    """The weight with the deltas in it; on leaving it is what it was, bit for bit.
+
+    Written through `.data`, whose version counter is its own: autograd graphs that saved the weight stay valid.
+    """
+    flat = weight.data.view(-1)
+    base: list[torch.Tensor] = []
+    with _writing:
+        try:
+            for v, i in zip(values, indices):
+                base.append(flat[i])
+                flat[i] = _sum(base[-1], v)
+            yield weight
+        finally:
+            for numbers, i in zip(reversed(base), reversed(indices[: len(base)])):
+                flat[i] = numbers
+
+
+def _sum(base: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`base + values`, added in the wider of their types and rounded once."""
+    wide = torch.promote_types(base.dtype, values.dtype)
+    return (base.to(wide) + values.to(wide)).to(base.dtype)
+
+
+def _reduce(block: torch.Tensor) -> torch.Tensor:
+    """Sum over the processes of a data-parallel run, so that all choose the same candidates."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(block)
+    return block
+
+
+class _Candidates:
+    """Running choice of the k positions of largest absolute gradient."""
+
+    def __init__(self, k: int):
+        self.k = k
+        self.size: torch.Tensor | None = None
+        self.position: torch.Tensor | None = None
+
+    def see(self, gradient: torch.Tensor, start: int) -> None:
+        """Take in the dense gradient (n,) of the positions from `start` on."""
+        size = _reduce(gradient.float().clone()).abs()
+        size, position = size.topk(min(self.k, size.numel()))
+        position = position + start
+        if self.size is not None:
+            size, position = torch.cat([self.size, size]), torch.cat([self.position, position])
+            size, best = size.topk(min(self.k, size.numel()))
+            position = position[best]
+        self.size, self.position = size, position
+
+
+def _new_candidates(deltas) -> list[tuple[object, _Candidates]]:
+    return [(d, _Candidates(d.values.numel())) for d in deltas if d.is_gathering and d.candidates is None]
+
+
+def _weight_gradient(left: torch.Tensor, right: torch.Tensor, deltas, indices) -> list[torch.Tensor]:
+    """Entries of `left^T right` (R, C) at sorted flat `indices`; left (N, R), right (N, C).
+
+    Gathering deltas observe the same gradient.
+    """
+    rows, columns = left.shape[1], right.shape[1]
+    step = max(1, WORKSPACE_BYTES // (columns * left.element_size()))
+    new = _new_candidates(deltas)
+    wanted = [*indices, *(d.candidates for d in deltas if d.is_gathering and d.candidates is not None)]
+    cuts = torch.arange(0, rows + step, step, device=left.device).clamp_(max=rows) * columns
+    bounds = [torch.searchsorted(i.long(), cuts).tolist() for i in wanted] if step < rows else None
+    parts: list[list[torch.Tensor]] = [[] for _ in wanted]
+    for n, start in enumerate(range(0, rows, step)):
+        block = (left[:, start : start + step].T @ right).view(-1)
+        for part, i, slot in zip(parts, wanted, range(len(wanted))):
+            here = i if bounds is None else i[bounds[slot][n] : bounds[slot][n + 1]] - start * columns
+            part.append(block[here])
+        for _, candidates in new:
+            candidates.see(block, start * columns)
+    samples = [part[0] if len(part) == 1 else torch.cat(part) for part in parts]
+    old = iter(samples[len(indices) :])
+    for delta in deltas:
+        if delta.is_gathering and delta.candidates is not None:
+            delta.observe(next(old))
+    for delta, candidates in new:
+        delta.candidates = candidates.position.sort().values
+        delta.observe(_sample(left, right, delta.candidates))
+    return samples[: len(indices)]
+
+
+def _sample(left: torch.Tensor, right: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Entries of `left^T right` at flat `positions`, in chunks of at most the workspace."""
+    columns = right.shape[1]
+    chunk = max(1, WORKSPACE_BYTES // (2 * max(1, left.shape[0]) * left.element_size()))
+    parts = [(left[:, p // columns] * right[:, p % columns]).sum(0) for p in positions.split(chunk)]
+    return torch.cat(parts)
+
+
+class _SparseLinear(torch.autograd.Function):
+    """`x (N, I), weight, bias, transposed, deltas, *values, *indices -> (N, O)`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, transposed, deltas, dtype, *values_and_indices):
+        n = len(values_and_indices) // 2
+        values, indices = values_and_indices[:n], values_and_indices[n:]
+        with _written(weight, values, indices), torch.autocast(x.device.type, enabled=False):
+            W = weight.data.to(dtype)
+            y = F.linear(x, W.T if transposed else W, None if bias is None else bias.to(dtype))
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[6 : 6 + n]) else None, weight, *values_and_indices)
+        ctx.transposed, ctx.deltas, ctx.bias_dtype = transposed, deltas, None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gy):
+        x, weight, *values_and_indices = ctx.saved_tensors
+        n = len(values_and_indices) // 2
+        values, indices = values_and_indices[:n], values_and_indices[n:]
+        gx = gb = None
+        grads: list[torch.Tensor | None] = [None] * n
+        with torch.autocast(gy.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                with _written(weight, values, indices):
+                    W = weight.data.to(gy.dtype)
+                    gx = gy @ (W.T if ctx.transposed else W)
+            if ctx.needs_input_grad[2]:
+                gb = gy.sum(0).to(ctx.bias_dtype)
+            if x is not None:
+                left, right = (x, gy) if ctx.transposed else (gy, x)
+                sampled = _weight_gradient(left, right, ctx.deltas, indices)
+                grads = [g.to(v.dtype) for g, v in zip(sampled, values)]
+        return gx, None, gb, None, None, None, *grads, *([None] * n)
+
+
+def sparse_linear(x: torch.Tensor, weight, bias, deltas, transposed: bool) -> torch.Tensor:
+    """The linear layer with the deltas added to its weight.
+
+    Args:
+        x: (..., I).
+        weight: (O, I), or (I, O) if `transposed`; frozen.
+        bias: (O,) or None.
+        deltas: the `SparseDelta`s, in order.
+
+    Returns:
+        (..., O), in autocast's dtype under autocast.
+    """
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+    rows = x.reshape(-1, x.shape[-1]).to(dtype if autocast else x.dtype)
+    values, indices = [d.values for d in deltas], [d.indices for d in deltas]
+    y = _SparseLinear.apply(rows, weight, bias, transposed, deltas, dtype, *values, *indices)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class _SparseProduct(torch.autograd.Function):
+    """`x (N, I), values, indices, transposed, delta -> (N, O)`, by a sparse matrix in float32 or wider."""
+
+    @staticmethod
+    def forward(ctx, x, values, indices, transposed, delta):
+        ctx.save_for_backward(x, values, indices)
+        ctx.transposed, ctx.delta = transposed, delta
+        return _multiply(x, values, indices, delta.shape, transposed)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gy):
+        x, values, indices = ctx.saved_tensors
+        gx = gv = None
+        with torch.autocast(gy.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                gx = _multiply(gy, values, indices, ctx.delta.shape, not ctx.transposed)
+            if ctx.needs_input_grad[1]:
+                left, right = (x, gy) if ctx.transposed else (gy, x)
+                gv = _weight_gradient(left, right, [ctx.delta], [indices])[0].to(values.dtype)
+        return gx, gv, None, None, None
+
+
+def _multiply(x, values, indices, shape, transposed):
+    """`x D^T` for the sparse D of `shape`, `x D` if `transposed`."""
+    wide = torch.promote_types(torch.promote_types(x.dtype, values.dtype), torch.float32)
+    position = indices.long()
+    row, column = position // shape[1], position % shape[1]
+    if transposed:
+        row, column, shape = column, row, (shape[1], shape[0])
+    sparse = torch.sparse_coo_tensor(torch.stack([row, column]), values.to(wide), tuple(shape), check_invariants=False)
+    return torch.sparse.mm(sparse, x.to(wide).T).T.to(x.dtype)
+
+
+def sparse_product(x: torch.Tensor, delta, transposed: bool) -> torch.Tensor:
+    """`x` (..., I) times the delta alone, (..., O), in the dtype of `x`."""
+    rows = x.reshape(-1, x.shape[-1])
+    with torch.autocast(x.device.type, enabled=False):
+        y = _SparseProduct.apply(rows, delta.values, delta.indices, transposed, delta)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class _ScatterAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, flat, values, indices, delta):
+        ctx.save_for_backward(indices)
+        ctx.delta, ctx.dtype = delta, values.dtype
+        position = indices.long()
+        return flat.index_copy(0, position, _sum(flat[position], values))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        (indices,) = ctx.saved_tensors
+        delta = ctx.delta
+        for _, candidates in _new_candidates([delta]):
+            candidates.see(gradient, 0)
+            delta.candidates = candidates.position.sort().values
+        if delta.is_gathering:
+            delta.observe(gradient[delta.candidates])
+        return gradient if ctx.needs_input_grad[0] else None, gradient[indices.long()].to(ctx.dtype), None, None
+
+
+def scatter_add(flat: torch.Tensor, delta) -> torch.Tensor:
+    """A copy of the flattened weight (n,) with the delta added, differentiable."""
+    return _ScatterAdd.apply(flat, delta.values, delta.indices, delta)

@@ -1,0 +1,88 @@
+"""`SftModel`: sparse deltas in a model, and how a budget of trained weights is shared out over its layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..base import BaseTuner
+from ..ops import make_op
+from ..tuners_utils import BaseTunerLayer
+from .layer import SftLayer, SparseDelta
+
+
+def logical_numel(parameter: nn.Parameter) -> int:
+    """Number of weights a parameter stands for; a packed one (bitsandbytes 4-bit) counts those it encodes."""
+    shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
+    return parameter.numel() if shape is None else math.prod(shape)
+
+
+def share_out(total: int, sizes: dict[str, int]) -> dict[str, int]:
+    """Split `total` trained weights over layers in proportion to their `sizes`, rounded down.
+
+    Raises:
+        ValueError: more than the layers hold.
+    """
+    room = sum(sizes.values())
+    if total > room:
+        raise ValueError(f"The budget of {total:,} trained weights is larger than the targets, which hold {room:,}")
+    return {key: total * size // room for key, size in sizes.items()}
+
+
+class SftModel(BaseTuner):
+    """A model with sparse deltas (arXiv 2401.16405); see `BaseTuner`."""
+
+    prefix = "sft_"
+    tuner_layer_cls = SftLayer
+    widens_parameters = False  # SftConfig.dtype says what the values are
+
+    def prepare_config(self, config):
+        if config.target_modules is None:
+            config.target_modules = set(config.num_deltas) if config.num_deltas else "all-linear"
+        return super().prepare_config(config)
+
+    def shared_state(self, config, targets):
+        """Resolve the budget into `config.num_deltas`.
+
+        Raises:
+            ValueError: a budget that is larger than a layer or than all targets, or `num_deltas` that names other
+                modules than the targets.
+        """
+        sizes = {key: math.prod(make_op(module).stored_shape) for key, module in targets.items() if make_op(module)}
+        if config.num_deltas is None:
+            total = config.num_tunable_weights
+            if total is None:
+                total = int(config.density * self._base_numel())
+            config.num_deltas = share_out(total, sizes)
+        strangers = sorted(set(config.num_deltas) - set(targets))
+        missing = sorted(set(targets) - set(config.num_deltas))
+        if strangers or missing:
+            raise ValueError(
+                f"num_deltas must name exactly the targets: {len(strangers)} names are no targets ({strangers[:3]}), "
+                f"{len(missing)} targets have no entry ({missing[:3]})"
+            )
+        for key, k in config.num_deltas.items():
+            if key in sizes and k > sizes[key]:
+                raise ValueError(f"num_deltas[{key!r}] = {k:,} is more than the {sizes[key]:,} weights of the layer")
+
+    def _base_numel(self) -> int:
+        adapters = {
+            id(parameter)
+            for layer in self.layers()
+            for name in layer._available_adapters
+            for _, parameter in layer.adapter_tensors(name)
+        } | {id(parameter) for wrapper in self.wrappers() for parameter in wrapper.adapter_parameters()}
+        return sum(logical_numel(p) for p in self.model.parameters() if id(p) not in adapters)
+
+    def layer_kwargs(self, config, key):
+        return {"k": config.num_deltas[key]}
+
+    def active_deltas(self) -> Iterator[tuple[BaseTunerLayer, str, SparseDelta]]:
+        """`(layer, name of the delta in the base model, delta)` for the deltas of the active adapters."""
+        for key, layer in self.model.named_modules():
+            if isinstance(layer, SftLayer):
+                for name in layer.active_adapters:
+                    if name in layer.sft_delta:
+                        yield layer, f"{key}.sft_delta.{name}", layer.sft_delta[name]

@@ -1,0 +1,530 @@
+"""Which positions of each weight are trained: `SftSelector`, the drop-and-grow half of sparse fine-tuning.
+
+Every `reselection_steps` update steps the positions whose values are nearest to zero are given up for positions that
+promise more: by gradients gathered beforehand ("rigl": accumulated gradients, SpIEL-AG) or by the optimiser's row and
+column accumulators ("sm3": moment approximation, SpIEL-MA). arXiv 2401.16405, section 3, algorithm 1.
+
+Letters: k trained positions of a weight, m of them exchanged, t completed update steps, T their total number,
+R rows and C columns of a weight seen as a matrix.
+
+Left out: gradient clipping is not applied to the gathered gradients; they are what the optimiser would see without it.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...utils.warning import PeftWarning
+from .optimizer import SftAdamW, SftOptimizer, SftSM3
+
+if TYPE_CHECKING:
+    from .config import SftConfig
+    from .layer import SparseDelta
+
+
+@dataclass
+class _Statistics:
+    """What a gathering window knows so far about the candidates of one delta."""
+
+    total: Tensor  # (k,) float32, sum of the gradients of the update steps
+    squares: Tensor  # (k,) float32, sum of their squares
+    updates: int  # number of update steps in the sums
+
+    def add(self, grad: Tensor) -> None:
+        self.total.add_(grad)
+        self.squares.addcmul_(grad, grad)
+        self.updates += 1
+
+
+class SftSelector:
+    """Exchanges the trained positions of a model's active SFT adapter in the course of training.
+
+    Call `step()` after every update step, that is after `optimizer.step()`; whether gradients have been zeroed by then
+    does not matter. Gradients are gathered during exactly the `selection_accumulation_steps` update steps before a
+    reselection, starting with the first step of training.
+
+    An update step that the optimiser did not take (a GradScaler skips it when gradients overflow), or with a gradient
+    that is not finite, counts as a completed step but not towards the statistics.
+
+    Args:
+        model: The model with the SFT adapter: PeftModel, tuner, or a wrapper that has either as `module`.
+        optimizer: `SftAdamW` for "rigl", `SftSM3` for "sm3"; also as wrapped by accelerate.
+        sft_config: Algorithm and schedule.
+        total_update_steps: T, update steps that the whole training will take.
+        grad_accumulation_steps: Micro-batches per update step. Statistics are sums over the micro-batches of a step,
+            as in `param.grad`, so they do not depend on it.
+        completed_steps: t at which training starts; `load_state_dict` sets it too.
+        grad_scale: Returns the factor by which the loss is scaled, `scaler.get_scale` of a GradScaler. Not needed for
+            an optimiser wrapped by accelerate, which knows its scaler.
+
+    Attributes:
+        last_report: One dict per delta for the latest reselection: `name`, `moved` (positions exchanged), `total` (k).
+        history: One dict per reselection so far: `step` (t), `share` aimed at, `moved`, `total`.
+        discarded_updates: Update steps inside gathering windows that did not count.
+
+    Raises:
+        TypeError: The optimiser is not the one that the selection algorithm needs.
+        ValueError: No active SFT adapter, a delta that the optimiser does not train, step counts out of their range,
+            or "sm3" selection without column accumulators.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        sft_config: SftConfig,
+        total_update_steps: int,
+        grad_accumulation_steps: int,
+        completed_steps: int = 0,
+        grad_scale: Callable[[], float] | None = None,
+    ) -> None:
+        for name, value, least in (
+            ("total_update_steps", total_update_steps, 1),
+            ("grad_accumulation_steps", grad_accumulation_steps, 1),
+            ("completed_steps", completed_steps, 0),
+        ):
+            if value < least:
+                raise ValueError(f"SftSelector: {name} must be at least {least}, got {value}")
+        self.config = sft_config
+        self.total_update_steps = total_update_steps
+        self.grad_accumulation_steps = grad_accumulation_steps
+        self.completed_steps = completed_steps
+        self.deltas = named_deltas(model)
+        self.optimizer = _unwrapped_optimizer(optimizer, sft_config.selection_algorithm)
+        _check_trained(self.deltas, self.optimizer)
+        self._grad_scale = grad_scale or _scale_getter(optimizer)
+
+        self.last_report: list[dict[str, Any]] = []
+        self.history: list[dict[str, Any]] = []
+        self.discarded_updates = 0
+        self._statistics: dict[str, _Statistics] = {}
+        # The loss scale of the update step that the optimiser has taken since the last call of step(), None if it took
+        # none. It is read when the optimiser steps: by the time of step(), the scaler has moved on to the next scale.
+        self._scale_of_step: float | None = None
+        self._hook = self.optimizer.register_step_pre_hook(self._note_optimizer_step)
+        if self._window_is_open():
+            self._open_window()
+
+    def step(self) -> None:
+        """Record the update step that has just been completed, and reselect if it is time to."""
+        self.completed_steps += 1
+        if self._statistics:
+            self._collect()
+        self._scale_of_step = None
+        if self._reselects_at(self.completed_steps):
+            self._reselect()
+        if self._window_is_open() and not self._statistics:
+            self._open_window()
+
+    def close(self) -> None:
+        """Stop gathering and let go of the optimiser. A selector that has been closed cannot step any more."""
+        self._close_window()
+        self._hook.remove()
+
+    def share(self, step: int) -> float:
+        """Fraction of the positions that a reselection after `step` update steps is to exchange."""
+        progress = step / self.total_update_steps
+        rate = self.config.initial_reselection_rate
+        if self.config.reselection_rate_policy == "cosine":
+            return rate * (1.0 + math.cos(math.pi * progress)) / 2.0
+        # The random positions that training starts from deserve no respect: all of them may go at once.
+        return 1.0 if step == self.config.selection_accumulation_steps else rate * (1.0 - progress)
+
+    # ---- Schedule ----
+
+    def _reselects_at(self, step: int) -> bool:
+        in_phase = step % self.config.reselection_steps == self.config.selection_accumulation_steps
+        return in_phase and step <= self.total_update_steps and self.share(step) > 0.0
+
+    def _window_is_open(self) -> bool:
+        """Whether the coming update step is one of those whose gradients decide about the next reselection."""
+        if self.config.selection_algorithm != "rigl":
+            return False
+        phase = self.completed_steps % self.config.reselection_steps
+        due = self.completed_steps - phase + self.config.selection_accumulation_steps
+        return phase < self.config.selection_accumulation_steps and self._reselects_at(due)
+
+    # ---- Gathering ----
+
+    def _open_window(self) -> None:
+        for name, delta in self.deltas.items():
+            delta.start_gathering()
+            self._statistics[name] = _empty_statistics(delta)
+
+    def _close_window(self) -> None:
+        for delta in self.deltas.values():
+            delta.stop_gathering()
+        self._statistics.clear()
+
+    def _note_optimizer_step(self, *_: Any) -> None:
+        self._scale_of_step = self._grad_scale() if self._statistics else 1.0
+
+    @torch.no_grad()
+    def _collect(self) -> None:
+        """Add the candidates' gradients of the update step just completed to the statistics."""
+        grads = {name: delta.take_candidate_grad() for name, delta in self.deltas.items()}
+        grads = _reduced(grads, self.deltas)
+        if self._scale_of_step is None or not _all_finite(grads.values()):
+            self._discard_update()
+            return
+        for name, grad in grads.items():
+            self._statistics[name].add(grad.mul(1.0 / self._scale_of_step))
+
+    def _discard_update(self) -> None:
+        self.discarded_updates += 1
+        for name, delta in self.deltas.items():
+            # Candidates chosen by gradients that overflowed are arbitrary: choose again at the next backward pass.
+            if self._statistics[name].updates == 0:
+                delta.stop_gathering()
+                delta.start_gathering()
+
+    # ---- Reselection ----
+
+    @torch.no_grad()
+    def _reselect(self) -> None:
+        step = self.completed_steps
+        share = self.share(step)
+        self.last_report = []
+        for name, delta in self.deltas.items():
+            total = delta.indices.numel()
+            count = math.floor(total * share)
+            if self.config.selection_algorithm == "rigl":
+                moved = self._grow_by_gradient(delta, self._statistics[name], count)
+            else:
+                moved = self._grow_by_accumulators(delta, count)
+            self.last_report.append({"name": name, "moved": moved, "total": total})
+        if self._statistics and not any(statistics.updates for statistics in self._statistics.values()):
+            warnings.warn(
+                f"No position was reselected after update step {step}: the optimizer took no step with finite "
+                f"gradients since the previous {self.config.selection_accumulation_steps} calls of SftSelector.step(). "
+                f"Call it after optimizer.step(), and see whether the gradients overflow.",
+                PeftWarning,
+                stacklevel=3,
+            )
+        self._close_window()
+        summary = {key: sum(entry[key] for entry in self.last_report) for key in ("moved", "total")}
+        self.history.append({"step": step, "share": share, **summary})
+
+    def _grow_by_gradient(self, delta: SparseDelta, statistics: _Statistics, count: int) -> int:
+        """Drop the `count` smallest values for the candidates of largest summed gradient; return how many moved."""
+        if count == 0 or statistics.updates == 0:
+            return 0
+        candidates = delta.candidates
+        slots, is_active = _find(candidates, delta.indices.detach().long())
+        magnitude = _magnitude(delta)
+        dropped = largest(magnitude.neg(), count)
+
+        stays = is_active & ~dropped[slots]
+        eligible = (~stays).nonzero().squeeze(1)
+        chosen = eligible[largest(statistics.total[eligible].abs(), min(count, eligible.numel()))]
+        # What is dropped and grown at once stays as it is; of the rest, give up no more than comes in.
+        dropped[slots[chosen[is_active[chosen]]]] = False
+        grown = chosen[~is_active[chosen]]
+        given_up = dropped.nonzero().squeeze(1)
+        given_up = given_up[largest(magnitude[given_up].neg(), grown.numel())]
+
+        values = delta.values
+        mean, mean_square = (sums[grown] / statistics.updates for sums in (statistics.total, statistics.squares))
+        self.optimizer.seed_elements(values, given_up, mean, mean_square, statistics.updates)
+        self.optimizer.permute_elements(values, delta.replace(given_up, candidates[grown]))
+        return grown.numel()
+
+    def _grow_by_accumulators(self, delta: SparseDelta, count: int) -> int:
+        """Drop the `count` smallest values for the inactive positions of largest accumulator product."""
+        count = min(count, delta.dense_numel - delta.indices.numel())
+        if count == 0:
+            return 0
+        given_up = largest(_magnitude(delta).neg(), count).nonzero().squeeze(1)
+        grown = largest_products(*self.optimizer.accumulators(delta.values), delta.indices.detach().long(), count)
+        self.optimizer.reset_elements(delta.values, given_up)
+        self.optimizer.permute_elements(delta.values, delta.replace(given_up, grown))
+        return count
+
+    # ---- State ----
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs, as a flat dict of tensors that safetensors can write.
+
+        `completed_steps`: int64 scalar. While a gathering window is open, for each delta (by its name) that has
+        chosen its candidates: `<delta>.candidates` (k,) int64, `<delta>.total` and `<delta>.squares` (k,) float32,
+        `<delta>.updates` int64 scalar. Take it between update steps: what the micro-batches of an unfinished step have
+        gathered is as little part of it as their gradients are of the optimiser's state.
+        """
+        state = {"completed_steps": torch.tensor(self.completed_steps)}
+        for name, statistics in self._statistics.items():
+            candidates = self.deltas[name].candidates
+            if candidates is not None:
+                state[f"{name}.candidates"] = candidates.clone()
+                state[f"{name}.total"] = statistics.total.clone()
+                state[f"{name}.squares"] = statistics.squares.clone()
+                state[f"{name}.updates"] = torch.tensor(statistics.updates)
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue where the selector that returned `state` stopped, in the middle of a gathering window too.
+
+        Raises:
+            ValueError: The state belongs to other deltas or to another schedule.
+        """
+        if "completed_steps" not in state:
+            raise ValueError(f"No selector state: key 'completed_steps' is missing, got {sorted(state)[:3]}")
+        saved = {key.rpartition(".")[0] for key in state} - {""}
+        unknown = sorted(saved - self.deltas.keys())
+        if unknown:
+            raise ValueError(
+                f"The selector state holds {len(unknown)} deltas that this model has not, such as {unknown[:3]}; "
+                f"load it into the model that it was saved with"
+            )
+        for name in saved:
+            for entry in ("candidates", "total", "squares"):
+                found, expected = state[f"{name}.{entry}"].shape, self.deltas[name].indices.shape
+                if found != expected:
+                    raise ValueError(f"{name}.{entry} has shape {tuple(found)}, but the delta {tuple(expected)}")
+        self._close_window()
+        self.completed_steps = int(state["completed_steps"])
+        if self._window_is_open():
+            self._open_window()
+        elif saved:
+            raise ValueError(
+                f"The selector state was saved while gradients were being gathered, but after {self.completed_steps} "
+                f"update steps none are gathered under this config: reselection_steps="
+                f"{self.config.reselection_steps}, selection_accumulation_steps="
+                f"{self.config.selection_accumulation_steps}, total_update_steps={self.total_update_steps}"
+            )
+        for name in saved:
+            device = self.deltas[name].indices.device
+            self.deltas[name].candidates = state[f"{name}.candidates"].to(device, copy=True)
+            self._statistics[name] = _Statistics(
+                total=state[f"{name}.total"].to(device, copy=True),
+                squares=state[f"{name}.squares"].to(device, copy=True),
+                updates=int(state[f"{name}.updates"]),
+            )
+
+
+# ---- Model and optimiser ----
+
+
+def named_deltas(model: nn.Module) -> dict[str, SparseDelta]:
+    """The active sparse deltas of a model, or of the model inside a wrapper, by their names in the base model.
+
+    Raises:
+        ValueError: There is none.
+    """
+    while not hasattr(model, "active_deltas") and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    deltas = {name: delta for _, name, delta in model.active_deltas()} if hasattr(model, "active_deltas") else {}
+    if not deltas:
+        raise ValueError(
+            f"{type(model).__name__} has no active SFT adapter; make one with get_peft_model(model, SftConfig(...)), "
+            f"or activate it with set_adapter"
+        )
+    return deltas
+
+
+def _unwrapped_optimizer(optimizer: torch.optim.Optimizer, algorithm: str) -> SftOptimizer:
+    needed = SftAdamW if algorithm == "rigl" else SftSM3
+    inner = optimizer
+    while not isinstance(inner, SftOptimizer) and hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    if not isinstance(inner, needed):
+        raise TypeError(
+            f"selection_algorithm={algorithm!r} needs the optimizer {needed.__name__}, got {type(inner).__name__}"
+        )
+    if isinstance(inner, SftSM3) and inner.row_cover_only:
+        raise ValueError(
+            "selection_algorithm='sm3' ranks positions by row and column accumulators, but the optimizer has "
+            "row_cover_only=True; make it with row_cover_only=False"
+        )
+    return inner
+
+
+def _check_trained(deltas: dict[str, SparseDelta], optimizer: SftOptimizer) -> None:
+    trained = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    for name, delta in deltas.items():
+        if id(delta.values) not in trained:
+            raise ValueError(
+                f"{name}.values is not among the parameters of the optimizer; make the optimizer after the adapter, "
+                f"with all of its parameters (a strategy that shards or flattens parameters cannot be used)"
+            )
+        if isinstance(optimizer, SftSM3) and optimizer.deltas.get(delta.values) is not delta:
+            raise ValueError(f"{name} is not in the `deltas` that SftSM3 was made with; map {name}.values to it")
+
+
+def _scale_getter(optimizer: torch.optim.Optimizer) -> Callable[[], float]:
+    scaler = getattr(optimizer, "scaler", None)
+    return scaler.get_scale if scaler is not None else lambda: 1.0
+
+
+# ---- Gathered gradients ----
+
+
+def _empty_statistics(delta: SparseDelta) -> _Statistics:
+    total, squares = torch.zeros(2, delta.indices.numel(), device=delta.indices.device)
+    return _Statistics(total, squares, updates=0)
+
+
+def _reduced(grads: dict[str, Tensor | None], deltas: dict[str, SparseDelta]) -> dict[str, Tensor]:
+    """The gradients averaged over the data-parallel ranks, without those of deltas that no rank has used."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return {name: grad for name, grad in grads.items() if grad is not None}
+    device = next(iter(deltas.values())).indices.device
+    # Ranks may differ in the layers that they have used (experts), but must agree on what they exchange.
+    used = torch.tensor([grad is not None for grad in grads.values()], dtype=torch.int32, device=device)
+    distributed.all_reduce(used)
+    reduced = {}
+    for (name, grad), ranks in zip(grads.items(), used.tolist()):
+        if ranks:
+            indices = deltas[name].indices
+            mean = torch.zeros(indices.shape, device=indices.device) if grad is None else grad
+            distributed.all_reduce(mean)
+            reduced[name] = mean.div_(distributed.get_world_size())
+    return reduced
+
+
+def _all_finite(tensors: Any) -> bool:
+    flags = [tensor.isfinite().all() for tensor in tensors]
+    return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
+
+
+# ---- Ranking ----
+
+
+def _magnitude(delta: SparseDelta) -> Tensor:
+    """|values| in float32 or wider; NaN counts as infinite, so that a ranking of all elements exists."""
+    values = delta.values.detach()
+    return values.abs().to(torch.promote_types(values.dtype, torch.float32)).nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def _find(wanted: Tensor, ordered: Tensor) -> tuple[Tensor, Tensor]:
+    """Slot of each wanted number in the sorted, non-empty `ordered`, and whether it is there at all."""
+    slots = torch.searchsorted(ordered, wanted).clamp_(max=ordered.numel() - 1)
+    return slots, ordered[slots] == wanted
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """Mask of the `count` largest scores; among equal ones the first come first. No score may be NaN.
+
+    Args:
+        scores: (n,) numbers.
+        count: At most n.
+
+    Returns:
+        (n,) bool, true `count` times.
+    """
+    if count == scores.numel():
+        return torch.ones_like(scores, dtype=torch.bool)
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(scores.numel() - count + 1).values
+    mask = scores > threshold
+    ties = (scores == threshold).nonzero().squeeze(1)
+    mask[ties[: count - int(mask.sum())]] = True
+    return mask
+
+
+def largest_products(rows: Tensor, columns: Tensor, active: Tensor, count: int) -> Tensor:
+    """Inactive positions (i, j) of largest rows[i] * columns[j], without the matrix of these products.
+
+    With the columns in descending order, the products above any threshold are a prefix of every row. So the threshold
+    is found by bisection over the bit patterns of float64 (in which products of float32 numbers are exact), counting
+    prefixes, and only what lies above it is ever listed. Memory: O(R + C + k + count). All on the CPU, where hundreds
+    of tiny operations cost less than as many kernel launches.
+
+    Args:
+        rows: (R,) numbers >= 0.
+        columns: (C,) numbers >= 0.
+        active: (k,) int64, sorted flat row-major positions to leave out.
+        count: At most R * C - k.
+
+    Returns:
+        (count,) int64 on the device of `active`, sorted. Among equal products the lower position comes first.
+    """
+    device, active = active.device, active.cpu()
+    if count == 0:
+        return active[:0].to(device)
+    products = _RankOne(*(factor.detach().cpu().nan_to_num(nan=0.0).double() for factor in (rows, columns)))
+    active_products = products.at(active)
+    ascending = active_products.sort().values
+
+    # Bit patterns of numbers >= 0 are ordered like the numbers. Invariant: at least `count` inactive products are >=
+    # the number at `low`, fewer are >= the one at `high`; `reach_*` are the prefixes of each row that are >= it.
+    low, high = 0, _to_bits(products.maximum()) + 1
+    reach_low = torch.full_like(products.row_offsets, products.width)
+    reach_high = torch.zeros_like(reach_low)
+    while high - low > 1:
+        middle = (low + high) // 2
+        threshold = _to_number(middle)
+        reach = products.reach(threshold, reach_high, reach_low)
+        inactive = int(reach.sum()) - active.numel() + int(torch.searchsorted(ascending, threshold))
+        if inactive >= count:
+            low, reach_low = middle, reach
+        else:
+            high, reach_high = middle, reach
+        if inactive == count:
+            return _without(products.positions(torch.zeros_like(reach), reach), active).to(device)
+
+    # Everything above the threshold, and as many of the ties at it as are wanted, whole rows first.
+    above = _without(products.positions(torch.zeros_like(reach_high), reach_high), active)
+    missing = count - above.numel()
+    active_ties = active[active_products == _to_number(low)].div(products.width, rounding_mode="floor")
+    ties = (reach_low - reach_high - active_ties.bincount(minlength=reach_low.numel())).cumsum(0)
+    last_row = int(torch.searchsorted(ties, missing))
+    reach_low[last_row + 1 :] = reach_high[last_row + 1 :]
+    tied = _without(products.positions(reach_high, reach_low), active)[:missing]
+    return torch.cat([above, tied]).sort().values.to(device)
+
+
+class _RankOne:
+    """The R x C matrix of all products of two vectors >= 0, as far as one can know it without forming it."""
+
+    def __init__(self, rows: Tensor, columns: Tensor) -> None:
+        self.rows, self.columns = rows, columns  # (R,), (C,) float64
+        self.descending, self.order = columns.sort(descending=True)
+        self.width = columns.numel()
+        self.row_offsets = torch.arange(rows.numel()) * self.width  # (R,) flat position of the first of each row
+
+    def at(self, positions: Tensor) -> Tensor:
+        """The products at flat positions."""
+        columns = self.columns[positions.remainder(self.width)]
+        return self.rows[positions.div(self.width, rounding_mode="floor")] * columns
+
+    def maximum(self) -> float:
+        return float(self.rows.max() * self.descending[0])
+
+    def reach(self, threshold: float, least: Tensor, most: Tensor) -> Tensor:
+        """(R,) for each row the number of its products >= threshold, known to lie between `least` and `most`."""
+        least, most = least.clone(), most.clone()
+        for _ in range(int((most - least).max()).bit_length()):
+            middle = (least + most) // 2
+            reached = (self.rows * self.descending[middle.clamp(max=self.width - 1)] >= threshold) & (middle < most)
+            least = torch.where(reached, middle + 1, least)
+            most = torch.where(reached, most, middle)
+        return least
+
+    def positions(self, start: Tensor, stop: Tensor) -> Tensor:
+        """Sorted flat positions of the start[i]-th to (stop[i] - 1)-th largest products of every row i."""
+        lengths = stop - start
+        first = lengths.cumsum(0) - lengths
+        rank = torch.arange(int(lengths.sum())) + (start - first).repeat_interleave(lengths)
+        return (self.row_offsets.repeat_interleave(lengths) + self.order[rank]).sort().values
+
+
+def _without(positions: Tensor, active: Tensor) -> Tensor:
+    return positions[~_find(positions, active)[1]] if active.numel() else positions
+
+
+def _to_bits(number: float) -> int:
+    return struct.unpack("<q", struct.pack("<d", number))[0]
+
+
+def _to_number(bits: int) -> float:
+    return struct.unpack("<d", struct.pack("<q", bits))[0]

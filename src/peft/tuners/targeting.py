@@ -1,0 +1,103 @@
+"""Which modules of a model a configuration names, and which entry of a per-layer pattern applies to one.
+
+Pure functions over module names; nothing here changes a model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
+from ..utils.quantization_utils import is_quantized
+from .ops import _is_conv1d
+
+
+def name_matches(patterns: str | Sequence[str], key: str) -> bool:
+    """Whether module `key` is meant: a string is a regular expression for the whole key, a list names key endings.
+
+    Raises:
+        ValueError: the expression is not valid.
+    """
+    if isinstance(patterns, str):
+        try:
+            return re.fullmatch(patterns, key) is not None
+        except re.error as error:
+            raise ValueError(f"target_modules={patterns!r} is not a valid regular expression: {error}") from error
+    return any(key == pattern or key.endswith("." + pattern) for pattern in patterns)
+
+
+def get_pattern_key(pattern_keys: Iterable[str], key_to_match: str) -> str:
+    """The first of `pattern_keys` (regular expressions for the end of a module name) that fits; else the name itself.
+
+    A pattern fits the whole name or what stands after a dot.
+    """
+    for pattern in pattern_keys:
+        if re.fullmatch(rf"(.*\.)?({pattern})", key_to_match):
+            return pattern
+    return key_to_match
+
+
+def layer_index(key: str, layers_pattern: str | Sequence[str] | None) -> int | None:
+    """The number of the layer that `key` belongs to.
+
+    It is the first number after a name, or, with `layers_pattern`, the first number directly after such a name:
+    `model.layers.3.mlp` is in layer 3 (`layers_pattern` None or "layers"). None: the module is in no numbered layer.
+    """
+    names = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+    parts = key.split(".")
+    for name, number in zip(parts, parts[1:]):
+        if number.isdigit() and (not names or name in names):
+            return int(number)
+    return None
+
+
+def is_target(config, key: str) -> bool:
+    """Whether `config` (target_modules, exclude_modules, layers_to_transform, layers_pattern) means module `key`."""
+    excluded = getattr(config, "exclude_modules", None)
+    if excluded and name_matches(excluded, key):
+        return False
+    if not config.target_modules or not name_matches(config.target_modules, key):
+        return False
+    layers = getattr(config, "layers_to_transform", None)
+    if layers is None or isinstance(config.target_modules, str):
+        return True
+    index = layer_index(key, getattr(config, "layers_pattern", None))
+    return index is not None and index in ([layers] if isinstance(layers, int) else layers)
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _is_conv1d(module) or is_quantized(module)
+
+
+def output_head_names(model: nn.Module) -> set[str]:
+    """Names of the modules that map to the vocabulary or to the classes."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    names = {name for name, module in model.named_modules() if head is not None and module is head}
+    if type(model).__name__.endswith(("ForSequenceClassification", "ForTokenClassification")):
+        names |= {name for name, _ in model.named_modules() if name.rpartition(".")[2] in SEQ_CLS_HEAD_NAMES}
+    if type(model).__name__.endswith("ForQuestionAnswering"):
+        names |= {name for name, _ in model.named_modules() if name.rpartition(".")[2] == "qa_outputs"}
+    return names
+
+
+def resolve_all_linear(model: nn.Module, target_modules, is_adapter_layer=lambda module: False):
+    """Replace `"all-linear"` by the full names of every linear layer of the backbone (the heads left out).
+
+    A layer that already carries an adapter counts by its base layer.
+    """
+    if not (isinstance(target_modules, str) and target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND):
+        return target_modules
+    heads = output_head_names(model)
+    names = set()
+    for name, module in model.named_modules():
+        adapted = is_adapter_layer(module)
+        if name in heads or not (adapted or is_linear(module)):
+            continue
+        if is_linear(module.get_base_layer() if adapted else module):
+            names.add(name)
+    inside = {name for name in names for outer in names if name != outer and name.startswith(outer + ".")}
+    return names - inside

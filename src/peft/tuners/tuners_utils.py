@@ -1,0 +1,380 @@
+"""The layer that every method's layer is: a base layer with any number of named adapters.
+
+`BaseTunerLayer` holds what all methods share (forward in all its forms, merging, switching, freezing, deleting); a
+method adds its mathematics through `pre`, `post`, `fold` and `update_layer`. `AdditiveLayer` and `WeightSpaceLayer`
+are the two common shapes of it. The model-level half, `BaseTuner`, is `tuners/base.py`.
+
+Several active adapters compose in the order in which they are listed: layer `F_i = post_i . F_{i-1} . pre_i`, with
+`F_0` the base layer, so that forward equals the base layer with the weight `fold_n(... fold_1(W))`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from ..utils.warning import PeftWarning
+from .ops import Op, make_op
+
+__all__ = ["AdditiveLayer", "BASE_ADAPTER", "BaseTuner", "BaseTunerLayer", "WeightSpaceLayer"]
+
+BASE_ADAPTER = "__base__"  # in a mixed batch: this row goes through the base model
+
+
+def as_list(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+class BaseTunerLayer:
+    """Mixin of all adapter layers; a concrete layer also inherits `nn.Module`, after this class.
+
+    Class attributes of a method:
+        adapter_layer_names: attributes that map an adapter's name to its module or parameter.
+        other_param_names: attributes that map an adapter's name to anything else.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ()
+    _disable_adapters: bool = False
+    _active_adapter: str | list[str] = "default"
+    cast_input_dtype_enabled: bool = True  # see helpers.disable_input_dtype_casting
+
+    def __init__(self, base_layer: nn.Module):
+        self.base_layer = base_layer
+        self.merged_adapters: list[str] = []
+        self._merge_memory: dict[str, object] = {}
+        self._shown_flags: dict[tuple[str, str], bool] = {}  # (attribute, adapter) -> requires_grad as we set it last
+        self._user_frozen: set[tuple[str, str]] = set()
+
+    # The mathematics, one method each
+
+    def update_layer(self, name: str, config) -> None:
+        """Create the parameters of adapter `name`."""
+        raise NotImplementedError
+
+    def pre(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """What the adapter does to the layer's input."""
+        return x
+
+    def post(self, name: str, x: torch.Tensor, y: torch.Tensor, before: Sequence[str] = ()) -> torch.Tensor:
+        """What the adapter does to the layer's output `y`; `x` is its input before `pre` of this adapter.
+
+        `before` names the adapters that `y` already contains; a method that needs the weight takes
+        `self.folded(before)`.
+        """
+        return y
+
+    def fold(self, name: str, W: torch.Tensor, b: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same change on the weights: `W[O, I, *K]`, `b[O]` or None."""
+        raise TypeError(f"{type(self).__name__} cannot be merged into its base layer")
+
+    def remember(self, name: str, W: torch.Tensor, b: torch.Tensor | None):
+        """What `unfold` will need; called with the weights before `fold`. By default all of it (no copy is made)."""
+        return W.detach(), None if b is None else b.detach()
+
+    def unfold(self, name: str, W: torch.Tensor, b: torch.Tensor | None, memory):
+        """Undo `fold`."""
+        return memory
+
+    def after_load(self, name: str) -> None:
+        """Called when tensors were loaded into adapter `name`: bring them into the form that the method relies on."""
+
+    # The base layer
+
+    def get_base_layer(self) -> nn.Module:
+        """The innermost base layer."""
+        layer = self.base_layer
+        while isinstance(layer, BaseTunerLayer):
+            layer = layer.base_layer
+        return layer
+
+    @property
+    def op(self) -> Op:
+        """The view of the base layer (`tuners/ops.py`)."""
+        layer = self.get_base_layer()
+        op = self.__dict__.get("_op")
+        if op is None or op.layer is not layer:
+            op = self.__dict__["_op"] = make_op(layer)
+        return op
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.get_base_layer().weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return getattr(self.get_base_layer(), "bias", None)
+
+    @property
+    def in_features(self) -> int:
+        return self.op.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.op.out_features
+
+    def folded(self, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`(W, b)` of the base layer with `names` folded in, differentiable, the base layer untouched."""
+        W, b = self.op.load()
+        for name in names:
+            W, b = self.fold(name, W, b)
+        return W, b
+
+    # Forward
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self._disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_forward(adapter_names, x, *args, **kwargs)
+        active = self._applied_adapters()
+        if not active:
+            return self.base_layer(x, *args, **kwargs)
+        return self._apply_adapters(active, x, *args, **kwargs)
+
+    def _applied_adapters(self) -> list[str]:
+        """Active adapters that this layer has and that are not in the base weight already."""
+        available = self._available_adapters
+        return [name for name in self.active_adapters if name in available and name not in self.merged_adapters]
+
+    def _apply_adapters(self, names: Sequence[str], x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        inputs = [x]  # the input of F_n, F_{n-1}, ..., F_0
+        for name in reversed(names):
+            inputs.append(self.pre(name, inputs[-1]))
+        y = self.base_layer(inputs.pop(), *args, **kwargs)
+        for i, name in enumerate(names):
+            y = self.post(name, inputs.pop(), y, names[:i])
+        return y
+
+    def _mixed_forward(self, adapter_names: Sequence[str], x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """Row `i` of the batch goes through `adapter_names[i]` (`__base__`: none)."""
+        if self.merged:
+            raise ValueError("A mixed batch needs the plain base weights: call unmerge_adapter() first")
+        if len(adapter_names) != x.shape[0]:
+            raise ValueError(
+                f"adapter_names must name one adapter per row of the layer's input: got {len(adapter_names)} names for "
+                f"{x.shape[0]} rows"
+            )
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(adapter_names):
+            rows.setdefault(name if name in self._available_adapters else BASE_ADAPTER, []).append(row)
+        if len(rows) == 1:
+            return self._apply_or_base(next(iter(rows)), x, *args, **kwargs)
+        order = torch.tensor([row for group in rows.values() for row in group], device=x.device)
+        parts = x.index_select(0, order).split([len(group) for group in rows.values()])
+        y = torch.cat([self._apply_or_base(name, part, *args, **kwargs) for name, part in zip(rows, parts)])
+        return y.index_select(0, order.argsort())
+
+    def _apply_or_base(self, name: str, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if name == BASE_ADAPTER:
+            return self.base_layer(x, *args, **kwargs)
+        return self._apply_adapters([name], x, *args, **kwargs)
+
+    # Merging
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters (default: the active ones) into the base weight.
+
+        Half-precision weights are folded in float32 and rounded once.
+
+        Args:
+            safe_merge: check every result and leave the layer as it was if one is not finite.
+
+        Raises:
+            ValueError: `safe_merge` met a value that is not finite.
+        """
+        names = self.active_adapters if adapter_names is None else as_list(adapter_names)
+        done: list[str] = []
+        for name in names:
+            if name in self.merged_adapters:
+                warnings.warn(f"Adapter {name!r} is merged already, nothing to do", PeftWarning, stacklevel=3)
+                continue
+            if name not in self._available_adapters:
+                continue
+            W, b = self.op.load()
+            memory = self.remember(name, W, b)
+            W, b = self.fold(name, _wide(W), None if b is None else _wide(b))
+            if safe_merge and not (W.isfinite().all() and (b is None or b.isfinite().all())):
+                for undo in reversed(done):
+                    self._unmerge_last(undo)
+                raise ValueError(f"Merging adapter {name!r} would give values that are not finite; nothing was merged")
+            self.op.store(W, b)
+            self._merge_memory[name] = memory
+            self.merged_adapters.append(name)
+            done.append(name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take all merged adapters out of the base weight again."""
+        if not self.merged:
+            warnings.warn("Nothing is merged, so there is nothing to unmerge", PeftWarning, stacklevel=3)
+            return
+        for name in reversed(self.merged_adapters.copy()):
+            self._unmerge_last(name)
+        self.op.retie()
+
+    def _unmerge_last(self, name: str) -> None:
+        W, b = self.op.load()
+        self.op.store(*self.unfold(name, W, b, self._merge_memory.pop(name)))
+        self.merged_adapters.remove(name)
+
+    # Which adapters there are, which are active, which train
+
+    @property
+    def _available_adapters(self) -> set[str]:
+        return {name for attribute in self.adapter_layer_names for name in getattr(self, attribute, {})}
+
+    def _get_available_adapters(self) -> set[str]:
+        return self._available_adapters
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disable_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self._active_adapter
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return as_list(self._active_adapter)
+
+    def adapter_tensors(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """`(attribute path, parameter)` of every parameter of one adapter, frozen and integer ones too."""
+        for attribute in self.adapter_layer_names:
+            container = getattr(self, attribute, {})
+            if name not in container:
+                continue
+            entry = container[name]
+            if isinstance(entry, nn.Module):
+                yield from ((f"{attribute}.{key}", parameter) for key, parameter in entry.named_parameters())
+            else:
+                yield attribute, entry
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make `adapter_names` the active ones: they train (unless `inference_mode`), the others do not.
+
+        What its user froze stays frozen.
+        """
+        names = as_list(adapter_names)
+        for name in self._available_adapters:
+            self._set_flags(name, name in names and not inference_mode)
+        self._active_adapter = names
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let adapters train or not, active or not. Freezing holds until this is called with True."""
+        for name in as_list(adapter_names):
+            for path, _ in self.adapter_tensors(name):
+                if requires_grad:
+                    self._user_frozen.discard((path, name))
+                    self._shown_flags.pop((path, name), None)
+                else:
+                    self._user_frozen.add((path, name))
+            self._set_flags(name, requires_grad)
+
+    def _set_flags(self, name: str, train: bool) -> None:
+        for path, parameter in self.adapter_tensors(name):
+            if not parameter.is_floating_point():
+                continue
+            key = (path, name)
+            if self._shown_flags.get(key) and not parameter.requires_grad:
+                self._user_frozen.add(key)  # we had set it to train; somebody froze it since
+            flag = train and key not in self._user_frozen
+            parameter.requires_grad_(flag)
+            self._shown_flags[key] = flag
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters of the layer on or off.
+
+        `requires_grad` stays as it is: a backward pass of an earlier forward may still be to come, and autograd drops
+        the gradient of a parameter that was frozen in between.
+        """
+        self._disable_adapters = not enabled
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter with everything it left.
+
+        Raises:
+            ValueError: the adapter is merged.
+        """
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"Adapter {adapter_name!r} is merged: call unmerge_adapter() before deleting it")
+        for attribute in (*self.adapter_layer_names, *self.other_param_names):
+            container = getattr(self, attribute, None)
+            if container is not None and adapter_name in container:
+                del container[adapter_name]
+        self._user_frozen = {key for key in self._user_frozen if key[1] != adapter_name}
+        self._shown_flags = {key: flag for key, flag in self._shown_flags.items() if key[1] != adapter_name}
+        if adapter_name in self.active_adapters:
+            self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter's change of the weight is one delta that a LoRA can approximate."""
+        return False
+
+
+def _wide(t: torch.Tensor) -> torch.Tensor:
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+class AdditiveLayer(BaseTunerLayer):
+    """`W + delta_weight`: give `delta_weight`, and `delta` where the product is cheaper without forming it."""
+
+    def delta_weight(self, name: str) -> torch.Tensor:
+        """The adapter's change of the weight, (O, I, *K)."""
+        raise NotImplementedError
+
+    def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """The adapter's change of the output for the input `x`."""
+        return self.op.op(x, self.delta_weight(name).to(self.weight.dtype), None)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """`delta_weight` in the orientation in which the base layer stores its weight."""
+        return self.op.to_view(self.delta_weight(adapter))
+
+    def post(self, name, x, y, before=()):
+        return y + self.delta(name, x)
+
+    def fold(self, name, W, b):
+        return W + self.delta_weight(name).to(W), b
+
+    def remember(self, name, W, b):
+        return None
+
+    def unfold(self, name, W, b, memory):
+        return _wide(W) - self.delta_weight(name).to(W.device, _wide(W).dtype), b
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+
+class WeightSpaceLayer(BaseTunerLayer):
+    """Methods that are a function of the weight: forward runs the op on the folded weight."""
+
+    def _apply_adapters(self, names, x, *args, **kwargs):
+        return self.op.op(x, *self.folded(names))
+
+
+def __getattr__(name: str):
+    # `BaseTuner` is imported from here by other libraries; it lives in `base`, which imports this module.
+    if name == "BaseTuner":
+        from .base import BaseTuner
+
+        return BaseTuner
+    from . import base, targeting
+
+    for module in (base, targeting):
+        if name in vars(module):
+            return vars(module)[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

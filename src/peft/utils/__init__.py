@@ -1,0 +1,32 @@
+"""Helpers, constants and state-dict functions."""
+
+from .._lazy import attach
+
+_OTHER = [
+    "AuxiliaryTrainingWrapper", "ModulesToSaveWrapper", "_get_submodules", "cast_mixed_precision_params",
+    "id_tensor_storage", "infer_device", "prepare_model_for_kbit_training", "shift_tokens_right", "transpose",
+]  # fmt: skip
+_SAVE_AND_LOAD = [
+    "get_base_model_state_dict", "get_peft_model_state_dict", "load_peft_weights", "set_base_model_state_dict",
+    "set_peft_model_state_dict",
+]  # fmt: skip
+_CONSTANTS = [
+    "CONFIG_NAME", "INCLUDE_LINEAR_LAYERS_SHORTHAND", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME",
+    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_SSF_TARGET_MODULES_MAPPING",
+]  # fmt: skip
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        **dict.fromkeys(_OTHER, "peft.utils.other"),
+        **dict.fromkeys(_SAVE_AND_LOAD, "peft.utils.save_and_load"),
+        **dict.fromkeys(_CONSTANTS, "peft.utils.constants"),
+        "NoMatchingPeftModuleError": "peft.utils.error",
+        "PeftError": "peft.utils.error",
+        "PeftType": "peft.utils.peft_types",
+        "PeftWarning": "peft.utils.warning",
+        "TaskType": "peft.utils.peft_types",
+        "register_peft_method": "peft.mapping",
+    },
+    {},
+)

@@ -1,0 +1,239 @@
+"""What is trained whole beside an adapter (`ModulesToSaveWrapper`), and helpers that other libraries import from here."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from .constants import (  # noqa: F401  (other libraries import the constants from here)
+    CONFIG_NAME,
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    SAFETENSORS_WEIGHTS_NAME,
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    WEIGHTS_NAME,
+)
+
+
+class AuxiliaryTrainingWrapper(nn.Module):
+    """A module of the base model of which adapters have something of their own.
+
+    `adapter_layer_names` names the attributes that map an adapter to its part, as on adapter layers.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ()
+
+    def __init__(self, module_to_save: nn.Module, adapter_name: str):
+        super().__init__()
+        self.original_module = module_to_save
+        self._active_adapter: list[str] = [adapter_name]
+        self._disable_adapters = False
+        self._user_frozen: set[str] = set()
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disable_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self._active_adapter[0] if len(self._active_adapter) == 1 else self._active_adapter
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self._active_adapter
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self._disable_adapters = not enabled
+
+
+class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
+    """A module with one trainable copy per adapter; the copy of the active adapter takes its place."""
+
+    adapter_layer_names = ("modules_to_save",)
+
+    def __init__(self, module_to_save: nn.Module, adapter_name: str):
+        super().__init__(module_to_save, adapter_name)
+        self.modules_to_save = nn.ModuleDict()
+        self.update(adapter_name)
+
+    def update(self, adapter_name: str) -> None:
+        """Add a copy for one more adapter."""
+        if adapter_name in self.modules_to_save:
+            return
+        duplicate = copy.deepcopy(self.original_module)
+        for parameter in duplicate.parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+        self.modules_to_save[adapter_name] = duplicate
+
+    def _current(self) -> nn.Module:
+        name = next((name for name in self._active_adapter if name in self.modules_to_save), None)
+        return self.original_module if self._disable_adapters or name is None else self.modules_to_save[name]
+
+    def forward(self, x, *args, adapter_names: Sequence[str] | None = None, **kwargs):
+        if adapter_names is None or self._disable_adapters:
+            return self._current()(x, *args, **kwargs)
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(adapter_names):
+            rows.setdefault(name, []).append(row)
+        outputs: list[torch.Tensor | None] = [None] * len(adapter_names)
+        for name, group in rows.items():
+            module = self.modules_to_save[name] if name in self.modules_to_save else self.original_module
+            index = torch.tensor(group, device=x.device)
+            for row, out in zip(group, module(x.index_select(0, index), *args, **kwargs).unbind(0)):
+                outputs[row] = out
+        return torch.stack(outputs)
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("original_module", "modules_to_save", "_active_adapter"):
+                raise
+            return getattr(self._current(), name)
+
+    def adapter_parameters(self) -> Iterator[nn.Parameter]:
+        return self.modules_to_save.parameters()
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        here = [name for name in names if name in self.modules_to_save]
+        if len(here) > 1:
+            raise ValueError(f"Only one adapter can replace a module as a whole, but {here} all do: activate one of them")
+        for name in self.modules_to_save:
+            self._set_flags(name, name in names and not inference_mode and name not in self._user_frozen)
+        self._active_adapter = names
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            (self._user_frozen.discard if requires_grad else self._user_frozen.add)(name)
+            if name in self.modules_to_save:
+                self._set_flags(name, requires_grad)
+
+    def _set_flags(self, name: str, train: bool) -> None:
+        for parameter in self.modules_to_save[name].parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(train)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self.modules_to_save:
+            del self.modules_to_save[adapter_name]
+        self._user_frozen.discard(adapter_name)
+        self._active_adapter = [name for name in self._active_adapter if name != adapter_name]
+
+    def unload(self, adapter_names: Sequence[str]) -> nn.Module:
+        """The module to put back: the copy of the first of `adapter_names` that has one, else the original."""
+        name = next((name for name in adapter_names if name in self.modules_to_save), None)
+        return self.original_module if name is None else self.modules_to_save[name]
+
+
+def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
+    """`(parent, module, name of the module in its parent)` for the module called `key`."""
+    parent, _, name = key.rpartition(".")
+    return model.get_submodule(parent), model.get_submodule(key), name
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """`id`s of the parameters that more than one module holds (tied weights)."""
+    seen: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                seen[id(parameter)] = seen.get(id(parameter), 0) + 1
+    return {key for key, count in seen.items() if count > 1}
+
+
+def id_tensor_storage(tensor: torch.Tensor) -> tuple[torch.device, int, int]:
+    """`(device, storage address, bytes)`: equal for tensors that are views of the whole of the same memory."""
+    storage = tensor.untyped_storage()
+    return tensor.device, storage.data_ptr(), storage.nbytes()
+
+
+def infer_device() -> str:
+    """The kind of accelerator at hand, else `"cpu"`."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator.type if accelerator is not None else "cpu"
+
+
+def transpose(weight: torch.Tensor, fan_in_fan_out: bool) -> torch.Tensor:
+    return weight.T if fan_in_fan_out else weight
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast frozen parameters to `dtype` and trainable ones to float32, in place."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+
+
+def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
+    """Decoder inputs from labels, (batch, length): the start token first, -100 replaced by the padding token."""
+    if pad_token_id is None:
+        raise ValueError("pad_token_id must be given: labels of -100 are replaced by it")
+    start = input_ids.new_full((input_ids.shape[0], 1), decoder_start_token_id)
+    shifted = torch.cat([start, input_ids[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
+def prepare_model_for_kbit_training(
+    model: nn.Module,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict | None = None,
+    auto_clear_cache: bool = True,
+) -> nn.Module:
+    """Make a quantised model ready for training adapters on it.
+
+    All its parameters are frozen, those held in half precision (norms, embeddings, heads) are widened to float32, and
+    gradient checkpointing is switched on, with the inputs made to require gradients where the checkpoints need it.
+
+    Args:
+        model: a transformers model; changed in place and returned.
+        gradient_checkpointing_kwargs: as in `PreTrainedModel.gradient_checkpointing_enable`.
+        auto_clear_cache: give freed accelerator memory back between the casts.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit":
+            parameter.data = parameter.data.float()
+    if auto_clear_cache and torch.accelerator.is_available():
+        torch.accelerator.memory.empty_cache()
+    if use_gradient_checkpointing:
+        options = gradient_checkpointing_kwargs or {}
+        if options.get("use_reentrant", True):
+            model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(**({"gradient_checkpointing_kwargs": options} if options else {}))
+    return model
+
+
+def fsdp_auto_wrap_policy(model: nn.Module):
+    """An FSDP policy that wraps transformer blocks, and trainable leaves apart from frozen ones.
+
+    The blocks are the classes that the model says must not be split, or those in `FSDP_TRANSFORMER_CLS_TO_WRAP`.
+
+    Raises:
+        ValueError: a class of that name is not in the model.
+    """
+    import os
+
+    from accelerate.utils.dataclasses import get_module_class_from_name
+    from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
+
+    default = ",".join(sorted(getattr(model, "_no_split_modules", None) or []))
+    classes = set()
+    for name in filter(None, os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", default).split(",")):
+        found = get_module_class_from_name(model, name)
+        if found is None:
+            raise ValueError(f"FSDP should wrap {name}, but the model has no module of this class")
+        classes.add(found)
+
+    def is_trainable_leaf(module: nn.Module) -> bool:
+        weight = getattr(module, "weight", None)
+        return not list(module.named_children()) and isinstance(weight, torch.Tensor) and weight.requires_grad
+
+    leaves = functools.partial(lambda_auto_wrap_policy, lambda_fn=is_trainable_leaf)
+    blocks = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=classes)
+    return functools.partial(_or_policy, policies=[leaves, blocks])

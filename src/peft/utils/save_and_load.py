@@ -1,0 +1,368 @@
+"""Adapters as state dicts and files.
+
+Which tensor of an adapter has which key in a file is derived from the modules (`adapter_keys`), in one place, for
+saving and loading alike: the adapter's name is left out, everything else stays.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import namedtuple
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from .constants import SAFETENSORS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from .other import AuxiliaryTrainingWrapper
+from .warning import PeftWarning
+
+IncompatibleKeys = namedtuple("IncompatibleKeys", ["missing_keys", "unexpected_keys"])
+# What wrappers around a module (FSDP, torch.compile, activation checkpointing) put into its parameters' names.
+_WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+
+
+def _plain_name(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def adapter_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """`{key in model.state_dict(): key in the adapter's file}` for every tensor of one adapter."""
+    from ..tuners.tuners_utils import BaseTunerLayer
+
+    keys: dict[str, str] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            continue
+        for attribute in module.adapter_layer_names:
+            container = getattr(module, attribute, {})
+            if adapter_name not in container:
+                continue
+            memory = f"{path}.{attribute}.{adapter_name}"
+            # A module that is trained whole has its own place in the file.
+            file = _plain_name(path if isinstance(module, AuxiliaryTrainingWrapper) else f"{path}.{attribute}")
+            entry = container[adapter_name]
+            if isinstance(entry, nn.Module):
+                keys.update({f"{memory}.{name}": f"{file}.{_plain_name(name)}" for name in entry.state_dict()})
+            else:
+                keys[memory] = file
+    return keys
+
+
+def _config_of(model: nn.Module, adapter_name: str):
+    configs = getattr(model, "peft_config", None)
+    if not configs or adapter_name not in configs:
+        raise ValueError(f"There is no adapter {adapter_name!r}; the model has {sorted(configs or {})}")
+    return configs[adapter_name]
+
+
+def _bias_keys(model: nn.Module, config) -> list[str]:
+    from ..tuners.base import trained_biases
+
+    return [name for name, _ in trained_biases(model, config)]
+
+
+def _embedding_keys(model: nn.Module, save_embedding_layers: bool | str, config) -> dict[str, str]:
+    """Keys of the base model's embeddings, where they belong into the adapter's file."""
+    wanted = save_embedding_layers
+    modules = [
+        getter() for getter in (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
+        if callable(getter)
+    ]  # fmt: skip
+    modules = [module for module in modules if module is not None]
+    if wanted == "auto":
+        targets = getattr(config, "target_modules", None) or ()
+        wanted = any(_is_adapted(module) for module in modules) and not isinstance(targets, str)
+        wanted = wanted or _vocabulary_changed(model, config)
+        if wanted:
+            warnings.warn(
+                "The base model's embeddings are saved with the adapter, because the adapter targets them or the "
+                "vocabulary was resized. Give save_embedding_layers=True or False to choose",
+                PeftWarning,
+                stacklevel=4,
+            )
+    if not wanted:
+        return {}
+    from ..tuners.tuners_utils import BaseTunerLayer
+
+    bases = [module.get_base_layer() if isinstance(module, BaseTunerLayer) else module for module in modules]
+    bases = [base for base in bases if not isinstance(base, AuxiliaryTrainingWrapper)]
+    return {
+        f"{path}.{name}": _plain_name(f"{path}.{name}")
+        for path, module in model.named_modules(remove_duplicate=False)
+        if any(module is base for base in bases)
+        for name in module.state_dict()
+    }
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    from ..tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(module, BaseTunerLayer)
+
+
+def _vocabulary_changed(model: nn.Module, config) -> bool:
+    """Whether the model's vocabulary differs from that of the base model's files (looked up locally only)."""
+    name = getattr(config, "base_model_name_or_path", None)
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if not name or size is None:
+        return False
+    from transformers import AutoConfig
+
+    try:
+        original = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError):
+        return False  # not a model on this machine: nothing to compare with
+    return getattr(original, "vocab_size", size) != size
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, torch.Tensor]:
+    """The tensors of one adapter under their keys in a file.
+
+    Args:
+        model: a `PeftModel`, or a model with injected adapters.
+        state_dict: the model's state dict where it had to be gathered (FSDP, ZeRO-3); None: `model.state_dict()`.
+        adapter_name: which adapter.
+        unwrap_compiled: take the model out of `torch.compile` first.
+        save_embedding_layers: whether the base model's embeddings belong to it; "auto": if the adapter targets them or
+            the vocabulary was resized.
+
+    Raises:
+        ValueError: no such adapter.
+    """
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
+    config = _config_of(model, adapter_name)
+    keys = adapter_keys(model, adapter_name)
+    keys.update({name: _plain_name(name) for name in _bias_keys(model, config)})
+    keys.update(_embedding_keys(model, save_embedding_layers, config))
+    tensors = model.state_dict() if state_dict is None else state_dict
+    if state_dict is not None:
+        tensors = {_plain_name(name): tensor for name, tensor in state_dict.items()}
+        keys = {_plain_name(name): file for name, file in keys.items()}
+    missing = [name for name in keys if name not in tensors]
+    if missing:
+        raise ValueError(
+            f"The state dict lacks {len(missing)} of the {len(keys)} tensors of adapter {adapter_name!r}, such as "
+            f"{missing[:3]}"
+        )
+    return {file: tensors[name] for name, file in keys.items()}
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: dict[str, torch.Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> IncompatibleKeys:
+    """Put tensors, under their keys in a file, into an adapter that exists already.
+
+    Args:
+        ignore_mismatched_sizes: warn about tensors of another shape and skip them, instead of an error.
+        low_cpu_mem_usage: take the tensors over instead of copying them (for adapters on the meta device).
+
+    Returns:
+        `(missing_keys, unexpected_keys)`, as keys in a file: tensors of the adapter that are not in the dict, and
+        tensors in the dict that belong nowhere.
+
+    Raises:
+        ValueError: no such adapter.
+        RuntimeError: tensors of another shape.
+    """
+    from ..tuners.tuners_utils import BaseTunerLayer
+
+    config = _config_of(model, adapter_name)
+    expected = {file: name for name, file in adapter_keys(model, adapter_name).items()}
+    own = set(expected)
+    expected.update({_plain_name(name): name for name in _bias_keys(model, config)})
+    base = {_plain_name(name): name for name in model.state_dict()}
+    renamed = {_file_key(key): tensor for key, tensor in peft_model_state_dict.items()}
+    found: dict[str, torch.Tensor] = {}
+    unexpected: list[str] = []
+    current = model.state_dict()
+    mismatched: list[str] = []
+    for key, tensor in renamed.items():
+        name = expected.get(key) or (base.get(key) if key not in own and _is_base_key(key) else None)
+        if name is None:
+            unexpected.append(key)
+        elif current[name].shape != tensor.shape:
+            mismatched.append(f"{key}: {tuple(tensor.shape)} in the file, {tuple(current[name].shape)} in the model")
+        else:
+            found[name] = tensor
+    if mismatched:
+        message = f"{len(mismatched)} tensors have another shape than the adapter's, such as {mismatched[:3]}"
+        if not ignore_mismatched_sizes:
+            raise RuntimeError(f"Error(s) in loading adapter {adapter_name!r}: size mismatch: {message}")
+        warnings.warn(f"{message}; they are skipped", PeftWarning, stacklevel=2)
+    missing = [key for key in expected if key not in renamed]
+    if low_cpu_mem_usage:
+        # Assigned tensors keep their dtype, so they have to be given the one that the adapter should have.
+        found = {name: t.to(current[name].dtype).to(_device_of(model, name)) for name, t in found.items()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.load_state_dict(found, strict=False, assign=low_cpu_mem_usage)
+    for name, parameter in model.named_parameters() if low_cpu_mem_usage else ():
+        parameter.requires_grad_(flags[name])
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and adapter_name in module._available_adapters:
+            if not any(t.is_meta for _, t in module.adapter_tensors(adapter_name)):
+                module.after_load(adapter_name)
+    return IncompatibleKeys(missing, unexpected)
+
+
+def _device_of(model: nn.Module, name: str) -> torch.device:
+    """Where the tensor `name` of an adapter has to be: with the base layer that it adapts."""
+    from ..tuners.tuners_utils import BaseTunerLayer
+
+    path = name.split(".")
+    for depth in range(len(path), 0, -1):
+        try:
+            module = model.get_submodule(".".join(path[:depth]))
+        except AttributeError:
+            continue
+        if isinstance(module, BaseTunerLayer):
+            return module.get_base_layer().weight.device
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            return next(module.original_module.parameters()).device
+    return torch.device("cpu")
+
+
+def _file_key(key: str) -> str:
+    """A key of a file in today's form; deltatuner's wrapped bases are called `linear_sub`."""
+    return _plain_name(key).replace(".linear_sub.", ".")
+
+
+def _is_base_key(key: str) -> bool:
+    """Whether a key of an adapter's file may belong to the base model (saved embeddings, trained biases)."""
+    return not any(part.startswith(("lora_", "sft_", "ssf_")) for part in key.split("."))
+
+
+def report_incompatible(result: IncompatibleKeys, adapter_name: str, source) -> None:
+    """Warn about tensors that a file lacks or has too many."""
+    for keys, what in (
+        (result.missing_keys, "does not have %d tensors of adapter %r, which keep their initial values"),
+        (result.unexpected_keys, "has %d tensors that adapter %r has no place for, which are ignored"),
+    ):
+        if keys:
+            warnings.warn(
+                f"{source} {what % (len(keys), adapter_name)}: {keys[:3]}{' ...' if len(keys) > 3 else ''}. Do the base "
+                "model and the adapter's configuration belong to this file?",
+                PeftWarning,
+                stacklevel=3,
+            )
+
+
+def load_peft_weights(
+    model_id: str | os.PathLike,
+    device: str | None = None,
+    key_mapping: dict[str, str] | None = None,
+    **hf_hub_download_kwargs,
+) -> dict[str, torch.Tensor]:
+    """Read an adapter's tensors from a folder or the hub.
+
+    Looks for `adapter_model.safetensors`, its sharded form (`adapter_model.safetensors.index.json`), and
+    `adapter_model.bin`, which is read with `weights_only=True`.
+
+    Args:
+        device: where to put the tensors; None: an accelerator if there is one.
+        key_mapping: `{regular expression: replacement}` for keys of older model versions.
+        hf_hub_download_kwargs: `subfolder`, `revision`, `token`, `cache_dir`, ...
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    import re
+
+    from ..config import find_file
+    from .other import infer_device
+
+    hub = {key: value for key, value in hf_hub_download_kwargs.items() if value is not None}
+    device = infer_device() if device is None else device
+    tensors = None
+    if path := find_file(model_id, SAFETENSORS_WEIGHTS_NAME, **hub):
+        tensors = _load_safetensors([path], device)
+    elif path := find_file(model_id, SAFETENSORS_INDEX_NAME, **hub):
+        tensors = _load_safetensors(_shards(path, model_id, hub), device)
+    elif path := find_file(model_id, WEIGHTS_NAME, **hub):
+        tensors = torch.load(path, map_location=device, weights_only=True)
+    if tensors is None:
+        raise ValueError(
+            f"Can't find adapter weights at {str(model_id)!r}: looked for {SAFETENSORS_WEIGHTS_NAME}, "
+            f"{SAFETENSORS_INDEX_NAME} and {WEIGHTS_NAME}"
+        )
+    for pattern, replacement in (key_mapping or {}).items():
+        tensors = {re.sub(pattern, replacement, key): tensor for key, tensor in tensors.items()}
+    return tensors
+
+
+def _shards(index_path: str, model_id, hub: dict) -> list[str]:
+    import json
+
+    from ..config import find_file
+
+    with open(index_path, encoding="utf-8") as file:
+        names = sorted(set(json.load(file)["weight_map"].values()))
+    paths = {name: find_file(model_id, name, **hub) for name in names}
+    missing = [name for name, path in paths.items() if path is None]
+    if missing:
+        raise ValueError(f"{SAFETENSORS_INDEX_NAME} names shards that are not there: {missing}")
+    return list(paths.values())
+
+
+def _load_safetensors(paths: Iterable[str], device) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return {key: tensor for path in paths for key, tensor in load_file(path, device=str(device)).items()}
+
+
+def write_adapter(tensors: dict[str, torch.Tensor], folder: str, safe_serialization: bool = True) -> None:
+    """Write an adapter's tensors into `folder`, beside and then renamed.
+
+    Tensors that share memory are written separately (safetensors refuses shared memory).
+    """
+    from ..config import write_atomically
+
+    seen: set[tuple] = set()
+    content = {}
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        memory = (tensor.device, tensor.untyped_storage().data_ptr())
+        content[key] = tensor.clone() if memory in seen and tensor.numel() else tensor
+        seen.add(memory)
+    if safe_serialization:
+        from safetensors.torch import save_file
+
+        path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+        write_atomically(path, lambda file: save_file(content, file, metadata={"format": "pt"}))
+    else:
+        write_atomically(os.path.join(folder, WEIGHTS_NAME), lambda file: torch.save(content, file))
+
+
+def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The base model's tensors under the names that they have without adapters."""
+    adapters = {name for adapter in getattr(model, "peft_config", {}) for name in adapter_keys(model, adapter)}
+    return {_base_key(key): tensor for key, tensor in model.state_dict().items() if key not in adapters}
+
+
+def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], strict: bool = True):
+    """Load tensors, under the names that they have without adapters, into the base model of an adapted one."""
+    adapters = {name for adapter in getattr(model, "peft_config", {}) for name in adapter_keys(model, adapter)}
+    names = {_base_key(key): key for key in model.state_dict() if key not in adapters}
+    missing = [key for key in names if key not in state_dict]
+    unexpected = [key for key in state_dict if key not in names]
+    if strict and (missing or unexpected):
+        raise RuntimeError(f"Missing keys: {missing[:5]} ({len(missing)}), unexpected: {unexpected[:5]} ({len(unexpected)})")
+    model.load_state_dict({names[key]: t for key, t in state_dict.items() if key in names}, strict=False)
+    return IncompatibleKeys(missing, unexpected)
+
+
+def _base_key(key: str) -> str:
+    key = _plain_name(key).removeprefix("base_model.model.")
+    return key.replace(".base_layer.", ".").replace(".original_module.", ".")

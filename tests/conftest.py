@@ -1,0 +1,24 @@
+"""Common to all tests: no network, and inputs that differ from run to run."""
+
+import os
+import random
+
+# Read by the libraries when they are imported, so set before any test module is.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seed all generators afresh for each test. A failing test shows the number; PEFT_TEST_SEED=number repeats it."""
+    seed = int(os.environ.get("PEFT_TEST_SEED") or random.SystemRandom().randrange(2**32))
+    print(f"PEFT_TEST_SEED={seed}")  # captured by pytest, shown for failures only
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return seed

@@ -1,0 +1,155 @@
+"""What `import peft` costs and offers: no heavy modules, lazy names that all resolve, and errors that explain."""
+
+import ast
+import importlib.metadata
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import peft
+from peft import _names
+from peft._lazy import attach
+
+HEAVY = (
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "gguf",
+    "huggingface_hub",
+    "matplotlib",
+    "pandas",
+    "rich",
+    "safetensors",
+    "scipy",
+    "sklearn",
+    "torch",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.distributed.fsdp",
+    "tqdm",
+    "transformers",
+    "yaml",
+)
+
+
+def run(code: str, *options: str) -> str:
+    """Run `code` in a fresh interpreter and return what it prints."""
+    done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def heavy_modules_after(code: str) -> set[str]:
+    return {name for name in run(f"{code}\nimport sys; print(*sys.modules)").split() if name in HEAVY}
+
+
+def test_import_pulls_in_nothing_heavy():
+    assert heavy_modules_after("import peft") == set()
+    assert heavy_modules_after("import peft; dir(peft), peft.__all__, hasattr(peft, 'AdaLoraConfig')") == set()
+
+
+def test_public_names_pull_in_torch_and_little_else():
+    """What a user imports to write a configuration and adapt a model; torch itself may bring some of the list."""
+    allowed = heavy_modules_after("import torch") | {"tqdm", "safetensors"}
+    heavy = heavy_modules_after("from peft import LoraConfig, PeftModel, SftConfig, SsfConfig, get_peft_model")
+    assert heavy <= allowed, f"imported before it is used: {sorted(heavy - allowed)}"
+
+
+def test_import_without_warnings():
+    run("import peft; peft.LoraConfig, peft.get_peft_model", "-W", "error")
+
+
+@pytest.mark.parametrize("name", peft.__all__)
+def test_public_name_resolves_and_pickles_by_reference(name):
+    value = getattr(peft, name)
+    assert name in dir(peft)
+    if isinstance(value, type):
+        assert pickle.loads(pickle.dumps(value)) is value
+
+
+def test_submodules_are_attributes_after_plain_import():
+    names = run(f"import peft\nfor name in {_names.SUBMODULES}: print(getattr(peft, name).__name__)").split()
+    assert names == [f"peft.{name}" for name in _names.SUBMODULES]
+
+
+def test_star_import():
+    assert run("from peft import *; print(LoraConfig.__name__)").strip() == "LoraConfig"
+
+
+def test_type_checkers_see_the_table():
+    """The TYPE_CHECKING block imports exactly the names of the table, each from its module."""
+    tree = ast.parse(Path(peft.__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {}
+    for node in block.body:
+        for alias in node.names:
+            assert alias.name == alias.asname, "without `as`, checkers take the name for private"
+            seen[alias.name] = "." * node.level + node.module
+    assert seen == _names.TABLE
+
+
+def test_no_name_is_both_here_and_missing():
+    assert not _names.TABLE.keys() & _names.MISSING_TABLE.keys()
+    assert len(_names.TABLE) == sum(map(len, _names.EXPORTS.values()))
+    assert len(_names.MISSING_TABLE) == sum(map(len, _names.MISSING.values()))
+
+
+@pytest.mark.parametrize("name", _names.MISSING_TABLE)
+def test_missing_name_names_its_method(name):
+    assert not hasattr(peft, name)
+    with pytest.raises(ImportError) as from_import:
+        exec(f"from peft import {name}")
+    with pytest.raises(AttributeError) as attribute:
+        getattr(peft, name)
+    assert str(from_import.value) == str(attribute.value)
+    assert str(from_import.value).startswith(f"{_names.MISSING_TABLE[name]} (peft.{name}) is not part of peft 0.21.2+")
+    assert "peft==0.21.2" in str(from_import.value)
+
+
+def test_unknown_name_is_an_ordinary_error():
+    assert not hasattr(peft, "NoSuchThing")
+    with pytest.raises(ImportError, match="cannot import name 'NoSuchThing' from 'peft'"):
+        exec("from peft import NoSuchThing")
+
+
+def test_attach_resolves_once(monkeypatch, tmp_path):
+    """A name is looked up once, then lies in the package; names of the table win over the missing ones' message."""
+    package = tmp_path / "lazy_example"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "from peft._lazy import attach\n"
+        "__getattr__, __dir__, __all__ = attach(__name__, {'thing': '.inner'}, {'other': 'Some method'}, ('inner',))\n"
+    )
+    (package / "inner.py").write_text("thing = object()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import lazy_example
+
+    assert lazy_example.__all__ == ["thing"]
+    assert {"thing", "inner"} <= set(dir(lazy_example))
+    assert "thing" not in vars(lazy_example)
+    assert lazy_example.thing is lazy_example.inner.thing
+    assert vars(lazy_example)["thing"] is lazy_example.inner.thing
+    with pytest.raises(ImportError, match=r"^Some method \(lazy_example.other\) is not part of peft"):
+        from lazy_example import other  # noqa: F401
+
+
+def test_attach_without_missing_names_leaves_the_import_system_alone():
+    before = list(sys.meta_path)
+    attach("peft.nothing", {})
+    assert sys.meta_path == before
+
+
+def test_every_folder_is_a_package():
+    """A folder without `__init__.py` works in a checkout, but is left out of the wheel without a word."""
+    root = Path(peft.__file__).parent
+    assert {path.parent for path in root.rglob("*.py")} == {path.parent for path in root.rglob("__init__.py")}
+    assert (root / "py.typed").exists()
+
+
+def test_version_has_one_source():
+    """The metadata, which transformers' version checks read, says what the package says."""
+    assert importlib.metadata.version("peft") == peft.__version__
+    assert peft.__version__.startswith("0.21.2+sft.")
