@@ -73,7 +73,6 @@ if TYPE_CHECKING:
         PeftType as PeftType,
         PeftWarning as PeftWarning,
         TaskType as TaskType,
-        bloom_model_postprocess_past_key_value as bloom_model_postprocess_past_key_value,
         cast_mixed_precision_params as cast_mixed_precision_params,
         get_base_model_state_dict as get_base_model_state_dict,
         get_peft_model_state_dict as get_peft_model_state_dict,

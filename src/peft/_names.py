@@ -46,7 +46,6 @@ EXPORTS: dict[str, tuple[str, ...]] = {
         "PeftType",
         "PeftWarning",
         "TaskType",
-        "bloom_model_postprocess_past_key_value",
         "cast_mixed_precision_params",
         "get_base_model_state_dict",
         "get_peft_model_state_dict",
@@ -124,6 +123,7 @@ MISSING: dict[str, tuple[str, ...]] = {
     "Prefix tuning": (
         "PrefixEncoder",
         "PrefixTuningConfig",
+        "bloom_model_postprocess_past_key_value",
         "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     ),
     "Prompt tuning": ("PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"),

@@ -33,7 +33,7 @@ class _BaseAutoPeftModel:
     _peft_class: type[PeftModel] = PeftModel
 
     def __init__(self, *args, **kwargs):
-        raise EnvironmentError(
+        raise OSError(
             f"{type(self).__name__} is made by {type(self).__name__}.from_pretrained(...), not by its constructor"
         )
 
@@ -65,8 +65,8 @@ class _BaseAutoPeftModel:
         name = adapter.base_model_name_or_path
         if not name:
             raise ValueError(
-                f"The adapter at {pretrained_model_name_or_path} names no base model (base_model_name_or_path): load the "
-                "base model yourself and use PeftModel.from_pretrained"
+                f"The adapter at {pretrained_model_name_or_path} names no base model (base_model_name_or_path): load "
+                "the base model yourself and use PeftModel.from_pretrained"
             )
         base_kwargs = {key: value for key, value in kwargs.items() if key not in ("subfolder", "revision")}
         if adapter.revision is not None:

@@ -24,7 +24,16 @@ from .utils.peft_types import PeftType, TaskType
 from .utils.warning import PeftWarning
 
 # Arguments of huggingface_hub.hf_hub_download that may come in through the loading functions.
-HUB_KWARGS = ("subfolder", "revision", "cache_dir", "force_download", "local_files_only", "token", "proxies", "user_agent")
+HUB_KWARGS = (
+    "subfolder",
+    "revision",
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "token",
+    "proxies",
+    "user_agent",
+)
 
 
 def split_hub_kwargs(kwargs: dict) -> tuple[dict, dict]:

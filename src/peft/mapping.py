@@ -65,6 +65,8 @@ class _View(MutableMapping):
 PEFT_TYPE_TO_CONFIG_MAPPING = _View("config")
 PEFT_TYPE_TO_TUNER_MAPPING = _View("tuner")
 PEFT_TYPE_TO_PREFIX_MAPPING = _View("prefix")
+# Methods that a model of several methods can hold; there are no such models in this version.
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[str, type] = {}
 
 
 def config_class(peft_type: str) -> type[PeftConfig]:

@@ -50,7 +50,7 @@ def get_peft_model(
         raise NotImplementedError("mixed=True: models of several methods are not in this version of peft")
     if isinstance(model, PeftModel):
         raise ValueError(
-            "The model is a PeftModel already. For one more adapter use model.add_adapter(name, config); to start over, "
+            "The model is a PeftModel already. For one more adapter use model.add_adapter(name, config); to start over "
             "take the base model back with model.unload() first"
         )
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):

@@ -1,4 +1,4 @@
-"""`PeftMixedModel`: a model with adapters of several methods. Not in this version; other libraries test for its type."""
+"""`PeftMixedModel`: adapters of several methods in one model. Not in this version; others test for the type."""
 
 from __future__ import annotations
 

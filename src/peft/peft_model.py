@@ -85,9 +85,7 @@ class PeftModel(nn.Module):
     @staticmethod
     def _prepare_gradient_checkpointing(model: nn.Module) -> None:
         """Reentrant checkpoints pass gradients only if their inputs require them: let the embeddings' output do so."""
-        if not getattr(model, "is_gradient_checkpointing", False):
-            return
-        if hasattr(model, "enable_input_require_grads"):
+        if _checkpoints(model) and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
 
     # What there is
@@ -165,9 +163,7 @@ class PeftModel(nn.Module):
         known = list(self.base_model.targeted_module_names)
         self.peft_config[adapter_name] = peft_config
         try:
-            self.base_model.inject_adapter(
-                self.base_model.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
-            )
+            self.base_model.inject_adapter(self.base_model.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
         except Exception:
             for module in (*self.base_model.layers(), *self.base_model.wrappers()):
                 module.delete_adapter(adapter_name)
@@ -210,10 +206,20 @@ class PeftModel(nn.Module):
                     layer.merge(adapter_names=names)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """`(trained, all)` numbers of parameters; packed weights count those they encode."""
+        """`(trained, all)` numbers of parameters.
+
+        Packed weights count those they encode; the positions of sparse deltas are no parameters.
+        """
         from .tuners.sft.model import logical_numel
 
-        counts = [(logical_numel(p), p.requires_grad) for p in self.parameters()]
+        positions = {
+            id(t)
+            for layer in self.base_model.layers()
+            for name in layer._available_adapters
+            for _, t in layer.adapter_tensors(name)
+            if not t.is_floating_point()
+        }
+        counts = [(logical_numel(p), p.requires_grad) for p in self.parameters() if id(p) not in positions]
         return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
 
     def print_trainable_parameters(self) -> None:
@@ -259,7 +265,7 @@ class PeftModel(nn.Module):
                 f"adapter_names holds unknown adapters {unknown}; the model has {sorted(self.peft_config)}, and "
                 f"{BASE_ADAPTER!r} stands for the base model"
             )
-        if self.training and torch.is_grad_enabled() and getattr(self.base_model, "is_gradient_checkpointing", False):
+        if self.training and torch.is_grad_enabled() and _checkpoints(self):
             raise ValueError(
                 "A mixed batch cannot be trained with gradient checkpointing: the layers run again in the backward "
                 "pass, when the batch's adapter_names are gone. Switch one of them off"
@@ -318,7 +324,9 @@ class PeftModel(nn.Module):
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
-            raise ValueError(f"selected_adapters holds unknown adapters {unknown}; there are {sorted(self.peft_config)}")
+            raise ValueError(
+                f"selected_adapters holds unknown adapters {unknown}; there are {sorted(self.peft_config)}"
+            )
         push = kwargs.pop("push_to_hub", False)
         push_kwargs = {k: kwargs.pop(k) for k in ("repo_id", "token", "private", "commit_message") if k in kwargs}
         ignored = sorted(k for k in kwargs if k not in ("max_shard_size", "variant", "save_peft_format"))
@@ -467,6 +475,11 @@ class PeftModel(nn.Module):
         if not is_trainable:
             self.eval()
         return result
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    """Whether gradient checkpointing is on in any part of a transformers model."""
+    return any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
 
 
 @contextlib.contextmanager

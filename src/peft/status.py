@@ -103,7 +103,9 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     return TunerModelStatus(
         base_model_type=type(base).__name__,
         adapter_model_type=type(getattr(model, "base_model", None)).__name__ if base is not model else "None",
-        peft_types={n: getattr(c.peft_type, "value", c.peft_type) for n, c in getattr(model, "peft_config", {}).items()},
+        peft_types={
+            n: getattr(c.peft_type, "value", c.peft_type) for n, c in getattr(model, "peft_config", {}).items()
+        },
         trainable_params=sum(p.numel() for p in parameters if p.requires_grad),
         total_params=sum(p.numel() for p in parameters),
         num_adapter_layers=len(layers),

@@ -373,7 +373,9 @@ class BaseTuner(nn.Module):
         if merge:
             self.merge_adapter(names, safe_merge)  # all of it before any layer goes: an error leaves the model whole
         untied = False
-        targets = [(k, m) for k, m in self.model.named_modules() if isinstance(m, (BaseTunerLayer, ModulesToSaveWrapper))]
+        targets = [
+            (k, m) for k, m in self.model.named_modules() if isinstance(m, (BaseTunerLayer, ModulesToSaveWrapper))
+        ]
         for key, module in tqdm(targets, disable=not progressbar, desc="Unloading" + (" and merging" if merge else "")):
             if isinstance(module, BaseTunerLayer):
                 if not merge and module.merged:

@@ -222,8 +222,8 @@ class NormOp(Op):
     def add_shift(self, W, b, shift):
         if not isinstance(self.layer, (nn.LayerNorm, nn.GroupNorm)) and shift.any():
             raise TypeError(
-                f"{type(self.layer).__name__} has no bias, so a shift cannot be merged into it: unload without merging, "
-                "or leave the norms out of the adapter's targets"
+                f"{type(self.layer).__name__} has no bias, so a shift cannot be merged into it: unload without "
+                "merging, or leave the norms out of the adapter's targets"
             )
         return super().add_shift(W, b, shift)
 

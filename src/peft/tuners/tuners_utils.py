@@ -19,7 +19,7 @@ from torch import nn
 from ..utils.warning import PeftWarning
 from .ops import Op, make_op
 
-__all__ = ["AdditiveLayer", "BASE_ADAPTER", "BaseTuner", "BaseTunerLayer", "WeightSpaceLayer"]
+__all__ = ["AdditiveLayer", "BASE_ADAPTER", "BaseTunerLayer", "WeightSpaceLayer"]
 
 BASE_ADAPTER = "__base__"  # in a mixed batch: this row goes through the base model
 

@@ -1,4 +1,4 @@
-"""What is trained whole beside an adapter (`ModulesToSaveWrapper`), and helpers that other libraries import from here."""
+"""What is trained whole beside an adapter (`ModulesToSaveWrapper`), and helpers that other libraries import."""
 
 from __future__ import annotations
 
@@ -103,7 +103,9 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         here = [name for name in names if name in self.modules_to_save]
         if len(here) > 1:
-            raise ValueError(f"Only one adapter can replace a module as a whole, but {here} all do: activate one of them")
+            raise ValueError(
+                f"Only one adapter can replace a module as a whole, but {here} all do: activate one of them"
+            )
         for name in self.modules_to_save:
             self._set_flags(name, name in names and not inference_mode and name not in self._user_frozen)
         self._active_adapter = names

@@ -66,11 +66,8 @@ def _bias_keys(model: nn.Module, config) -> list[str]:
 def _embedding_keys(model: nn.Module, save_embedding_layers: bool | str, config) -> dict[str, str]:
     """Keys of the base model's embeddings, where they belong into the adapter's file."""
     wanted = save_embedding_layers
-    modules = [
-        getter() for getter in (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
-        if callable(getter)
-    ]  # fmt: skip
-    modules = [module for module in modules if module is not None]
+    getters = [getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
+    modules = [module for getter in getters if callable(getter) and (module := getter()) is not None]
     if wanted == "auto":
         targets = getattr(config, "target_modules", None) or ()
         wanted = any(_is_adapted(module) for module in modules) and not isinstance(targets, str)
@@ -252,8 +249,8 @@ def report_incompatible(result: IncompatibleKeys, adapter_name: str, source) -> 
     ):
         if keys:
             warnings.warn(
-                f"{source} {what % (len(keys), adapter_name)}: {keys[:3]}{' ...' if len(keys) > 3 else ''}. Do the base "
-                "model and the adapter's configuration belong to this file?",
+                f"{source} {what % (len(keys), adapter_name)}: {keys[:3]}{' ...' if len(keys) > 3 else ''}. Do the "
+                "base model and the adapter's configuration belong to this file?",
                 PeftWarning,
                 stacklevel=3,
             )
@@ -358,7 +355,9 @@ def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, torch.Tens
     missing = [key for key in names if key not in state_dict]
     unexpected = [key for key in state_dict if key not in names]
     if strict and (missing or unexpected):
-        raise RuntimeError(f"Missing keys: {missing[:5]} ({len(missing)}), unexpected: {unexpected[:5]} ({len(unexpected)})")
+        raise RuntimeError(
+            f"Missing keys: {missing[:5]} ({len(missing)}), unexpected: {unexpected[:5]} ({len(unexpected)})"
+        )
     model.load_state_dict({names[key]: t for key, t in state_dict.items() if key in names}, strict=False)
     return IncompatibleKeys(missing, unexpected)
 

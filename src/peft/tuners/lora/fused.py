@@ -17,6 +17,7 @@ from torch import nn
 
 from ..ops import is_plain, no_global_hooks
 
+
 class FusedLora(torch.autograd.Function):
     """`apply(x, xd, W, b, A, B, bB, s)`: (..., I), (..., I) or None, (O, I), (O) or None, (r, I), (O, r), (O) or None.
 
@@ -35,7 +36,9 @@ class FusedLora(torch.autograd.Function):
         ctx.s, ctx.shared_input = s, xd is None
         needs = ctx.needs_input_grad
         train = needs[4] or needs[5]
-        ctx.save_for_backward(dropped if train else None, hidden if train else None, W, A, B, rows if needs[2] else None)
+        ctx.save_for_backward(
+            dropped if train else None, hidden if train else None, W, A, B, rows if needs[2] else None
+        )
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -89,5 +92,7 @@ def lora_product(xd: torch.Tensor, A: nn.Module, B: nn.Module, cast_input: bool 
     """
     if is_plain(A) and is_plain(B) and no_global_hooks():
         dtype = xd.dtype
-        return F.linear(F.linear(xd, A.weight.to(dtype)), B.weight.to(dtype), None if B.bias is None else B.bias.to(dtype))
+        return F.linear(
+            F.linear(xd, A.weight.to(dtype)), B.weight.to(dtype), None if B.bias is None else B.bias.to(dtype)
+        )
     return B(A(xd.to(A.weight.dtype) if cast_input else xd)).to(xd.dtype)

@@ -135,7 +135,14 @@ class Linear(LoraLayer, nn.Module):
     def _apply_adapters(self, names, x, *args, **kwargs):
         first = names[0]
         A, B, base, s = self.lora_A[first], self.lora_B[first], self.base_layer, self.scaling[first]
-        plain = type(base) is nn.Linear and is_plain(base) and is_plain(A) and is_plain(B) and no_global_hooks() and isinstance(s, float)
+        plain = (
+            type(base) is nn.Linear
+            and is_plain(base)
+            and is_plain(A)
+            and is_plain(B)
+            and no_global_hooks()
+            and isinstance(s, float)
+        )
         if not plain or args or kwargs or not x.is_floating_point():
             return super()._apply_adapters(names, x, *args, **kwargs)
         dropout = self.lora_dropout[first]

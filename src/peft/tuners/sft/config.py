@@ -105,8 +105,8 @@ class SftConfig(PeftConfig):
             raise ValueError(f"reselection_steps must be at least 2, got {self.reselection_steps!r}")
         if not 1 <= self.selection_accumulation_steps <= self.reselection_steps - 1:
             raise ValueError(
-                f"selection_accumulation_steps must be in 1..reselection_steps-1 = 1..{self.reselection_steps - 1}, got "
-                f"{self.selection_accumulation_steps!r}"
+                f"selection_accumulation_steps must be in 1..reselection_steps-1 = 1..{self.reselection_steps - 1}, "
+                f"got {self.selection_accumulation_steps!r}"
             )
         if not 0 <= self.initial_reselection_rate <= 1:
             raise ValueError(f"initial_reselection_rate must be in [0, 1], got {self.initial_reselection_rate!r}")

@@ -54,6 +54,7 @@ def _sum(base: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 def _reduce(block: torch.Tensor) -> torch.Tensor:
     """Sum over the processes of a data-parallel run, so that all choose the same candidates."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        block = block.clone()
         torch.distributed.all_reduce(block)
     return block
 
@@ -68,7 +69,7 @@ class _Candidates:
 
     def see(self, gradient: torch.Tensor, start: int) -> None:
         """Take in the dense gradient (n,) of the positions from `start` on."""
-        size = _reduce(gradient.float().clone()).abs()
+        size = _reduce(gradient.float()).abs()
         size, position = size.topk(min(self.k, size.numel()))
         position = position + start
         if self.size is not None:

@@ -12,9 +12,9 @@ import math
 import torch
 from torch import nn
 
+from ...utils.quantization_utils import is_quantized
 from ..ops import is_plain, no_global_hooks
 from ..tuners_utils import AdditiveLayer
-from ...utils.quantization_utils import is_quantized
 from .config import DTYPES
 from .kernels import scatter_add, sparse_linear, sparse_product
 
@@ -71,7 +71,7 @@ class SparseDelta(nn.Module):
         self.candidate_grad = None
 
     def take_candidate_grad(self) -> torch.Tensor | None:
-        """The candidates' gradient since the last call, (k,) float32, as `.grad` would have it; None if there is none."""
+        """The candidates' gradient since the last call, (k,) float32, as `.grad` would have it; None: there is none."""
         taken, self.candidate_grad = self.candidate_grad, None
         return taken
 
@@ -165,5 +165,3 @@ class SftLayer(AdditiveLayer, nn.Module):
         if op.kind == "Linear":
             return super()._apply_adapters(names, x, *args, **kwargs)
         return op.op(x, *self.folded(names))
-
-

