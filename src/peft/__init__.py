@@ -53,13 +53,21 @@ if TYPE_CHECKING:
         LoraModel as LoraModel,
         LoraRuntimeConfig as LoraRuntimeConfig,
     )
-    from .tuners.sft import (
-        SftAdamW as SftAdamW,
+    from .tuners.sft.config import (
         SftArguments as SftArguments,
         SftConfig as SftConfig,
+    )
+    from .tuners.sft.model import (
         SftModel as SftModel,
-        SftSelector as SftSelector,
+    )
+    from .tuners.sft.optimizer import (
+        SftAdamW as SftAdamW,
         SftSM3 as SftSM3,
+    )
+    from .tuners.sft.selector import (
+        SftSelector as SftSelector,
+    )
+    from .tuners.sft.trainer import (
         SftTrainer as SftTrainer,
     )
     from .tuners.ssf import (
@@ -67,20 +75,28 @@ if TYPE_CHECKING:
         SsfConfig as SsfConfig,
         SsfModel as SsfModel,
     )
-    from .utils import (
+    from .utils.error import (
         NoMatchingPeftModuleError as NoMatchingPeftModuleError,
         PeftError as PeftError,
-        PeftType as PeftType,
-        PeftWarning as PeftWarning,
-        TaskType as TaskType,
+    )
+    from .utils.other import (
         cast_mixed_precision_params as cast_mixed_precision_params,
+        prepare_model_for_kbit_training as prepare_model_for_kbit_training,
+        shift_tokens_right as shift_tokens_right,
+    )
+    from .utils.peft_types import (
+        PeftType as PeftType,
+        TaskType as TaskType,
+    )
+    from .utils.save_and_load import (
         get_base_model_state_dict as get_base_model_state_dict,
         get_peft_model_state_dict as get_peft_model_state_dict,
         load_peft_weights as load_peft_weights,
-        prepare_model_for_kbit_training as prepare_model_for_kbit_training,
         set_base_model_state_dict as set_base_model_state_dict,
         set_peft_model_state_dict as set_peft_model_state_dict,
-        shift_tokens_right as shift_tokens_right,
+    )
+    from .utils.warning import (
+        PeftWarning as PeftWarning,
     )
 else:
     from ._lazy import attach

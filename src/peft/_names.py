@@ -38,23 +38,23 @@ EXPORTS: dict[str, tuple[str, ...]] = {
         "get_model_status",
     ),
     ".tuners.lora": ("LoraConfig", "LoraModel", "LoraRuntimeConfig"),
-    ".tuners.sft": ("SftAdamW", "SftArguments", "SftConfig", "SftModel", "SftSM3", "SftSelector", "SftTrainer"),
+    ".tuners.sft.config": ("SftArguments", "SftConfig"),
+    ".tuners.sft.model": ("SftModel",),
+    ".tuners.sft.optimizer": ("SftAdamW", "SftSM3"),
+    ".tuners.sft.selector": ("SftSelector",),
+    ".tuners.sft.trainer": ("SftTrainer",),
     ".tuners.ssf": ("SSFConfig", "SsfConfig", "SsfModel"),
-    ".utils": (
-        "NoMatchingPeftModuleError",
-        "PeftError",
-        "PeftType",
-        "PeftWarning",
-        "TaskType",
-        "cast_mixed_precision_params",
+    ".utils.error": ("NoMatchingPeftModuleError", "PeftError"),
+    ".utils.other": ("cast_mixed_precision_params", "prepare_model_for_kbit_training", "shift_tokens_right"),
+    ".utils.peft_types": ("PeftType", "TaskType"),
+    ".utils.save_and_load": (
         "get_base_model_state_dict",
         "get_peft_model_state_dict",
         "load_peft_weights",
-        "prepare_model_for_kbit_training",
         "set_base_model_state_dict",
         "set_peft_model_state_dict",
-        "shift_tokens_right",
     ),
+    ".utils.warning": ("PeftWarning",),
 }
 """Module, relative to the package -> the public names it defines."""
 

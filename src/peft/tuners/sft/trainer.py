@@ -99,7 +99,7 @@ class SftTrainerMixin:
             return
         if self.args.optim not in PLAIN_OPTIMIZERS:
             raise ValueError(
-                f"optim={str(self.args.optim)!r} cannot be combined with sparse fine-tuning, which needs "
+                f"optim={getattr(self.args.optim, 'value', self.args.optim)!r} cannot be combined with sparse fine-tuning, which needs "
                 f"{needed.__name__}; leave `optim` at its default"
             )
         if self.args.optim_args:

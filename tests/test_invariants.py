@@ -1,0 +1,609 @@
+"""What every method must satisfy, for every kind of layer (DESIGN.md): one set of tests over methods x ops x dtypes.
+
+A new method gets a row in `METHODS` (how to configure it, which ops it has, what it does to an output according to an
+independent float64 formula), a new kind of layer a row in `OPS`; the tests are the same for all.
+
+Letters: N rows of a batch, O output channels, I input channels.
+"""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft import LoraConfig, PeftModel, SftConfig, SsfConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+N, VOCAB = 4, 11
+
+
+class TinyRMSNorm(nn.Module):
+    """As Llama's: no bias, no offset."""
+
+    offset = 0.0
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x):
+        wide = x if x.dtype == torch.float64 else x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return (normed * (self.offset + self.weight.to(normed.dtype))).to(x.dtype)
+
+
+class OffsetRMSNorm(TinyRMSNorm):
+    """As Gemma's: the weight counts from 1."""
+
+    offset = 1.0
+
+
+class Net(nn.Module):
+    """One target layer, `layer`, and a second of the same kind that is never a target."""
+
+    def __init__(self, make: Callable[[], nn.Module]):
+        super().__init__()
+        self.layer = make()
+        self.other = make()
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@dataclass
+class OpCase:
+    """A kind of layer: how to make one, an input, and its function written out with weight and bias given."""
+
+    make: Callable[[], nn.Module]
+    draw: Callable[[], torch.Tensor]
+    function: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+    channel_dim: int = -1
+    stored_transposed: bool = False
+    offset: float = 0.0
+
+
+def rms_norm(x, weight, bias):
+    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+OPS: dict[str, OpCase] = {
+    "linear": OpCase(lambda: nn.Linear(6, 5), lambda: torch.randn(N, 3, 6), lambda x, W, b: x @ W.T + b),
+    "linear_no_bias": OpCase(lambda: nn.Linear(6, 5, bias=False), lambda: torch.randn(N, 6), lambda x, W, b: x @ W.T),
+    "Conv1D": OpCase(lambda: Conv1D(5, 6), lambda: torch.randn(N, 3, 6), lambda x, W, b: x @ W + b, stored_transposed=True),
+    "conv1d": OpCase(
+        lambda: nn.Conv1d(4, 6, 3, padding=1, stride=2),
+        lambda: torch.randn(N, 4, 9),
+        lambda x, W, b: F.conv1d(x, W, b, padding=1, stride=2),
+        channel_dim=1,
+    ),
+    "conv2d": OpCase(
+        lambda: nn.Conv2d(4, 6, (3, 2), padding=1, dilation=(1, 2), padding_mode="circular"),
+        lambda: torch.randn(N, 4, 7, 6),
+        lambda x, W, b: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), W, b, dilation=(1, 2)),
+        channel_dim=1,
+    ),
+    "conv3d": OpCase(
+        lambda: nn.Conv3d(4, 6, 2),
+        lambda: torch.randn(N, 4, 3, 4, 3),
+        lambda x, W, b: F.conv3d(x, W, b),
+        channel_dim=1,
+    ),
+    "embedding": OpCase(
+        lambda: nn.Embedding(VOCAB, 6), lambda: torch.randint(VOCAB, (N, 5)), lambda x, W, b: W[x], stored_transposed=True
+    ),
+    "LayerNorm": OpCase(
+        lambda: nn.LayerNorm(6), lambda: torch.randn(N, 3, 6), lambda x, W, b: F.layer_norm(x, (6,)) * W + b
+    ),
+    "RMSNorm": OpCase(lambda: TinyRMSNorm(6), lambda: torch.randn(N, 3, 6), rms_norm),
+    "OffsetRMSNorm": OpCase(
+        lambda: OffsetRMSNorm(6), lambda: torch.randn(N, 3, 6), lambda x, W, b: rms_norm(x, 1 + W, b), offset=1.0
+    ),
+}
+NORMS = ("LayerNorm", "RMSNorm", "OffsetRMSNorm")
+
+
+# Each method's formula: (op, stored weight, bias, parameters by their path in the layer, x) -> output
+
+
+def lora_formula(op: OpCase, W, b, parameters, x, scaling=2.0):
+    """arXiv 2106.09685, eq. 3: `W + scaling B A`."""
+    if "lora_embedding_A" in parameters:
+        A, B = parameters["lora_embedding_A"], parameters["lora_embedding_B"]
+    else:
+        A, B = parameters["lora_A.weight"], parameters["lora_B.weight"]
+    delta = scaling * torch.tensordot(B.reshape(B.shape[0], B.shape[1]), A, dims=1)
+    return op.function(x, W + (delta.T if op.stored_transposed else delta), b)
+
+
+def sft_formula(op: OpCase, W, b, parameters, x):
+    """arXiv 2401.16405, section 3: `W` with the values added at the positions."""
+    flat = torch.zeros(W.numel(), dtype=W.dtype).scatter_add(0, parameters["sft_delta.indices"].long(), parameters["sft_delta.values"])
+    return op.function(x, W + flat.view(W.shape), b)
+
+
+def ssf_formula(op: OpCase, W, b, parameters, x):
+    """arXiv 2210.08823, eq. 4: scale and shift per output channel."""
+    y = op.function(x, W, b)
+    scale, shift = (parameters[name].reshape(-1, *([1] * (y.dim() - 2))) if op.channel_dim == 1 else parameters[name]
+                    for name in ("ssf_scale", "ssf_shift"))  # fmt: skip
+    return y * scale + shift
+
+
+@dataclass
+class MethodCase:
+    """A method: its configuration, its formula, what it can do, and configurations that it refuses."""
+
+    config: Callable[..., object]
+    formula: Callable
+    ops: tuple[str, ...] = tuple(OPS)
+    unmerges_exactly: bool = False
+    bad: tuple[tuple[dict, str], ...] = ()
+    wide: dict = field(default_factory=dict)  # what makes the parameters as wide as a float64 base
+
+
+METHODS: dict[str, MethodCase] = {
+    "lora": MethodCase(
+        lambda **kw: LoraConfig(r=4, lora_alpha=8, **kw),
+        lora_formula,
+        ops=tuple(op for op in OPS if op not in NORMS),
+        bad=(
+            ({"r": 0}, "rank must be a positive whole number, got r=0"),
+            ({"r": -3}, "got r=-3"),
+            ({"r": 2.5}, "got r=2.5"),
+            ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\]=0"),
+            ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), got 1.0"),
+            ({"lora_dropout": -0.1}, "got -0.1"),
+            ({"bias": "some"}, "bias must be 'none', 'all' or 'lora_only', got 'some'"),
+            ({"init_lora_weights": "best"}, "init_lora_weights must be .* got 'best'"),
+        ),
+    ),
+    "sft": MethodCase(
+        lambda **kw: SftConfig(**{"num_tunable_weights": 5, **kw}),
+        sft_formula,
+        unmerges_exactly=True,
+        wide={"dtype": "auto"},
+        bad=(
+            ({"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
+            ({"density": 1.5}, "got 1.5"),
+            ({"num_tunable_weights": 0}, "num_tunable_weights must be positive, got 0"),
+            ({"num_deltas": {"layer": -1}}, r"num_deltas\['layer'\] must be a whole number >= 0, got -1"),
+            ({"selection_algorithm": "best"}, "selection_algorithm must be one of .* got 'best'"),
+            ({"reselection_rate_policy": "step"}, "reselection_rate_policy must be one of .* got 'step'"),
+            ({"dtype": "int8"}, "dtype must be one of .* got 'int8'"),
+            ({"selection_accumulation_steps": 20}, r"must be in 1..reselection_steps-1 = 1..19, got 20"),
+            ({"selection_accumulation_steps": 0}, "got 0"),
+            ({"reselection_steps": 1}, "reselection_steps must be at least 2, got 1"),
+            ({"initial_reselection_rate": 1.1}, r"initial_reselection_rate must be in \[0, 1\], got 1.1"),
+        ),
+    ),
+    "ssf": MethodCase(
+        lambda **kw: SsfConfig(**kw),
+        ssf_formula,
+        unmerges_exactly=True,
+        bad=(
+            ({"bias": "ssf_only"}, "bias must be 'none' or 'all', got 'ssf_only'"),
+            ({"init_ssf_weights": "uniform"}, "init_ssf_weights must be True or 'normal', got 'uniform'"),
+            ({"init_ssf_weights": False}, "got False"),
+        ),
+    ),
+}  # fmt: skip
+EVERY_BAD = (
+    ({"target_modules": "lay(er"}, r"target_modules='lay\(er' is not a valid regular expression"),
+    ({"exclude_modules": "lay(er"}, r"exclude_modules='lay\(er' is not a valid regular expression"),
+    ({"target_modules": "layer", "layers_to_transform": [1]}, "layers_to_transform cannot be combined"),
+    ({"target_modules": ["layer"], "layers_pattern": "h"}, "layers_pattern .* needs layers_to_transform"),
+    ({"target_modules": ["layer"], "task_type": "CHESS"}, "task_type must be one of .* got 'CHESS'"),
+)
+
+PAIRS = [(method, op) for method, case in METHODS.items() for op in case.ops]
+REFUSED = [(method, op) for method, case in METHODS.items() for op in OPS if op not in case.ops]
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+all_pairs = pytest.mark.parametrize(("method", "op"), PAIRS)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+counts = pytest.mark.parametrize("names", [["a"], ["a", "b"]], ids=["1 adapter", "2 adapters"])
+
+
+def make_base(op: str, dtype: torch.dtype) -> Net:
+    base = Net(OPS[op].make)
+    for parameter in base.parameters():
+        nn.init.normal_(parameter, std=0.7)
+    return base.to(dtype)
+
+
+def draw_input(op: str, dtype: torch.dtype) -> torch.Tensor:
+    x = OPS[op].draw()
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def config_for(method: str, dtype: torch.dtype = torch.float32, **kw):
+    wide = METHODS[method].wide if dtype == torch.float64 else {}
+    return METHODS[method].config(target_modules=["layer"], **wide, **kw)
+
+
+def randomise(model: nn.Module, names: list[str], without_shift: bool = False) -> None:
+    """Trained values for the adapters: 0.5 beside a zero start, so that every part of them matters."""
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            for name in names:
+                for path, parameter in layer.adapter_tensors(name):
+                    if parameter.is_floating_point() and not (without_shift and path == "ssf_shift"):
+                        parameter.data.add_(0.5 * torch.randn_like(parameter))
+
+
+def adapt(base: nn.Module, method: str, names: list[str], dtype: torch.dtype, trained: bool = True, **kw) -> PeftModel:
+    model = get_peft_model(base, config_for(method, dtype, **kw), adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config_for(method, dtype, **kw))
+    if trained:
+        # An RMS norm has no place for a shift: what can be merged there is the scale (the refusal has its own test).
+        randomise(model, names, without_shift=isinstance(base.layer.get_base_layer(), TinyRMSNorm))
+    model.set_adapter(names)
+    return model
+
+
+def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: tensor.clone() for key, tensor in module.state_dict().items()}
+
+
+def base_tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
+    return snapshot(layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer)
+
+
+def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """Bit for bit: zeros have signs."""
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert ours[key].dtype == tensor.dtype
+        assert torch.equal(ours[key], tensor) and torch.equal(ours[key].signbit(), tensor.signbit()), key
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
+    """Relative to the largest entry: single ones may cancel."""
+    assert ours.shape == theirs.shape
+    difference = (ours.double() - theirs.double()).abs().max()
+    assert difference <= tolerance * theirs.double().abs().max().clamp(min=1e-3), difference.item()
+
+
+def reference(method: str, op: str, model: PeftModel, name: str, x: torch.Tensor, base: dict[str, torch.Tensor]):
+    """`(output, leaves)` of one adapter by the formula in float64; leaves by path, the input as `x`."""
+    leaves = {}
+    layer = model.get_base_model().layer
+    for path, parameter in layer.adapter_tensors(name):
+        value = parameter.detach().double() if parameter.is_floating_point() else parameter.detach()
+        leaves[path] = value.requires_grad_(value.is_floating_point())
+    leaves["x"] = x.detach().double().requires_grad_() if x.is_floating_point() else x
+    W, b = base["weight"].double(), base["bias"].double() if "bias" in base else None
+    return METHODS[method].formula(OPS[op], W, b, leaves, leaves["x"]), leaves
+
+
+@all_pairs
+@dtypes
+@counts
+def test_new_adapter_is_the_base_model(method, op, dtype, names):
+    base = make_base(op, dtype)
+    x = draw_input(op, dtype)
+    expected = base(x)
+    model = adapt(base, method, names, dtype, trained=False)
+    assert torch.equal(model(x), expected)
+    model.merge_adapter()
+    assert torch.equal(model(x), expected)
+
+
+@all_pairs
+@dtypes
+def test_forward_is_the_formula(method, op, dtype):
+    base = make_base(op, dtype)
+    weights, x = base_tensors(base.layer), draw_input(op, dtype)
+    model = adapt(base, method, ["a"], dtype)
+    randomise(model, ["a"])
+    expected, _ = reference(method, op, model, "a", x, weights)
+    y = model(x)
+    assert y.dtype == dtype
+    assert_close(y, expected, TOLERANCE[dtype])
+
+
+@all_pairs
+@dtypes
+@counts
+def test_merge_unmerge_and_unload(method, op, dtype, names):
+    base = make_base(op, dtype)
+    before, plain, x = base_tensors(base.layer), base.layer, draw_input(op, dtype)
+    model = adapt(base, method, names, dtype)
+    forward = model(x)
+    assert_same(base_tensors(base.layer), before)
+
+    model.merge_adapter()
+    assert base.layer.merged_adapters == names
+    assert {tensor.dtype for tensor in base_tensors(base.layer).values()} == {dtype}
+    assert_close(model(x), forward, TOLERANCE[dtype])
+    assert not torch.equal(base.layer.get_base_layer().weight, before["weight"])
+    model.unmerge_adapter()
+    after = base_tensors(base.layer)
+    if METHODS[method].unmerges_exactly:
+        assert_same(after, before)
+        assert torch.equal(model(x), forward)
+    else:
+        assert after.keys() == before.keys()
+        for key, tensor in after.items():
+            assert_close(tensor, before[key], TOLERANCE[dtype])
+
+    base.layer.get_base_layer().load_state_dict(before)
+    untouched = copy.deepcopy(model)
+    assert untouched.unload() is untouched.base_model.model
+    assert type(untouched.base_model.model.layer) is type(plain)
+    assert_same(base_tensors(untouched.base_model.model.layer), before)
+    merged = model.merge_and_unload()
+    assert merged is base and merged.layer is plain
+    assert not hasattr(merged, "peft_config")
+    assert_close(merged(x), forward, TOLERANCE[dtype])
+
+
+@all_pairs
+@dtypes
+def test_one_of_two_adapters_merged(method, op, dtype):
+    base = make_base(op, dtype)
+    before, x = base_tensors(base.layer), draw_input(op, dtype)
+    model = adapt(base, method, ["a", "b"], dtype)
+    both = model(x)
+    model.merge_adapter(["a"])
+    assert_close(model(x), both, TOLERANCE[dtype])  # a is in the weight, b beside it
+    model.merge_adapter(["b"])
+    assert base.layer.merged_adapters == ["a", "b"]
+    model.unmerge_adapter()
+    if METHODS[method].unmerges_exactly:
+        assert_same(base_tensors(base.layer), before)
+
+
+@all_pairs
+@dtypes
+def test_disabled_is_the_base_model(method, op, dtype):
+    base = make_base(op, dtype)
+    x = draw_input(op, dtype)
+    expected = base(x)
+    model = adapt(base, method, ["a"], dtype)
+    adapted = model(x)
+    assert not torch.equal(adapted, expected)
+    with model.disable_adapter():
+        assert torch.equal(model(x), expected)
+        with model.disable_adapter():
+            assert torch.equal(model(x), expected)
+        assert torch.equal(model(x), expected)
+    assert torch.equal(model(x), adapted)
+
+
+@all_pairs
+@dtypes
+def test_disabled_while_merged_is_the_base_model(method, op, dtype):
+    base = make_base(op, dtype)
+    x = draw_input(op, dtype)
+    expected = base(x)
+    model = adapt(base, method, ["a"], dtype)
+    model.merge_adapter()
+    merged = model(x)
+    with model.disable_adapter():
+        inside = model(x)
+    if METHODS[method].unmerges_exactly:
+        assert torch.equal(inside, expected)
+    else:
+        assert_close(inside, expected, TOLERANCE[dtype])
+    assert base.layer.merged_adapters == ["a"]
+    assert_close(model(x), merged, TOLERANCE[dtype])
+
+
+@all_pairs
+@dtypes
+def test_mixed_batch_is_single_runs_row_by_row(method, op, dtype):
+    base = make_base(op, dtype)
+    x = draw_input(op, dtype)
+    model = adapt(base, method, ["a", "b"], dtype)
+    rows = ["b", "__base__", "a", "b"]
+    mixed = model(x, adapter_names=rows)
+    with model.disable_adapter():
+        single = {"__base__": model(x)}
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        single[name] = model(x)
+    for row, name in enumerate(rows):
+        assert_close(mixed[row], single[name][row], TOLERANCE[dtype])
+    assert not torch.equal(single["a"], single["b"])
+    for name, expected in single.items():  # one adapter for all rows needs no splitting: the very same computation
+        assert torch.equal(model(x, adapter_names=[name] * N), expected)
+
+
+@all_pairs
+@dtypes
+@counts
+def test_save_and_load(method, op, dtype, names, tmp_path):
+    base = make_base(op, dtype)
+    fresh, x = copy.deepcopy(base), draw_input(op, dtype)
+    model = adapt(base, method, names, dtype)
+    expected = model(x)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / names[0], adapter_name=names[0])
+    for name in names[1:]:
+        assert loaded.load_adapter(tmp_path / name, name) == ([], [])
+    loaded.set_adapter(names, inference_mode=True)
+    assert torch.equal(loaded(x), expected)
+    for name in names:
+        assert_same(get_peft_model_state_dict(loaded, adapter_name=name), get_peft_model_state_dict(model, adapter_name=name))
+
+
+@all_pairs
+def test_gradients_are_those_of_the_formula(method, op):
+    dtype = torch.float64
+    base = make_base(op, dtype)
+    weights, x = base_tensors(base.layer), draw_input(op, dtype)
+    model = adapt(base, method, ["a"], dtype)
+    randomise(model, ["a"])
+    expected, leaves = reference(method, op, model, "a", x, weights)
+    upstream = torch.randn_like(expected)
+    expected.backward(upstream)
+    if x.is_floating_point():
+        x.requires_grad_()
+    y = model(x)
+    assert_close(y, expected, TOLERANCE[dtype])
+    y.backward(upstream)
+    for path, parameter in base.layer.adapter_tensors("a"):
+        if parameter.is_floating_point():
+            assert parameter.dtype == dtype
+            assert_close(parameter.grad, leaves[path].grad, TOLERANCE[dtype])
+    if x.is_floating_point():
+        assert_close(x.grad, leaves["x"].grad, TOLERANCE[dtype])
+    assert all(parameter.grad is None for parameter in base.layer.get_base_layer().parameters())
+
+
+@all_pairs
+@dtypes
+@pytest.mark.parametrize("between", ["disabled", "other adapter", "merged and back"])
+def test_backward_after_the_model_was_used_otherwise(method, op, dtype, between):
+    """Forward with a, then forward of something else, then backward of the first: a's gradients (DPO does so)."""
+    base = make_base(op, dtype)
+    x = draw_input(op, dtype)
+    model = adapt(base, method, ["a", "b"], dtype)
+    model.set_adapter("a")
+    parameters = [p for _, p in base.layer.adapter_tensors("a") if p.is_floating_point()]
+    y = model(x)
+    upstream = torch.randn_like(y)
+    expected = torch.autograd.grad(y, parameters, upstream)
+    y = model(x)
+    if between == "disabled":
+        with model.disable_adapter(), torch.no_grad():
+            model(x)
+    elif between == "other adapter":
+        model.set_adapter("b")
+        model(x).sum().backward()
+    else:
+        model.merge_adapter()
+        model(x)
+        model.unmerge_adapter()
+        if not METHODS[method].unmerges_exactly:
+            expected = [g for g in expected]
+    y.backward(upstream)
+    for parameter, gradient in zip(parameters, expected):
+        assert_close(parameter.grad, gradient, TOLERANCE[dtype] if between == "merged and back" else 0.0)
+
+
+@all_pairs
+def test_inference_mode_freezes(method, op, tmp_path):
+    base = make_base(op, torch.float32)
+    model = adapt(base, method, ["a"], torch.float32, inference_mode=True)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.save_pretrained(tmp_path)
+    for is_trainable in (False, True):
+        again = PeftModel.from_pretrained(make_base(op, torch.float32), tmp_path / "a", is_trainable=is_trainable)
+        flags = {p.requires_grad for _, p in again.get_base_model().layer.adapter_tensors("default") if p.is_floating_point()}
+        assert flags == {is_trainable}
+        assert again.peft_config["default"].inference_mode is not is_trainable
+    model.set_adapter("a", inference_mode=True)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@all_pairs
+def test_deleting_and_adding_again_leaves_no_trace(method, op):
+    base = make_base(op, torch.float32)
+    x = draw_input(op, torch.float32)
+    model = adapt(base, method, ["a"], torch.float32)
+    model(x).sum().backward()
+    keys, modules = set(model.state_dict()), {name: type(m) for name, m in model.named_modules()}
+    alone, plain = model(x), vars(base.layer).keys()
+    values = {attribute: copy.copy(getattr(base.layer, attribute)) for attribute in base.layer.other_param_names}
+    model.add_adapter("b", config_for(method))
+    model.set_requires_grad("b", False)
+    randomise(model, ["b"])
+    model.set_adapter(["a", "b"])
+    model.delete_adapter("b")
+    assert set(model.state_dict()) == keys
+    assert {name: type(m) for name, m in model.named_modules()} == modules
+    assert {attribute: getattr(base.layer, attribute) for attribute in base.layer.other_param_names} == values
+    assert vars(base.layer).keys() == plain
+    assert model.active_adapters == ["a"] and list(model.peft_config) == ["a"]
+    assert torch.equal(model(x), alone)
+    model.add_adapter("b", config_for(method))
+    model.set_adapter("b")
+    assert {p.requires_grad for _, p in base.layer.adapter_tensors("b") if p.is_floating_point()} == {True}
+    with model.disable_adapter():
+        expected = model(x)
+    assert torch.equal(model(x), expected)  # a new adapter, not the old one
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "message"),
+    [(m, fields, text) for m, case in METHODS.items() for fields, text in (*case.bad, *EVERY_BAD)],
+)
+def test_bad_config_is_refused_with_rule_and_value(method, fields, message):
+    with pytest.raises(ValueError, match=message):
+        METHODS[method].config(**fields) if "r" not in fields else LoraConfig(**fields)
+
+
+@pytest.mark.parametrize(("method", "op"), REFUSED)
+def test_unsupported_layer_is_refused_and_the_model_left_alone(method, op):
+    base = make_base(op, torch.float32)
+    base.layer, base.first = nn.Sequential(base.layer), nn.Linear(3, 3)
+    base = nn.Sequential(base)
+    modules = {name: type(m) for name, m in base.named_modules()}
+    flags = {name: p.requires_grad for name, p in base.named_parameters()}
+    kind = type(base[0].layer[0]).__name__
+    config = METHODS[method].config(target_modules=["first", "layer.0"])
+    with pytest.raises(ValueError, match=rf"0\.layer\.0 \({kind}\) is not supported"):
+        get_peft_model(base, config)
+    assert {name: type(m) for name, m in base.named_modules()} == modules
+    assert {name: p.requires_grad for name, p in base.named_parameters()} == flags
+    assert not hasattr(base, "peft_config")
+
+
+@pytest.mark.parametrize("op", ["RMSNorm", "OffsetRMSNorm"])
+def test_shift_on_a_norm_without_bias_is_not_merged(op):
+    base = make_base(op, torch.float32)
+    before, x = base_tensors(base.layer), draw_input(op, torch.float32)
+    model = adapt(base, "ssf", ["a"], torch.float32)
+    randomise(model, ["a"])
+    forward = model(x)
+    with pytest.raises(TypeError, match="RMSNorm has no bias, so a shift cannot be merged"):
+        model.merge_adapter()
+    assert_same(base_tensors(base.layer), before)
+    assert torch.equal(model(x), forward)
+
+
+@pytest.fixture(scope="module")
+def results_of_fresh_process(tmp_path_factory):
+    """Outputs of saved adapters, of one linear layer per method, in this process and in a new one."""
+    folder = tmp_path_factory.mktemp("fresh")
+    here = {}
+    for method in METHODS:
+        base = make_base("linear", torch.float32)
+        torch.save(base.state_dict(), folder / f"{method}.base")
+        x = draw_input("linear", torch.float32)
+        torch.save(x, folder / f"{method}.x")
+        model = adapt(base, method, ["default"], torch.float32)
+        here[method] = model(x).detach()
+        model.save_pretrained(folder / method)
+    script = f"""
+import torch
+from torch import nn
+from peft import PeftModel
+for method in {list(METHODS)}:
+    base = nn.Module()
+    base.layer, base.other = nn.Linear(6, 5), nn.Linear(6, 5)
+    base.forward = lambda x, base=base: base.layer(x)
+    base.load_state_dict(torch.load(f"{{method}}.base"))
+    model = PeftModel.from_pretrained(base, method)
+    torch.save(model(torch.load(f"{{method}}.x")).detach(), f"{{method}}.y")
+"""
+    done = subprocess.run([sys.executable, "-W", "error::UserWarning:peft", "-c", script], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {method: (y, torch.load(folder / f"{method}.y")) for method, y in here.items()}
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_load_in_a_fresh_process(method, results_of_fresh_process):
+    here, there = results_of_fresh_process[method]
+    assert torch.equal(here, there)
