@@ -329,9 +329,8 @@ class PeftModel(nn.Module):
             )
         push = kwargs.pop("push_to_hub", False)
         push_kwargs = {k: kwargs.pop(k) for k in ("repo_id", "token", "private", "commit_message") if k in kwargs}
-        ignored = sorted(k for k in kwargs if k not in ("max_shard_size", "variant", "save_peft_format"))
-        if ignored:
-            warnings.warn(f"save_pretrained does not know {ignored} and does without", PeftWarning, stacklevel=2)
+        if kwargs:
+            warnings.warn(f"save_pretrained has no use for {sorted(kwargs)}", PeftWarning, stacklevel=2)
         tensors = {
             name: get_peft_model_state_dict(
                 self, state_dict, adapter_name=name, save_embedding_layers=save_embedding_layers
@@ -443,7 +442,7 @@ class PeftModel(nn.Module):
         Args:
             torch_device: where to read the tensors to; None: an accelerator if there is one.
             kwargs: arguments of `hf_hub_download` (`subfolder`, `revision`, `token`, ...), and
-                `ignore_mismatched_sizes`.
+                `ignore_mismatched_sizes`. Others are named in a warning.
 
         Returns:
             `(missing_keys, unexpected_keys)`; both are reported in warnings too.
@@ -453,9 +452,13 @@ class PeftModel(nn.Module):
         """
         hub, rest = split_hub_kwargs(kwargs)
         ignore_mismatched_sizes = rest.pop("ignore_mismatched_sizes", False)
-        unknown = sorted(set(rest) - {"device_map", "max_memory", "offload_dir", "offload_folder", "offload_index"})
-        if unknown:
-            raise TypeError(f"load_adapter got unknown arguments {unknown}")
+        if rest:
+            warnings.warn(
+                f"Loading an adapter has no use for {sorted(rest)}: its tensors go where their base layers are, and "
+                "autocast_adapter_dtype decides about their type",
+                PeftWarning,
+                stacklevel=2,
+            )
         if ephemeral_gpu_offload:
             raise NotImplementedError("ephemeral_gpu_offload is not in this version of peft")
         tensors = load_peft_weights(model_id, device=torch_device, key_mapping=key_mapping, **hub)

@@ -221,14 +221,15 @@ class BaseTuner(nn.Module):
         self._move_to_base(layer, adapter_name)
 
     def _move_to_base(self, layer: BaseTunerLayer, adapter_name: str) -> None:
-        weight = layer.get_base_layer().weight
-        dtype = weight.dtype if self.widens_parameters and weight.dtype.is_floating_point else None
+        """Bring a new adapter to its base layer's device and (unless the method has its own) floating-point dtype."""
+        base = layer.get_base_layer()
+        device, dtype = base.weight.device, base.weight.dtype
+        if device.type == "meta" and hasattr(base, "_hf_hook"):  # off-loaded: accelerate brings the weight when needed
+            device = torch.device(getattr(base._hf_hook, "execution_device", None) or "cpu")
         for _, parameter in layer.adapter_tensors(adapter_name):
-            if parameter.device.type == "meta":
-                target = parameter.device
-            else:
-                target = weight.device
-            parameter.data = parameter.data.to(target, dtype if parameter.is_floating_point() else None)
+            cast = self.widens_parameters and dtype.is_floating_point and parameter.is_floating_point()
+            where = parameter.device if parameter.is_meta else device
+            parameter.data = parameter.data.to(where, dtype if cast else None)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Widen an adapter's half-precision parameters to float32, for stable training."""

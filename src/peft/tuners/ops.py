@@ -84,10 +84,18 @@ class Op:
                 self.layer.weight = nn.Parameter(W, requires_grad=weight.requires_grad)
             else:
                 weight.data = W
-        if b is None or getattr(self.layer, "bias", None) is None:
-            self.layer.bias = None if b is None else nn.Parameter(b.detach().clone(), requires_grad=False)
-        elif b is not self.layer.bias:
-            self.layer.bias.data = b.detach().to(self.layer.bias.dtype)
+        bias = getattr(self.layer, "bias", None)
+        if b is None:
+            if bias is not None:
+                self.layer.bias = None
+        elif bias is None:
+            self.layer.bias = nn.Parameter(b.detach().to(self._bias_dtype(b), copy=True), requires_grad=False)
+        elif b is not bias:
+            bias.data = b.detach().to(bias.dtype)
+
+    def _bias_dtype(self, b: torch.Tensor) -> torch.dtype:
+        weight = self.layer.weight
+        return weight.dtype if weight.is_floating_point() else b.dtype
 
     def retie(self) -> None:
         """Give a layer whose weight is shared the shared weight back (`store` had to part them)."""
@@ -101,6 +109,10 @@ class Op:
     def channels(self, v: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """A vector (O,) shaped to multiply the output `y` channel by channel."""
         return v if self.channel_dim == -1 else v.view(-1, *([1] * len(self.kernel)))
+
+    def scale_channels(self, W: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """The weight of the layer whose output, without the bias, is `scale` (O,) times as large."""
+        return W * scale.view(-1, *([1] * (W.dim() - 1)))
 
     def add_shift(self, W: torch.Tensor, b: torch.Tensor | None, shift: torch.Tensor):
         """`(W, b)` of the layer whose output is `shift` (O,) higher.
@@ -191,16 +203,9 @@ class NormOp(Op):
     def in_features(self) -> int:
         return self.weight_shape[0]
 
-    def load(self):
-        W, b = super().load()
-        return W + self._offset, b
-
-    def store(self, W, b):
-        super().store(W - self._offset, b)
-
     @functools.cached_property
     def _offset(self) -> float:
-        # Some norms (Gemma's) multiply by 1 + weight: a zero weight then does not give zero.
+        """1 for norms that multiply by 1 + weight (Gemma's), else 0: a zero weight then does not give zero."""
         layer = self.layer
         if isinstance(layer, (nn.LayerNorm, nn.GroupNorm)):
             return 0.0
@@ -210,7 +215,7 @@ class NormOp(Op):
 
     def op(self, x, W, b):
         layer = self.layer
-        ours = {"weight": (W - self._offset).to(layer.weight.dtype)}
+        ours = {"weight": W.to(layer.weight.dtype)}
         if b is not None and getattr(layer, "bias", None) is not None:
             return torch.func.functional_call(layer, ours | {"bias": b}, (x,))
         y = torch.func.functional_call(layer, ours, (x,))
@@ -218,6 +223,10 @@ class NormOp(Op):
 
     def channels(self, v, y):
         return v if self.channel_dim == -1 else v.view(-1, *([1] * (y.dim() - 2)))
+
+    def scale_channels(self, W, scale):
+        # scale (W + offset) - offset, in a form that is exactly W for a scale of 1
+        return W * scale + self._offset * (scale - 1)
 
     def add_shift(self, W, b, shift):
         if not isinstance(self.layer, (nn.LayerNorm, nn.GroupNorm)) and shift.any():

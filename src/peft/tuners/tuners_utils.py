@@ -11,11 +11,12 @@ Several active adapters compose in the order in which they are listed: layer `F_
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from ..utils.other import AdapterParts
 from ..utils.warning import PeftWarning
 from .ops import Op, make_op
 
@@ -28,7 +29,7 @@ def as_list(names: str | Sequence[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-class BaseTunerLayer:
+class BaseTunerLayer(AdapterParts):
     """Mixin of all adapter layers; a concrete layer also inherits `nn.Module`, after this class.
 
     Class attributes of a method:
@@ -36,8 +37,6 @@ class BaseTunerLayer:
         other_param_names: attributes that map an adapter's name to anything else.
     """
 
-    adapter_layer_names: tuple[str, ...] = ()
-    other_param_names: tuple[str, ...] = ()
     _disable_adapters: bool = False
     _active_adapter: str | list[str] = "default"
     cast_input_dtype_enabled: bool = True  # see helpers.disable_input_dtype_casting
@@ -46,8 +45,7 @@ class BaseTunerLayer:
         self.base_layer = base_layer
         self.merged_adapters: list[str] = []
         self._merge_memory: dict[str, object] = {}
-        self._shown_flags: dict[tuple[str, str], bool] = {}  # (attribute, adapter) -> requires_grad as we set it last
-        self._user_frozen: set[tuple[str, str]] = set()
+        self._init_flags()
 
     # The mathematics, one method each
 
@@ -189,30 +187,46 @@ class BaseTunerLayer:
         Half-precision weights are folded in float32 and rounded once.
 
         Args:
-            safe_merge: check every result and leave the layer as it was if one is not finite.
+            safe_merge: check every result before anything is written.
 
         Raises:
             ValueError: `safe_merge` met a value that is not finite.
         """
         names = self.active_adapters if adapter_names is None else as_list(adapter_names)
-        done: list[str] = []
         for name in names:
             if name in self.merged_adapters:
                 warnings.warn(f"Adapter {name!r} is merged already, nothing to do", PeftWarning, stacklevel=3)
-                continue
-            if name not in self._available_adapters:
-                continue
-            W, b = self.op.load()
-            memory = self.remember(name, W, b)
+        if safe_merge:
+            self.check_merge(names)
+        before = len(self.merged_adapters)
+        try:
+            for name in self._mergeable(names):
+                W, b = self.op.load()
+                memory = self.remember(name, W, b)
+                self.op.store(*self.fold(name, _wide(W), None if b is None else _wide(b)))
+                self._merge_memory[name] = memory
+                self.merged_adapters.append(name)
+        except Exception:
+            self.unmerge_to(before)
+            raise
+
+    @torch.no_grad()
+    def check_merge(self, adapter_names: Sequence[str]) -> None:
+        """Form what merging would write, and write nothing.
+
+        Raises:
+            ValueError: it has values that are not finite, in the type in which the layer keeps its weight.
+        """
+        W, b = self.op.load()
+        dtype = W.dtype
+        for name in self._mergeable(adapter_names):
             W, b = self.fold(name, _wide(W), None if b is None else _wide(b))
-            if safe_merge and not (W.isfinite().all() and (b is None or b.isfinite().all())):
-                for undo in reversed(done):
-                    self._unmerge_last(undo)
+            W = W.to(dtype)
+            if not (W.isfinite().all() and (b is None or b.to(dtype).isfinite().all())):
                 raise ValueError(f"Merging adapter {name!r} would give values that are not finite; nothing was merged")
-            self.op.store(W, b)
-            self._merge_memory[name] = memory
-            self.merged_adapters.append(name)
-            done.append(name)
+
+    def _mergeable(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if name in self._available_adapters and name not in self.merged_adapters]
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -220,20 +234,20 @@ class BaseTunerLayer:
         if not self.merged:
             warnings.warn("Nothing is merged, so there is nothing to unmerge", PeftWarning, stacklevel=3)
             return
-        for name in reversed(self.merged_adapters.copy()):
-            self._unmerge_last(name)
-        self.op.retie()
+        self.unmerge_to(0)
 
-    def _unmerge_last(self, name: str) -> None:
-        W, b = self.op.load()
-        self.op.store(*self.unfold(name, W, b, self._merge_memory.pop(name)))
-        self.merged_adapters.remove(name)
+    @torch.no_grad()
+    def unmerge_to(self, count: int) -> None:
+        """Take merged adapters out again, the last first, until `count` are left."""
+        while len(self.merged_adapters) > count:
+            W, b = self.op.load()
+            name = self.merged_adapters[-1]
+            self.op.store(*self.unfold(name, W, b, self._merge_memory.pop(name)))
+            self.merged_adapters.pop()
+        if not self.merged:
+            self.op.retie()
 
     # Which adapters there are, which are active, which train
-
-    @property
-    def _available_adapters(self) -> set[str]:
-        return {name for attribute in self.adapter_layer_names for name in getattr(self, attribute, {})}
 
     def _get_available_adapters(self) -> set[str]:
         return self._available_adapters
@@ -250,18 +264,6 @@ class BaseTunerLayer:
     def active_adapters(self) -> list[str]:
         return as_list(self._active_adapter)
 
-    def adapter_tensors(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """`(attribute path, parameter)` of every parameter of one adapter, frozen and integer ones too."""
-        for attribute in self.adapter_layer_names:
-            container = getattr(self, attribute, {})
-            if name not in container:
-                continue
-            entry = container[name]
-            if isinstance(entry, nn.Module):
-                yield from ((f"{attribute}.{key}", parameter) for key, parameter in entry.named_parameters())
-            else:
-                yield attribute, entry
-
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make `adapter_names` the active ones: they train (unless `inference_mode`), the others do not.
 
@@ -271,28 +273,6 @@ class BaseTunerLayer:
         for name in self._available_adapters:
             self._set_flags(name, name in names and not inference_mode)
         self._active_adapter = names
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let adapters train or not, active or not. Freezing holds until this is called with True."""
-        for name in as_list(adapter_names):
-            for path, _ in self.adapter_tensors(name):
-                if requires_grad:
-                    self._user_frozen.discard((path, name))
-                    self._shown_flags.pop((path, name), None)
-                else:
-                    self._user_frozen.add((path, name))
-            self._set_flags(name, requires_grad)
-
-    def _set_flags(self, name: str, train: bool) -> None:
-        for path, parameter in self.adapter_tensors(name):
-            if not parameter.is_floating_point():
-                continue
-            key = (path, name)
-            if self._shown_flags.get(key) and not parameter.requires_grad:
-                self._user_frozen.add(key)  # we had set it to train; somebody froze it since
-            flag = train and key not in self._user_frozen
-            parameter.requires_grad_(flag)
-            self._shown_flags[key] = flag
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters of the layer on or off.
@@ -314,8 +294,7 @@ class BaseTunerLayer:
             container = getattr(self, attribute, None)
             if container is not None and adapter_name in container:
                 del container[adapter_name]
-        self._user_frozen = {key for key in self._user_frozen if key[1] != adapter_name}
-        self._shown_flags = {key: flag for key, flag in self._shown_flags.items() if key[1] != adapter_name}
+        self._forget_flags(adapter_name)
         if adapter_name in self.active_adapters:
             self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
 

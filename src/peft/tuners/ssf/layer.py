@@ -36,5 +36,4 @@ class SsfLayer(BaseTunerLayer, nn.Module):
 
     def fold(self, name, W, b):
         scale, shift = self.ssf_scale[name].to(W), self.ssf_shift[name].to(W)
-        W = W * scale.view(-1, *([1] * (W.dim() - 1)))
-        return self.op.add_shift(W, None if b is None else b * scale.to(b), shift)
+        return self.op.add_shift(self.op.scale_channels(W, scale), None if b is None else b * scale.to(b), shift)

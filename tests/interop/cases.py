@@ -1,0 +1,168 @@
+"""The cases of the interoperability check: tiny random base models, and adapter configurations for each.
+
+Read by the workers of both libraries, so it uses nothing but names that both have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+VOCABULARY, WIDTH, INNER, HEADS = 96, 32, 48, 4
+BATCH, LENGTH = 3, 7
+
+
+class ConvNet(nn.Module):
+    """One convolution of each dimension and a linear layer: `x` (batch, 64) -> (batch, 5)."""
+
+    def __init__(self):
+        super().__init__()
+        self.line = nn.Sequential(nn.Conv1d(4, 6, 3, padding=1), nn.ReLU())
+        self.plane = nn.Sequential(nn.Conv2d(6, 8, (3, 1), stride=(2, 1), padding=(1, 0)), nn.ReLU())
+        self.space = nn.Sequential(nn.Conv3d(8, 4, 2, bias=False), nn.ReLU())
+        self.out = nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.line(x.view(-1, 4, 16))
+        x = self.plane(x.view(-1, 6, 4, 4))
+        x = self.space(x.view(-1, 8, 2, 2, 2).repeat(1, 1, 1, 1, 2))
+        return self.out(x.reshape(x.shape[0], -1))
+
+
+def _transformers_model(model_class: str, config_class: str, **config) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        import transformers
+
+        return getattr(transformers, model_class)(getattr(transformers, config_class)(**config))
+
+    return make
+
+
+def _llama(**config) -> Callable[[], nn.Module]:
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": 2}
+    return _transformers_model("LlamaForCausalLM", "LlamaConfig", **sizes, **heads, **config)
+
+
+def _bert(model_class: str) -> Callable[[], nn.Module]:
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": 2}
+    return _transformers_model(model_class, "BertConfig", **sizes, num_attention_heads=HEADS, num_labels=3)
+
+
+BASES: dict[str, Callable[[], nn.Module]] = {
+    "llama": _llama(),
+    "llama-tied": _llama(tie_word_embeddings=True),
+    "gpt2": _transformers_model(
+        "GPT2LMHeadModel", "GPT2Config", vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=2, n_head=HEADS
+    ),
+    "opt": _transformers_model(
+        "OPTForCausalLM", "OPTConfig", vocab_size=VOCABULARY, hidden_size=WIDTH, word_embed_proj_dim=WIDTH,
+        ffn_dim=INNER, num_hidden_layers=2, num_attention_heads=HEADS,
+    ),
+    "bert-sequences": _bert("BertForSequenceClassification"),
+    "bert-tokens": _bert("BertForTokenClassification"),
+    "bert-questions": _bert("BertForQuestionAnswering"),
+    "bert": _bert("BertModel"),
+    "t5": _transformers_model(
+        "T5ForConditionalGeneration", "T5Config", vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=INNER,
+        num_layers=2, num_heads=HEADS,
+    ),
+    "conv": ConvNet,
+}  # fmt: skip
+
+
+def make_inputs(base: str) -> dict[str, torch.Tensor]:
+    """Random inputs of a base model, by the names of its forward's arguments."""
+    if base == "conv":
+        return {"x": torch.randn(BATCH, 64)}
+    inputs = {"input_ids": torch.randint(2, VOCABULARY, (BATCH, LENGTH))}
+    if base == "t5":
+        inputs["decoder_input_ids"] = torch.randint(2, VOCABULARY, (BATCH, LENGTH))
+    return inputs
+
+
+def outputs(result) -> torch.Tensor:
+    """The numbers that count in what a model returns, as one tensor."""
+    if torch.is_tensor(result):
+        return result
+    for names in (("logits",), ("start_logits", "end_logits"), ("last_hidden_state",)):
+        if all(name in result for name in names):
+            return torch.cat([result[name].flatten(1) for name in names], dim=1)
+    raise TypeError(f"No output that we know in {list(result)}")
+
+
+@dataclass
+class Case:
+    """Adapters on a base model.
+
+    Attributes:
+        name: what the table shows.
+        base: key of `BASES`.
+        adapters: `{adapter name: arguments of LoraConfig}`, the first one active.
+        dtype: of the base model.
+        tolerance: largest difference of an output.
+    """
+
+    name: str
+    base: str
+    adapters: dict[str, dict]
+    dtype: torch.dtype = torch.float32
+    tolerance: float = 1e-5
+
+
+@dataclass
+class _Family:
+    """Cases on one base model."""
+
+    base: str
+    common: dict = field(default_factory=dict)
+
+    def __call__(self, name: str, **config) -> Case:
+        return Case(name, self.base, {"default": self.common | config})
+
+
+_llama_case = _Family("llama", {"task_type": "CAUSAL_LM"})
+_gpt2_case = _Family("gpt2", {"task_type": "CAUSAL_LM", "fan_in_fan_out": True})
+_opt_case = _Family("opt", {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj", "fc1"]})
+
+CASES = [
+    _llama_case("Llama, defaults"),
+    _llama_case("Llama, all-linear, rsLoRA, dropout", target_modules="all-linear", use_rslora=True, lora_dropout=0.1),
+    _llama_case("Llama, regular expression, excluded modules",
+                target_modules=r".*\.(q_proj|down_proj)", exclude_modules=["layers.1.mlp.down_proj"]),
+    _llama_case("Llama, rank and alpha patterns", target_modules=["q_proj", "up_proj", "down_proj"], r=4,
+                rank_pattern={"layers.0.self_attn.q_proj": 2, "up_proj": 6}, alpha_pattern={"down_proj": 32}),
+    _llama_case("Llama, layers_to_transform", target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 2],
+                layers_pattern="layers"),
+    _llama_case("Llama, embeddings", target_modules=["embed_tokens", "q_proj"]),
+    _llama_case("Llama, embeddings and head", target_modules=["embed_tokens", "lm_head", "k_proj"]),
+    _llama_case("Llama, modules_to_save", target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"]),
+    _llama_case("Llama, init orthogonal", target_modules=["o_proj"], init_lora_weights="orthogonal"),
+    _llama_case("Llama, no task type", target_modules=["o_proj"], task_type=None),
+    Case("Llama, tied embeddings", "llama-tied",
+         {"default": {"task_type": "CAUSAL_LM", "target_modules": ["embed_tokens", "q_proj"]}}),
+    Case("Llama, another adapter name", "llama", {"pirate": {"task_type": "CAUSAL_LM", "r": 3}}),
+    Case("Llama, two adapters", "llama", {
+        "default": {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]},
+        "second": {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "o_proj", "up_proj"], "r": 2},
+    }),
+    Case("Llama, bfloat16", "llama", {"default": {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}},
+         dtype=torch.bfloat16, tolerance=2e-2),
+    _gpt2_case("GPT-2 (Conv1D), defaults"),
+    _gpt2_case("GPT-2 (Conv1D), all projections", target_modules=["c_attn", "c_proj", "c_fc"]),
+    _opt_case("OPT, bias none"),
+    _opt_case("OPT, bias lora_only", bias="lora_only"),
+    _opt_case("OPT, bias all", bias="all"),
+    _opt_case("OPT, lora_bias", lora_bias=True),
+    _Family("bert-sequences")("BERT, sequence classification", task_type="SEQ_CLS"),
+    _Family("bert-tokens")("BERT, token classification", task_type="TOKEN_CLS", target_modules=["query", "dense"]),
+    _Family("bert-questions")("BERT, question answering", task_type="QUESTION_ANS"),
+    _Family("bert")("BERT, feature extraction", task_type="FEATURE_EXTRACTION", target_modules="all-linear"),
+    _Family("t5")("T5, defaults", task_type="SEQ_2_SEQ_LM"),
+    _Family("t5")("T5, all-linear", task_type="SEQ_2_SEQ_LM", target_modules="all-linear"),
+    _Family("conv")("Convolutions", target_modules=["line.0", "plane.0", "space.0", "out"], r=2),
+    _Family("conv")("Convolutions, modules_to_save", target_modules=["plane.0"], modules_to_save=["out"]),
+]  # fmt: skip
