@@ -31,6 +31,10 @@ def load(name: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         file = next(Path(spec.origin).parent.glob("*.gguf"))
         name, options = str(file.parent), {"gguf_file": file.name}
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
+    if options:
+        # Its weights are plain numbers by now, but it still counts as quantised, and the Trainer refuses to train it.
+        model.is_quantized, model.hf_quantizer = False, None
+        del model.config.quantization_config
     return model, AutoTokenizer.from_pretrained(name, **options)
 
 

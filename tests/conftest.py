@@ -1,4 +1,4 @@
-"""Common to all tests: no network, and inputs that differ from run to run."""
+"""Common to all tests: no network, inputs that differ from run to run, one thread (tiny models gain nothing from more)."""
 
 import os
 import random
@@ -11,6 +11,8 @@ os.environ["MPLBACKEND"] = "Agg"
 import numpy as np
 import pytest
 import torch
+
+torch.set_num_threads(1)  # threads that wait for each other on a busy machine cost a hundred times the work
 
 
 @pytest.fixture(autouse=True)

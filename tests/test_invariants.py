@@ -78,7 +78,9 @@ def rms_norm(x, weight, bias):
 OPS: dict[str, OpCase] = {
     "linear": OpCase(lambda: nn.Linear(6, 5), lambda: torch.randn(N, 3, 6), lambda x, W, b: x @ W.T + b),
     "linear_no_bias": OpCase(lambda: nn.Linear(6, 5, bias=False), lambda: torch.randn(N, 6), lambda x, W, b: x @ W.T),
-    "Conv1D": OpCase(lambda: Conv1D(5, 6), lambda: torch.randn(N, 3, 6), lambda x, W, b: x @ W + b, stored_transposed=True),
+    "Conv1D": OpCase(
+        lambda: Conv1D(5, 6), lambda: torch.randn(N, 3, 6), lambda x, W, b: x @ W + b, stored_transposed=True
+    ),
     "conv1d": OpCase(
         lambda: nn.Conv1d(4, 6, 3, padding=1, stride=2),
         lambda: torch.randn(N, 4, 9),
@@ -98,7 +100,10 @@ OPS: dict[str, OpCase] = {
         channel_dim=1,
     ),
     "embedding": OpCase(
-        lambda: nn.Embedding(VOCAB, 6), lambda: torch.randint(VOCAB, (N, 5)), lambda x, W, b: W[x], stored_transposed=True
+        lambda: nn.Embedding(VOCAB, 6),
+        lambda: torch.randint(VOCAB, (N, 5)),
+        lambda x, W, b: W[x],
+        stored_transposed=True,
     ),
     "LayerNorm": OpCase(
         lambda: nn.LayerNorm(6), lambda: torch.randn(N, 3, 6), lambda x, W, b: F.layer_norm(x, (6,)) * W + b
@@ -126,7 +131,9 @@ def lora_formula(op: OpCase, W, b, parameters, x, scaling=2.0):
 
 def sft_formula(op: OpCase, W, b, parameters, x):
     """arXiv 2401.16405, section 3: `W` with the values added at the positions."""
-    flat = torch.zeros(W.numel(), dtype=W.dtype).scatter_add(0, parameters["sft_delta.indices"].long(), parameters["sft_delta.values"])
+    flat = torch.zeros(W.numel(), dtype=W.dtype).scatter_add(
+        0, parameters["sft_delta.indices"].long(), parameters["sft_delta.values"]
+    )
     return op.function(x, W + flat.view(W.shape), b)
 
 
@@ -246,7 +253,8 @@ def adapt(base: nn.Module, method: str, names: list[str], dtype: torch.dtype, tr
     if trained:
         # An RMS norm has no place for a shift: what can be merged there is the scale (the refusal has its own test).
         randomise(model, names, without_shift=isinstance(base.layer.get_base_layer(), TinyRMSNorm))
-    model.set_adapter(names)
+    if len(names) > 1:
+        model.set_adapter(names)
     return model
 
 
@@ -434,7 +442,9 @@ def test_save_and_load(method, op, dtype, names, tmp_path):
     loaded.set_adapter(names, inference_mode=True)
     assert torch.equal(loaded(x), expected)
     for name in names:
-        assert_same(get_peft_model_state_dict(loaded, adapter_name=name), get_peft_model_state_dict(model, adapter_name=name))
+        assert_same(
+            get_peft_model_state_dict(loaded, adapter_name=name), get_peft_model_state_dict(model, adapter_name=name)
+        )
 
 
 @all_pairs
@@ -463,7 +473,7 @@ def test_gradients_are_those_of_the_formula(method, op):
 
 @all_pairs
 @dtypes
-@pytest.mark.parametrize("between", ["disabled", "other adapter", "merged and back"])
+@pytest.mark.parametrize("between", ["disabled", "other rows", "other adapter", "merged and back"])
 def test_backward_after_the_model_was_used_otherwise(method, op, dtype, between):
     """Forward with a, then forward of something else, then backward of the first: a's gradients (DPO does so)."""
     base = make_base(op, dtype)
@@ -478,15 +488,17 @@ def test_backward_after_the_model_was_used_otherwise(method, op, dtype, between)
     if between == "disabled":
         with model.disable_adapter(), torch.no_grad():
             model(x)
+    elif between == "other rows":
+        with torch.no_grad():
+            model(x, adapter_names=["b", "__base__", "b", "b"])
     elif between == "other adapter":
         model.set_adapter("b")
         model(x).sum().backward()
+        model.set_adapter("a")  # b's turn froze a, as in upstream; autograd asks for the flag when it gets there
     else:
         model.merge_adapter()
         model(x)
         model.unmerge_adapter()
-        if not METHODS[method].unmerges_exactly:
-            expected = [g for g in expected]
     y.backward(upstream)
     for parameter, gradient in zip(parameters, expected):
         assert_close(parameter.grad, gradient, TOLERANCE[dtype] if between == "merged and back" else 0.0)
@@ -500,7 +512,9 @@ def test_inference_mode_freezes(method, op, tmp_path):
     model.save_pretrained(tmp_path)
     for is_trainable in (False, True):
         again = PeftModel.from_pretrained(make_base(op, torch.float32), tmp_path / "a", is_trainable=is_trainable)
-        flags = {p.requires_grad for _, p in again.get_base_model().layer.adapter_tensors("default") if p.is_floating_point()}
+        flags = {
+            p.requires_grad for _, p in again.get_base_model().layer.adapter_tensors("default") if p.is_floating_point()
+        }
         assert flags == {is_trainable}
         assert again.peft_config["default"].inference_mode is not is_trainable
     model.set_adapter("a", inference_mode=True)
@@ -515,7 +529,7 @@ def test_deleting_and_adding_again_leaves_no_trace(method, op):
     model(x).sum().backward()
     keys, modules = set(model.state_dict()), {name: type(m) for name, m in model.named_modules()}
     alone, plain = model(x), vars(base.layer).keys()
-    values = {attribute: copy.copy(getattr(base.layer, attribute)) for attribute in base.layer.other_param_names}
+    values = {attribute: dict(getattr(base.layer, attribute)) for attribute in base.layer.other_param_names}
     model.add_adapter("b", config_for(method))
     model.set_requires_grad("b", False)
     randomise(model, ["b"])
@@ -523,7 +537,7 @@ def test_deleting_and_adding_again_leaves_no_trace(method, op):
     model.delete_adapter("b")
     assert set(model.state_dict()) == keys
     assert {name: type(m) for name, m in model.named_modules()} == modules
-    assert {attribute: getattr(base.layer, attribute) for attribute in base.layer.other_param_names} == values
+    assert {attribute: dict(getattr(base.layer, attribute)) for attribute in values} == values
     assert vars(base.layer).keys() == plain
     assert model.active_adapters == ["a"] and list(model.peft_config) == ["a"]
     assert torch.equal(model(x), alone)
@@ -598,7 +612,9 @@ for method in {list(METHODS)}:
     model = PeftModel.from_pretrained(base, method)
     torch.save(model(torch.load(f"{{method}}.x")).detach(), f"{{method}}.y")
 """
-    done = subprocess.run([sys.executable, "-W", "error::UserWarning:peft", "-c", script], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:peft", "-c", script], cwd=folder, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return {method: (y, torch.load(folder / f"{method}.y")) for method, y in here.items()}
 

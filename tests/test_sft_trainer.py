@@ -1,17 +1,29 @@
 """SftTrainer on the real 🤗 Trainer: what it makes, what it refuses, and that a resumed run is the same run."""
 
 import copy
+import importlib
 import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from peft import LoraConfig, PeftWarning, SftAdamW, SftConfig, SftSelector, SftSM3, SftTrainer, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PeftWarning,
+    SftAdamW,
+    SftConfig,
+    SftSelector,
+    SftSM3,
+    SftTrainer,
+    get_peft_model,
+)
 
 STEPS = 12
 
@@ -345,3 +357,42 @@ def test_the_given_config_is_the_schedule(base_model, data, tmp_path):
     trainer = SftTrainer(Trainer)(model=adapt(base_model), args=args, train_dataset=data, sft_config=config)
     trainer.train()
     assert [entry["step"] for entry in trainer.sft_selector.history] == [1, 5, 9]
+
+
+# ---- The examples ----
+
+
+@pytest.fixture
+def tiny_model(tmp_path):
+    """A folder with a tiny language model and a tokenizer of single bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "tiny")
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.mark.parametrize("example", ["sft_custom_loop", "sft_trainer"])
+@pytest.mark.parametrize("algorithm", ["rigl", "sm3"])
+def test_the_examples_run(example, algorithm, tiny_model, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    main = importlib.import_module(example).main
+    output = tiny_model.parent / "adapter"
+    settings = {"model": tiny_model, "steps": 14, "learning-rate": 0.02, "density": 0.2, "output": output}
+    main([f"--{key}={value}" for key, value in settings.items()] + [f"--selection-algorithm={algorithm}"])
+    printed = capsys.readouterr().out
+    assert printed.count("reselected after step 5:") == 1
+    before, after = (float(printed.split(f"held-out loss {when}: ")[1].split()[0]) for when in ("before", "after"))
+    assert after < before - 0.05
+    base = LlamaForCausalLM.from_pretrained(tiny_model)
+    model = PeftModel.from_pretrained(base, output)
+    moved = [name for name, tensor in adapter_state(model).items() if name.endswith("values") and tensor.any()]
+    assert len(moved) == 14  # seven linear layers in each of two blocks

@@ -50,7 +50,7 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = Non
     others = [name for name in configs if name != adapter_name]
     if not left and others:
         left = others[:1]
-        set_adapter(model, left)
+        set_adapter(model, left, inference_mode=configs[left[0]].inference_mode)
     return left
 
 

@@ -69,6 +69,12 @@ PEFT_TYPE_TO_PREFIX_MAPPING = _View("prefix")
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[str, type] = {}
 
 
+def is_adapter_key(key: str) -> bool:
+    """Whether the name of a tensor says that it belongs to an adapter layer's part of some method."""
+    prefixes = tuple(PEFT_TYPE_TO_PREFIX_MAPPING.values())
+    return any(part.startswith(prefixes) for part in key.split("."))
+
+
 def config_class(peft_type: str) -> type[PeftConfig]:
     """The configuration class of a method.
 

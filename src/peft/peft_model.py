@@ -160,15 +160,11 @@ class PeftModel(nn.Module):
                 f"All adapters of a model must be of one method: this one has {own}, got {peft_config.peft_type}"
             )
         self._add_task_heads(peft_config)
-        known = list(self.base_model.targeted_module_names)
         self.peft_config[adapter_name] = peft_config
         try:
             self.base_model.inject_adapter(self.base_model.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
         except Exception:
-            for module in (*self.base_model.layers(), *self.base_model.wrappers()):
-                module.delete_adapter(adapter_name)
-            self.peft_config.pop(adapter_name, None)
-            self.base_model.targeted_module_names = known
+            del self.peft_config[adapter_name]
             raise
         self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
@@ -273,7 +269,7 @@ class PeftModel(nn.Module):
 
         def hand_over(module, args, kwargs, *, exact):
             x = args[0] if args else next(iter(kwargs.values()))
-            repeat = 1 if exact or x.shape[0] % len(names) else x.shape[0] // len(names)
+            repeat = 1 if exact or not names or x.shape[0] % len(names) else x.shape[0] // len(names)
             return args, kwargs | {"adapter_names": [name for name in names for _ in range(max(1, repeat))]}
 
         with contextlib.ExitStack() as stack:
@@ -413,16 +409,20 @@ class PeftModel(nn.Module):
 
         kind = task_class(config) if cls is PeftModel else cls
         peft_model = kind(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-        peft_model.load_adapter(
-            model_id,
-            adapter_name,
-            is_trainable=is_trainable,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            ephemeral_gpu_offload=ephemeral_gpu_offload,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            key_mapping=key_mapping,
-            **kwargs,
-        )
+        try:
+            peft_model.load_adapter(
+                model_id,
+                adapter_name,
+                is_trainable=is_trainable,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                ephemeral_gpu_offload=ephemeral_gpu_offload,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                key_mapping=key_mapping,
+                **kwargs,
+            )
+        except Exception:
+            peft_model.unload()  # the base model as it was, not with half an adapter
+            raise
         return peft_model
 
     def load_adapter(
@@ -448,7 +448,9 @@ class PeftModel(nn.Module):
             `(missing_keys, unexpected_keys)`; both are reported in warnings too.
 
         Raises:
-            ValueError: no configuration or no weights there, a bad name, or another method than the model's.
+            ValueError: no configuration or no weights there, a bad name, another method than the model's, tensors that
+                cannot be the adapter's, or, with low_cpu_mem_usage, tensors that are not there.
+            RuntimeError: tensors of another shape.
         """
         hub, rest = split_hub_kwargs(kwargs)
         ignore_mismatched_sizes = rest.pop("ignore_mismatched_sizes", False)
@@ -462,22 +464,39 @@ class PeftModel(nn.Module):
         if ephemeral_gpu_offload:
             raise NotImplementedError("ephemeral_gpu_offload is not in this version of peft")
         tensors = load_peft_weights(model_id, device=torch_device, key_mapping=key_mapping, **hub)
-        if adapter_name not in self.peft_config:
+        is_new = adapter_name not in self.peft_config
+        if is_new:
             config = PeftConfig.from_pretrained(model_id, **hub)
             config.inference_mode = not is_trainable
             self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
-        result = set_peft_model_state_dict(
-            self,
-            tensors,
-            adapter_name,
-            ignore_mismatched_sizes=ignore_mismatched_sizes,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-        )
+        try:
+            result = set_peft_model_state_dict(
+                self,
+                tensors,
+                adapter_name,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+            )
+            self._refuse_empty(adapter_name, result.missing_keys)
+        except Exception:
+            if is_new:
+                self.base_model.take_back(adapter_name)
+                del self.peft_config[adapter_name]
+            raise
         report_incompatible(result, adapter_name, model_id)
         self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not is_trainable:
             self.eval()
         return result
+
+    def _refuse_empty(self, adapter_name: str, missing: Sequence[str]) -> None:
+        """Refuse an adapter that was created on the meta device and that its file did not fill."""
+        for layer in self.base_model.layers():
+            if any(tensor.is_meta for _, tensor in layer.adapter_tensors(adapter_name)):
+                raise ValueError(
+                    f"With low_cpu_mem_usage the file must hold every tensor of adapter {adapter_name!r}, but it lacks "
+                    f"{len(missing)}, such as {list(missing[:3])}: load it without, and they keep their initial values"
+                )
 
 
 def _checkpoints(model: nn.Module) -> bool:

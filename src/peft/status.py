@@ -8,6 +8,7 @@ from typing import Literal
 from torch import nn
 
 from .tuners.tuners_utils import BaseTunerLayer
+from .utils.other import AdapterParts
 from .utils.quantization_utils import find_backend
 
 Irregular = Literal["irregular"]  # layers disagree
@@ -15,7 +16,7 @@ Irregular = Literal["irregular"]  # layers disagree
 
 @dataclass
 class TunerLayerStatus:
-    """The adapters of one layer."""
+    """The adapters of one layer, or of one module that is trained whole (`modules_to_save`)."""
 
     name: str
     module_type: str
@@ -53,12 +54,13 @@ def _agree(values) -> bool | list | Irregular:
 
 
 def _module_type(layer: nn.Module) -> str:
-    # "lora.Linear": the method's package and the layer's class.
-    return f"{type(layer).__module__.split('.')[2]}.{type(layer).__name__}"
+    """ "lora.Linear" for the adapter layers of our methods (package and class), the class for anything else."""
+    module, name = type(layer).__module__, type(layer).__name__
+    return f"{module.split('.')[2]}.{name}" if module.startswith("peft.tuners.") else name
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
-    """The status of every adapter layer of a `PeftModel` or of a model with injected adapters.
+    """The status of everything that holds adapters in a `PeftModel` or in a model with injected adapters.
 
     Raises:
         ValueError: the model has no adapter layers.
@@ -67,18 +69,18 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     prefix = "model." if base is not model else ""
     rows = []
     for path, layer in base.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
+        if not isinstance(layer, AdapterParts):
             continue
         names = sorted(layer._available_adapters)
         tensors = {n: [t for _, t in layer.adapter_tensors(n) if t.is_floating_point()] for n in names}
-        backend = find_backend(layer.get_base_layer())
+        backend = find_backend(layer.get_base_layer()) if isinstance(layer, BaseTunerLayer) else None
         rows.append(
             TunerLayerStatus(
                 name=prefix + path,
                 module_type=_module_type(layer),
                 enabled=not layer.disable_adapters,
                 active_adapters=layer.active_adapters,
-                merged_adapters=list(layer.merged_adapters),
+                merged_adapters=list(getattr(layer, "merged_adapters", [])),
                 requires_grad={n: _agree(t.requires_grad for t in tensors[n]) for n in names if tensors[n]},
                 available_adapters=names,
                 devices={n: sorted({t.device.type for t in tensors[n]}) for n in names},
@@ -111,7 +113,8 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         num_adapter_layers=len(layers),
         enabled=_agree(layer.enabled for layer in layers),
         active_adapters=_agree(layer.active_adapters for layer in layers),
-        merged_adapters=_agree(layer.merged_adapters for layer in layers),
+        # Modules that are trained whole are never merged, and cannot disagree.
+        merged_adapters=_agree(m.merged_adapters for m in base.modules() if isinstance(m, BaseTunerLayer)),
         requires_grad={n: _agree(s.requires_grad[n] for s in layers if n in s.requires_grad) for n in names},
         available_adapters=names,
         devices={n: sorted({d for s in layers for d in s.devices.get(n, [])}) for n in names},

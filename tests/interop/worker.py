@@ -137,7 +137,10 @@ def load(folder: Path, library: str, other: str, case: Case) -> dict:
     report = {"tensors": {}, "configs": {}, "class": type(model).__name__}
     for name in case.adapters:
         source = adapter_folder(folder, other, case, name)
-        tensors, own = load_file(source / "adapter_model.safetensors"), get_peft_model_state_dict(model, adapter_name=name)
+        tensors, own = (
+            load_file(source / "adapter_model.safetensors"),
+            get_peft_model_state_dict(model, adapter_name=name),
+        )
         report["tensors"][name] = sorted(
             key for key in {*tensors, *own} if key not in tensors or key not in own or not tensors[key].equal(own[key])
         )

@@ -1,6 +1,7 @@
 """The methods, one package or module each, on one shared core (`ops`, `tuners_utils`, `base`)."""
 
 from .._lazy import attach
+from .._names import MISSING_TABLE
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -14,5 +15,6 @@ __getattr__, __dir__, __all__ = attach(
         "SsfConfig": "peft.tuners.ssf",
         "SsfModel": "peft.tuners.ssf",
     },
-    {},
+    MISSING_TABLE,
+    ("base", "lora", "ops", "sft", "ssf", "targeting", "tuners_utils"),
 )

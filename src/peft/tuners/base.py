@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..mapping import is_adapter_key
 from ..utils.constants import DUMMY_TARGET_MODULES, SEQ_CLS_HEAD_NAMES
 from ..utils.error import NoMatchingPeftModuleError
 from ..utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _get_submodules, shared_parameters
@@ -124,8 +125,7 @@ class BaseTuner(nn.Module):
 
     def check_new_config(self, config) -> None:
         """Refuse a configuration that cannot live beside the others."""
-        others = [other for other in self.peft_config.values() if other is not config]
-        if getattr(config, "bias", "none") != "none" and others:
+        if getattr(config, "bias", "none") != "none" and len(self.peft_config) > 1:
             raise ValueError(
                 f"{type(config).__name__} with bias={config.bias!r} trains the base model's biases, which adapters "
                 "share: only a model's first and only adapter can do so; use bias='none'"
@@ -155,19 +155,47 @@ class BaseTuner(nn.Module):
         targets = self._find_targets(config, state_dict)
         self.shared_state(config, targets)
         shared = shared_parameters(model)
-        active_before = self.active_adapters
-        for key in targets:
-            parent, target, target_name = _get_submodules(model, key)
-            with torch.device("meta") if low_cpu_mem_usage else _nothing():
-                self._create_and_replace(config, adapter_name, target, target_name, parent, key)
-            layer = model.get_submodule(key)
-            layer.op.shared = id(layer.weight) in shared
+        try:
+            for key in targets:
+                parent, target, target_name = _get_submodules(model, key)
+                with torch.device("meta") if low_cpu_mem_usage else _nothing():
+                    self._create_and_replace(config, adapter_name, target, target_name, parent, key)
+                layer = model.get_submodule(key)
+                layer.op.shared |= id(layer.weight) in shared  # a merged layer has parted from the others for a while
+            wrap_modules_to_save(model, getattr(config, "modules_to_save", None) or [], adapter_name)
+        except Exception:
+            self.take_back(adapter_name)
+            raise
         self.targeted_module_names = list(dict.fromkeys([*self.targeted_module_names, *targets]))
-        wrap_modules_to_save(model, getattr(config, "modules_to_save", None) or [], adapter_name)
         self._mark_only_adapters_as_trainable(model)
-        self.set_adapter(active_before, inference_mode=config.inference_mode and active_before == [adapter_name])
+        self._set_initial_flags(adapter_name, config)
         if autocast_adapter_dtype:
             self._cast_adapter_dtype(adapter_name)
+
+    def _set_initial_flags(self, adapter_name: str, config) -> None:
+        """Activate a tuner's first adapter; a further one waits, and what the others do is not touched."""
+        for _, bias in trained_biases(self.model, config):
+            bias.requires_grad_(not config.inference_mode)
+        active = self.active_adapters
+        if active == [adapter_name]:
+            self.set_adapter(active, inference_mode=config.inference_mode)
+            return
+        for wrapper in self.wrappers():
+            wrapper._active_adapter = active
+            wrapper.enable_adapters(not getattr(self, "_adapters_disabled", False))
+        for module in (*self.layers(), *self.wrappers()):
+            module._set_flags(adapter_name, False)
+
+    def take_back(self, adapter_name: str) -> None:
+        """Undo an injection, finished or not: modules that have no other adapter get their old place back."""
+        for key, module in list(self.model.named_modules()):
+            if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                continue
+            module.delete_adapter(adapter_name)
+            if not module._available_adapters:
+                parent, _, name = _get_submodules(self.model, key)
+                plain = module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module
+                setattr(parent, name, plain)
 
     def _find_targets(self, config, state_dict) -> dict[str, nn.Module]:
         if config.target_modules == DUMMY_TARGET_MODULES:
@@ -241,7 +269,7 @@ class BaseTuner(nn.Module):
                     parameter.data = parameter.data.float()
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        """Freeze everything that belongs to no adapter, but for the biases that a configuration trains."""
+        """Freeze everything that belongs to no adapter (biases that a configuration trains belong to one)."""
         own = {
             id(parameter)
             for layer in self.layers()
@@ -249,12 +277,10 @@ class BaseTuner(nn.Module):
             for _, parameter in layer.adapter_tensors(name)
         }
         own |= {id(p) for wrapper in self.wrappers() for p in wrapper.adapter_parameters()}
+        own |= {id(p) for config in self.peft_config.values() for _, p in trained_biases(model, config)}
         for parameter in model.parameters():
             if id(parameter) not in own:
                 parameter.requires_grad_(False)
-        for config in self.peft_config.values():
-            for _, parameter in trained_biases(model, config):
-                parameter.requires_grad_(not config.inference_mode)
 
     # All layers at once
 
@@ -276,6 +302,8 @@ class BaseTuner(nn.Module):
         """
         names = as_list(adapter_name)
         self._check_known(names)
+        for wrapper in self.wrappers():
+            wrapper.check_active(names)
         for layer in self.layers():
             if layer.merged and layer.active_adapters != names:
                 warnings.warn(
@@ -322,29 +350,26 @@ class BaseTuner(nn.Module):
         for module in (*self.layers(), *self.wrappers()):
             module.delete_adapter(adapter_name)
         del self.peft_config[adapter_name]
-        active = [name for name in self.active_adapters if name != adapter_name]
-        if not active and self.peft_config:
-            active = [next(iter(self.peft_config))]
-            warnings.warn(f"The active adapter was deleted; {active[0]!r} is active now", PeftWarning, stacklevel=2)
-        if active:
-            self.set_adapter(active)
-        else:
-            self.active_adapter = []
+        self.active_adapter = [name for name in self.active_adapters if name != adapter_name]
+        if not self.active_adapter and self.peft_config:
+            name, config = next(iter(self.peft_config.items()))
+            warnings.warn(f"The active adapter was deleted; {name!r} is active now", PeftWarning, stacklevel=2)
+            self.set_adapter([name], inference_mode=config.inference_mode)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters (default: the active ones) into the base weights; `unmerge_adapter` undoes it."""
         names = as_list(adapter_names) if adapter_names is not None else self.active_adapters
         self._check_known(names)
-        done = []
-        for layer in self.layers():
-            try:
-                layer.merge(safe_merge=safe_merge, adapter_names=names)
-            except Exception:
-                for other in done:
-                    if other.merged:
-                        other.unmerge()
-                raise
-            done.append(layer)
+        for layer in self.layers() if safe_merge else ():
+            layer.check_merge(names)
+        before = [(layer, len(layer.merged_adapters)) for layer in self.layers()]
+        try:
+            for layer, _ in before:
+                layer.merge(adapter_names=names)
+        except Exception:
+            for layer, count in before:
+                layer.unmerge_to(count)
+            raise
 
     def unmerge_adapter(self) -> None:
         for layer in self.layers():
@@ -429,7 +454,7 @@ def trained_biases(model: nn.Module, config) -> Iterator[tuple[str, nn.Parameter
     if mode == "none":
         return
     for name, parameter in model.named_parameters():
-        if not name.endswith("bias") or name.endswith("lora_B.bias"):
+        if not name.endswith("bias"):
             continue
         adapted = name.endswith(".base_layer.bias")
         if (mode == "all" and _is_base_parameter(name)) or (mode != "all" and adapted):
@@ -437,7 +462,7 @@ def trained_biases(model: nn.Module, config) -> Iterator[tuple[str, nn.Parameter
 
 
 def _is_base_parameter(name: str) -> bool:
-    return not any(part.startswith("lora_") or part == "modules_to_save" for part in name.split("."))
+    return not is_adapter_key(name) and "modules_to_save" not in name.split(".")
 
 
 def wrap_modules_to_save(model: nn.Module, names: Sequence[str], adapter_name: str) -> None:

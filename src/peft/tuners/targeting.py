@@ -14,6 +14,8 @@ from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAME
 from ..utils.quantization_utils import is_quantized
 from .ops import _is_conv1d
 
+SHORTEN_FROM = 20  # upstream's number: configurations that mean the same layers are then the same
+
 
 def name_matches(patterns: str | Sequence[str], key: str) -> bool:
     """Whether module `key` is meant: a string is a regular expression for the whole key, a list names key endings.
@@ -84,10 +86,23 @@ def output_head_names(model: nn.Module) -> set[str]:
     return names
 
 
-def resolve_all_linear(model: nn.Module, target_modules, is_adapter_layer=lambda module: False):
-    """Replace `"all-linear"` by the full names of every linear layer of the backbone (the heads left out).
+def shortest_endings(names: set[str], others: set[str]) -> set[str]:
+    """Endings that fit every one of `names` and, as far as endings can tell them apart, none of `others`."""
+    taken = {ending for other in others for ending in _endings(other)}
+    return {next((ending for ending in _endings(name) if ending not in taken), name) for name in names}
 
-    A layer that already carries an adapter counts by its base layer.
+
+def _endings(key: str) -> list[str]:
+    """`a.b.c` -> `c`, `b.c`, `a.b.c`."""
+    parts = key.split(".")
+    return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
+
+
+def resolve_all_linear(model: nn.Module, target_modules, is_adapter_layer=lambda module: False):
+    """Replace `"all-linear"` by names that mean every linear layer of the backbone (the heads left out).
+
+    A layer that already carries an adapter counts by its base layer. From `SHORTEN_FROM` layers on the names are
+    endings such as `q_proj`, below they are whole.
     """
     if not (isinstance(target_modules, str) and target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND):
         return target_modules
@@ -100,4 +115,7 @@ def resolve_all_linear(model: nn.Module, target_modules, is_adapter_layer=lambda
         if is_linear(module.get_base_layer() if adapted else module):
             names.add(name)
     inside = {name for name in names for outer in names if name != outer and name.startswith(outer + ".")}
-    return names - inside
+    names -= inside
+    if len(names) < SHORTEN_FROM:
+        return names
+    return shortest_endings(names, {name for name, _ in model.named_modules() if name} - names)

@@ -323,7 +323,7 @@ class AdditiveLayer(BaseTunerLayer):
         return self.op.to_view(self.delta_weight(adapter))
 
     def post(self, name, x, y, before=()):
-        return y + self.delta(name, x)
+        return y + self.delta(name, x).to(y.dtype)
 
     def fold(self, name, W, b):
         return W + self.delta_weight(name).to(W), b

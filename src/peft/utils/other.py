@@ -18,21 +18,69 @@ from .constants import (  # noqa: F401  (other libraries import the constants fr
 )
 
 
-class AuxiliaryTrainingWrapper(nn.Module):
-    """A module of the base model of which adapters have something of their own.
+class AdapterParts:
+    """Mixin of whatever holds parts of adapters: what they are, and which of them train."""
 
-    `adapter_layer_names` names the attributes that map an adapter to its part, as on adapter layers.
-    """
-
+    # Attributes that map an adapter's name to its module or parameter, and to anything else.
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ()
 
+    def _init_flags(self) -> None:
+        self._shown_flags: dict[tuple[str, str], bool] = {}  # (path, adapter) -> requires_grad as we set it last
+        self._user_frozen: set[tuple[str, str]] = set()
+
+    def _forget_flags(self, name: str) -> None:
+        self._user_frozen = {key for key in self._user_frozen if key[1] != name}
+        self._shown_flags = {key: flag for key, flag in self._shown_flags.items() if key[1] != name}
+
+    @property
+    def _available_adapters(self) -> set[str]:
+        return {name for attribute in self.adapter_layer_names for name in getattr(self, attribute, {})}
+
+    def adapter_tensors(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """`(attribute path, parameter)` of every parameter of one adapter, frozen and integer ones too."""
+        for attribute in self.adapter_layer_names:
+            container = getattr(self, attribute, {})
+            if name not in container:
+                continue
+            entry = container[name]
+            if isinstance(entry, nn.Module):
+                yield from ((f"{attribute}.{key}", parameter) for key, parameter in entry.named_parameters())
+            else:
+                yield attribute, entry
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let adapters train or not, active or not. Freezing holds until this is called with True."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            for path, _ in self.adapter_tensors(name):
+                if requires_grad:
+                    self._user_frozen.discard((path, name))
+                    self._shown_flags.pop((path, name), None)
+                else:
+                    self._user_frozen.add((path, name))
+            self._set_flags(name, requires_grad)
+
+    def _set_flags(self, name: str, train: bool) -> None:
+        for path, parameter in self.adapter_tensors(name):
+            if not parameter.is_floating_point():
+                continue
+            key = (path, name)
+            if self._shown_flags.get(key) and not parameter.requires_grad:
+                self._user_frozen.add(key)  # we had set it to train; somebody froze it since
+            flag = train and key not in self._user_frozen
+            parameter.requires_grad_(flag)
+            self._shown_flags[key] = flag
+
+
+class AuxiliaryTrainingWrapper(AdapterParts, nn.Module):
+    """A module of the base model of which adapters have something of their own."""
+
     def __init__(self, module_to_save: nn.Module, adapter_name: str):
-        super().__init__()
+        nn.Module.__init__(self)
         self.original_module = module_to_save
         self._active_adapter: list[str] = [adapter_name]
         self._disable_adapters = False
-        self._user_frozen: set[str] = set()
+        self._init_flags()
 
     @property
     def disable_adapters(self) -> bool:
@@ -74,9 +122,13 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         name = next((name for name in self._active_adapter if name in self.modules_to_save), None)
         return self.original_module if self._disable_adapters or name is None else self.modules_to_save[name]
 
-    def forward(self, x, *args, adapter_names: Sequence[str] | None = None, **kwargs):
+    def forward(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
         if adapter_names is None or self._disable_adapters:
-            return self._current()(x, *args, **kwargs)
+            return self._current()(*args, **kwargs)
+        return self._mixed_forward(adapter_names, *args, **kwargs)
+
+    def _mixed_forward(self, adapter_names: Sequence[str], x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """Row `i` of the batch goes through the copy of `adapter_names[i]`, or through the original."""
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(adapter_names):
             rows.setdefault(name, []).append(row)
@@ -92,39 +144,32 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("original_module", "modules_to_save", "_active_adapter"):
+            if name in ("original_module", "modules_to_save", "_active_adapter", "_disable_adapters"):
                 raise
             return getattr(self._current(), name)
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
         return self.modules_to_save.parameters()
 
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        here = [name for name in names if name in self.modules_to_save]
+    def check_active(self, adapter_names: Sequence[str]) -> None:
+        """Refuse adapters that cannot be active together: a module has one replacement at a time."""
+        here = [name for name in adapter_names if name in self.modules_to_save]
         if len(here) > 1:
             raise ValueError(
                 f"Only one adapter can replace a module as a whole, but {here} all do: activate one of them"
             )
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.check_active(names)
         for name in self.modules_to_save:
-            self._set_flags(name, name in names and not inference_mode and name not in self._user_frozen)
+            self._set_flags(name, name in names and not inference_mode)
         self._active_adapter = names
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            (self._user_frozen.discard if requires_grad else self._user_frozen.add)(name)
-            if name in self.modules_to_save:
-                self._set_flags(name, requires_grad)
-
-    def _set_flags(self, name: str, train: bool) -> None:
-        for parameter in self.modules_to_save[name].parameters():
-            if parameter.is_floating_point():
-                parameter.requires_grad_(train)
 
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name in self.modules_to_save:
             del self.modules_to_save[adapter_name]
-        self._user_frozen.discard(adapter_name)
+        self._forget_flags(adapter_name)
         self._active_adapter = [name for name in self._active_adapter if name != adapter_name]
 
     def unload(self, adapter_names: Sequence[str]) -> nn.Module:

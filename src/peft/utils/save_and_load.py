@@ -63,26 +63,24 @@ def _bias_keys(model: nn.Module, config) -> list[str]:
     return [name for name, _ in trained_biases(model, config)]
 
 
-def _embedding_keys(model: nn.Module, save_embedding_layers: bool | str, config) -> dict[str, str]:
+def _embedding_keys(model: nn.Module, save_embedding_layers: bool | str, config, adapter_name: str) -> dict[str, str]:
     """Keys of the base model's embeddings, where they belong into the adapter's file."""
-    wanted = save_embedding_layers
+    from ..tuners.tuners_utils import BaseTunerLayer
+
+    if not save_embedding_layers:
+        return {}
     getters = [getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
     modules = [module for getter in getters if callable(getter) and (module := getter()) is not None]
-    if wanted == "auto":
-        targets = getattr(config, "target_modules", None) or ()
-        wanted = any(_is_adapted(module) for module in modules) and not isinstance(targets, str)
-        wanted = wanted or _vocabulary_changed(model, config)
-        if wanted:
+    if save_embedding_layers == "auto":
+        if not _vocabulary_changed(model, config):
+            modules = [m for m in modules if isinstance(m, BaseTunerLayer) and adapter_name in m._available_adapters]
+        if modules:
             warnings.warn(
                 "The base model's embeddings are saved with the adapter, because the adapter targets them or the "
                 "vocabulary was resized. Give save_embedding_layers=True or False to choose",
                 PeftWarning,
                 stacklevel=4,
             )
-    if not wanted:
-        return {}
-    from ..tuners.tuners_utils import BaseTunerLayer
-
     bases = [module.get_base_layer() if isinstance(module, BaseTunerLayer) else module for module in modules]
     bases = [base for base in bases if not isinstance(base, AuxiliaryTrainingWrapper)]
     return {
@@ -91,12 +89,6 @@ def _embedding_keys(model: nn.Module, save_embedding_layers: bool | str, config)
         if any(module is base for base in bases)
         for name in module.state_dict()
     }
-
-
-def _is_adapted(module: nn.Module) -> bool:
-    from ..tuners.tuners_utils import BaseTunerLayer
-
-    return isinstance(module, BaseTunerLayer)
 
 
 def _vocabulary_changed(model: nn.Module, config) -> bool:
@@ -139,7 +131,7 @@ def get_peft_model_state_dict(
     config = _config_of(model, adapter_name)
     keys = adapter_keys(model, adapter_name)
     keys.update({name: _plain_name(name) for name in _bias_keys(model, config)})
-    keys.update(_embedding_keys(model, save_embedding_layers, config))
+    keys.update(_embedding_keys(model, save_embedding_layers, config, adapter_name))
     tensors = model.state_dict() if state_dict is None else state_dict
     if state_dict is not None:
         tensors = {_plain_name(name): tensor for name, tensor in state_dict.items()}
@@ -171,12 +163,17 @@ def set_peft_model_state_dict(
         tensors in the dict that belong nowhere.
 
     Raises:
-        ValueError: no such adapter.
+        ValueError: no such adapter, or it is merged.
         RuntimeError: tensors of another shape.
     """
     from ..tuners.tuners_utils import BaseTunerLayer
 
     config = _config_of(model, adapter_name)
+    if any(adapter_name in getattr(module, "merged_adapters", ()) for module in model.modules()):
+        raise ValueError(
+            f"Adapter {adapter_name!r} is merged, and with other tensors it could not be taken out again: call "
+            "unmerge_adapter() before loading into it"
+        )
     expected = {file: name for name, file in adapter_keys(model, adapter_name).items()}
     own = set(expected)
     expected.update({_plain_name(name): name for name in _bias_keys(model, config)})
@@ -238,7 +235,9 @@ def _file_key(key: str) -> str:
 
 def _is_base_key(key: str) -> bool:
     """Whether a key of an adapter's file may belong to the base model (saved embeddings, trained biases)."""
-    return not any(part.startswith(("lora_", "sft_", "ssf_")) for part in key.split("."))
+    from ..mapping import is_adapter_key
+
+    return not is_adapter_key(key)
 
 
 def report_incompatible(result: IncompatibleKeys, adapter_name: str, source) -> None:

@@ -4,6 +4,10 @@
 module it keeps no output-sized temporary, adds the delta into the base product in place, and saves only x', which
 frozen linear layers that share their input share as well. Letters: N rows, I in, O out, r rank.
 
+Products with r are kept with r as the rows, (r, N): BLAS takes a half to a quarter of the time that it takes for
+(N, r) where r is small (float32, one thread, N = 512, r = 8, I = O = 576: all six thin products 0.37 instead of
+0.77 ms, beside 6.8 ms for the two of the base layer), and is no slower elsewhere.
+
 Left out: anything but plain `nn.Linear` leaves; see `ops.is_plain`.
 """
 
@@ -28,39 +32,40 @@ class FusedLora(torch.autograd.Function):
     def forward(ctx, x, xd, W, b, A, B, bB, s):
         rows = x.reshape(-1, x.shape[-1])  # (N, I)
         dropped = rows if xd is None else xd.reshape(rows.shape)
-        hidden = dropped @ A.T  # (N, r)
+        hidden = A @ dropped.T  # (r, N)
         y = torch.addmm(b, rows, W.T) if b is not None else rows @ W.T  # (N, O)
-        y.addmm_(hidden, B.T, alpha=s)
+        y.addmm_(hidden.T, B.T, alpha=s)
         if bB is not None:
             y.add_(bB, alpha=s)
         ctx.s, ctx.shared_input = s, xd is None
         needs = ctx.needs_input_grad
         train = needs[4] or needs[5]
-        ctx.save_for_backward(
-            dropped if train else None, hidden if train else None, W, A, B, rows if needs[2] else None
-        )
+        # The inputs themselves, not views made here: to a second derivative those would be constants.
+        saved = x if xd is None else xd
+        ctx.save_for_backward(saved if train else None, hidden if train else None, W, A, B, x if needs[2] else None)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx, gy):
         dropped, hidden, W, A, B, rows = ctx.saved_tensors
+        dropped, rows = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (dropped, rows))  # (N, I)
         need_x, need_xd, need_W, need_b, need_A, need_B, need_bB, _ = ctx.needs_input_grad
         shape = (*gy.shape[:-1], W.shape[1])
         with torch.autocast(gy.device.type, enabled=False):
             g = gy.reshape(-1, gy.shape[-1])  # (N, O)
             if torch.is_grad_enabled() and dropped is not None:
-                hidden = dropped @ A.T  # create_graph: the saved product is no longer a function of A to autograd
-            gh = (g @ B).mul_(ctx.s)  # (N, r)
+                hidden = A @ dropped.T  # create_graph: the saved product is no longer a function of A to autograd
+            gh = (B.T @ g.T).mul_(ctx.s)  # (r, N)
             gx = gxd = None
             if need_x:
                 gx = g @ W
                 if ctx.shared_input:
-                    gx = gx.addmm_(gh, A) if not torch.is_grad_enabled() else torch.addmm(gx, gh, A)
+                    gx = gx.addmm_(gh.T, A) if not torch.is_grad_enabled() else torch.addmm(gx, gh.T, A)
                 gx = gx.view(shape)
             if need_xd:
-                gxd = (gh @ A).view(shape)
-            gA = gh.T @ dropped if need_A else None  # (r, I)
-            gB = (g.T @ hidden).mul_(ctx.s) if need_B else None  # (O, r)
+                gxd = (gh.T @ A).view(shape)
+            gA = gh @ dropped if need_A else None  # (r, I)
+            gB = (hidden @ g).mul_(ctx.s).T if need_B else None  # (O, r)
             total = g.sum(0) if need_b or need_bB else None
             gW = g.T @ rows if need_W else None
         return gx, gxd, gW, total if need_b else None, gA, gB, total * ctx.s if need_bB else None, None

@@ -160,7 +160,10 @@ class SftLayer(AdditiveLayer, nn.Module):
     def _apply_adapters(self, names, x, *args, **kwargs):
         base, op = self.base_layer, self.op
         callable_only = args or kwargs or not no_global_hooks() or is_quantized(self.get_base_layer())
-        if op.kind == "Linear" and not callable_only and is_plain(base) and not base.weight.requires_grad:
+        writable = (
+            not callable_only and is_plain(base) and not base.weight.requires_grad and base.weight.is_contiguous()
+        )
+        if op.kind == "Linear" and writable:
             return sparse_linear(x, base.weight, base.bias, [self.sft_delta[n] for n in names], op.transposed)
         if op.kind == "Linear":
             return super()._apply_adapters(names, x, *args, **kwargs)

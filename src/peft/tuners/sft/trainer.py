@@ -99,7 +99,7 @@ class SftTrainerMixin:
             return
         if self.args.optim not in PLAIN_OPTIMIZERS:
             raise ValueError(
-                f"optim={getattr(self.args.optim, 'value', self.args.optim)!r} cannot be combined with sparse fine-tuning, which needs "
+                f"optim={self.args.optim.value!r} cannot be combined with sparse fine-tuning, which needs "
                 f"{needed.__name__}; leave `optim` at its default"
             )
         if self.args.optim_args:
@@ -212,10 +212,13 @@ class SftTrainerMixin:
 
 
 def _resolve_config(model: nn.Module) -> Any:
-    """The configuration of the model's active adapter, or None if there is no such thing."""
-    configs = getattr(model, "peft_config", None) or {}
-    active = getattr(model, "active_adapter", None)
-    return configs.get(active) if isinstance(active, str) else None
+    """The configuration of the model's active adapter, of the SFT one if several are active, or None."""
+    from ...peft_model import PeftModel
+
+    if not isinstance(model, PeftModel):
+        return None
+    configs = [model.peft_config[name] for name in model.active_adapters]
+    return next((config for config in configs if isinstance(config, SftConfig)), next(iter(configs), None))
 
 
 def _check_config(config: Any) -> None:

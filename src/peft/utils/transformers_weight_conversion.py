@@ -1,0 +1,158 @@
+"""Keys of adapter files, as transformers' `model.load_adapter` needs them.
+
+transformers (5 and later) loads an adapter like a checkpoint: every key of the file is passed through a list of
+transforms and lands on the parameter of the resulting name. `build_peft_weight_mapping` makes this list: the file's
+prefix goes, the adapter's name comes in, and the model's own renamings (of modules that had other names in earlier
+versions) follow. transformers imports this module while it loads an adapter; nothing in peft imports it before.
+
+Left out: the arithmetic by which transformers rebuilds base weights (several experts into one parameter, one fused
+projection into three). It does not apply to an adapter's tensors as it stands; an adapter of single experts is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from transformers.core_model_loading import (
+    ConversionOps,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+)
+
+from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from .peft_types import PeftType
+
+FILE_PREFIX = "base_model.model."
+
+
+class _AdapterKey(WeightRenaming):
+    """`base_model.model.<path>.lora_A.weight` -> `<path>.lora_A.<adapter>.weight`."""
+
+    __slots__ = ("adapter_name", "prefixes")
+
+    def __init__(self, adapter_name: str, prefixes: Sequence[str]):
+        super().__init__(f"^{re.escape(FILE_PREFIX)}", "")
+        self.adapter_name = adapter_name
+        self.prefixes = tuple(prefixes)
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        parts = source_key.removeprefix(FILE_PREFIX).split(".")
+        # Modules of the base model may be called so too; the adapter's own part comes last.
+        for i in reversed(range(len(parts))):
+            if parts[i].startswith(self.prefixes):
+                if parts[i + 1 : i + 2] != [self.adapter_name]:  # a state dict of a model has the name already
+                    parts.insert(i + 1, self.adapter_name)
+                break
+        return ".".join(parts), None
+
+    def was_used(self) -> bool:
+        # transformers reverts used transforms when it saves the base model; this one has no part in its names.
+        return False
+
+
+class _SortPositions(ConversionOps):
+    """Sort the positions of sparse deltas, and their values along with them.
+
+    A layer relies on sorted positions; files of the reference release of SFT do not have them. Both tensors come one
+    by one, the positions first (keys are loaded in alphabetical order), so the permutation is kept in between.
+    """
+
+    def __init__(self):
+        self.orders: dict[str, torch.Tensor] = {}  # delta -> (k,) permutation
+
+    def __deepcopy__(self, memo) -> _SortPositions:
+        return self  # transformers copies a converter, with its operations, for every parameter
+
+    def convert(self, input_dict, full_layer_name: str, **kwargs) -> dict[str, torch.Tensor]:
+        ((tensor,),) = input_dict.values()
+        delta, _, attribute = full_layer_name.rpartition(".")
+        if attribute == "indices":
+            tensor, self.orders[delta] = tensor.sort()
+        elif delta in self.orders:
+            tensor = tensor[self.orders.pop(delta)]
+        return {full_layer_name: tensor}
+
+
+class _SparseDelta(WeightConverter):
+    """Applies `_SortPositions` to one of the two tensors of every delta of an adapter."""
+
+    __slots__ = ("ending",)
+
+    def __init__(self, adapter_name: str, attribute: str, operation: _SortPositions):
+        self.ending = f".sft_delta.{adapter_name}.{attribute}"
+        super().__init__(f"sft_delta.{attribute}", f"sft_delta.{attribute}", [operation])
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        return source_key, self.source_patterns[0] if source_key.endswith(self.ending) else None
+
+    def was_used(self) -> bool:
+        return False  # as in `_AdapterKey`
+
+
+class _SingleExperts(WeightRenaming):
+    """Refuses tensors for single experts of a model that holds all experts in one parameter."""
+
+    __slots__ = ("parameters", "expert_key")
+
+    def __init__(self, converter: WeightConverter, prefixes: Sequence[str]):
+        super().__init__(list(converter.source_patterns), list(converter.target_patterns))
+        self.scope_prefix, self.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
+        self.parameters = [pattern.replace("\\", "").strip("^$.") for pattern in converter.target_patterns]
+        # transformers' patterns end in the experts' weight, in whose place the adapter's tensors stand
+        modules = [re.sub(r"\\?\.weight\$?$", "", pattern).replace("*.", r".*\.") for pattern in self.source_patterns]
+        self.expert_key = re.compile(f"(?:{'|'.join(modules)})\\.(?:{'|'.join(map(re.escape, prefixes))})")
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        if self.expert_key.search(source_key):
+            raise NotImplementedError(
+                f"The adapter changes single experts ({source_key}), but this version of transformers holds all "
+                f"experts of a layer in one parameter ({', '.join(self.parameters)}). Adapters of parameters "
+                "(target_parameters) are not in this version of peft"
+            )
+        return source_key, None
+
+    def was_used(self) -> bool:
+        return False
+
+
+def _merges_experts(transform: WeightTransform) -> bool:
+    return isinstance(transform, WeightConverter) and (
+        any(isinstance(operation, MergeModulelist) for operation in transform.operations)
+        or any(".experts.*." in pattern.replace("\\", "") for pattern in ("." + p for p in transform.source_patterns))
+    )
+
+
+def build_peft_weight_mapping(
+    weight_conversions: Sequence[WeightTransform] | None, adapter_name: str, peft_config=None
+) -> list[WeightTransform]:
+    """The transforms that take the keys of an adapter's file to those of the model that has the adapter.
+
+    Args:
+        weight_conversions: the model's own transforms (`transformers.conversion_mapping`), in order. Of these, renamings
+            are kept.
+        adapter_name: the adapter's name in the model.
+        peft_config: the adapter's configuration; None: the adapter is of any method that there is.
+
+    Returns:
+        A new list. Its transforms are not used for saving, so they leave no trace in the base model's files.
+
+    Raises:
+        NotImplementedError: not here, but when a key is met that belongs to a single expert of a model that holds all
+            experts of a layer in one parameter.
+    """
+    methods = list(PEFT_TYPE_TO_PREFIX_MAPPING) if peft_config is None else [peft_config.peft_type]
+    prefixes = [PEFT_TYPE_TO_PREFIX_MAPPING[method] for method in methods]
+    mapping: list[WeightTransform] = [_AdapterKey(adapter_name, prefixes)]
+    if PeftType.SFT in methods:
+        sorting = _SortPositions()
+        mapping += [_SparseDelta(adapter_name, attribute, sorting) for attribute in ("indices", "values")]
+    for transform in weight_conversions or ():
+        if isinstance(transform, WeightRenaming):
+            mapping.append(transform)
+        elif _merges_experts(transform):
+            mapping.append(_SingleExperts(transform, prefixes))
+    return mapping
