@@ -1,4 +1,4 @@
-"""Common to all tests: no network, inputs that differ from run to run, one thread (tiny models gain nothing from more)."""
+"""Common to all tests: no network, inputs that differ from run to run, one thread."""
 
 import os
 import random
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-torch.set_num_threads(1)  # threads that wait for each other on a busy machine cost a hundred times the work
+torch.set_num_threads(1)  # tiny models gain nothing from more, and on a busy machine waiting for each other costs seconds
 
 
 @pytest.fixture(autouse=True)

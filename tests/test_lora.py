@@ -282,12 +282,10 @@ class Widest(TorchDispatchMode):
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_half_precision_input_is_never_copied_to_float32(kind, dropout, second):
     names = ["default", "second"] if second else ["default"]
-    layer, x = (
-        (nn.Linear(8, 8), torch.randn(64, 8)) if kind == "linear" else (nn.Conv2d(8, 8, 1), torch.randn(4, 8, 9, 9))
-    )
+    layer, shape = {"linear": (nn.Linear(8, 8), (64, 8)), "conv": (nn.Conv2d(8, 8, 1), (4, 8, 9, 9))}[kind]
     model = random_lora(nn.Sequential(layer).bfloat16(), names, targets=["0"], lora_dropout=dropout)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    x = x.bfloat16().requires_grad_()
+    x = torch.randn(shape, dtype=torch.bfloat16, requires_grad=True)
     with Widest() as widest:
         model(x).sum().backward()
     assert 0 < widest.largest <= 8 * 8  # the factors' gradients

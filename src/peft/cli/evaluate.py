@@ -1,48 +1,166 @@
 """`peft evaluate`, and the two measures that `peft train` takes before and after: accuracy and held-out loss.
 
-Examples are sorted by length, shared out over the processes of a distributed run, and the results gathered. So every
-process holds the whole model: data parallelism, not a model split over devices.
+Batches are shared out over the processes of a distributed run, and the results gathered. So every process must hold
+the whole model: data parallelism, not a model split over devices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .data import Example
+from .common import CliError, format_table, notice
+from .data import Collator, Example, pad_id_of
+from .source import Source, read_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .tasks import Task
-
+METRICS_FILE = "metrics.json"
 GENERATION_BATCH = 8
-"""Generation runs so many times more rows at a time than training: it keeps no activations."""
+"""Generation takes so many times more rows at a time than training: it keeps no activations."""
 
 
-def accuracy(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    problems: Sequence[dict[str, Any]],
-    examples: Sequence[Example],
-    batch_size: int,
-) -> tuple[float, list[str]]:
-    """Share of problems that the model solves, decoding greedily, and its replies.
+@dataclass
+class Measure:
+    """A measured figure."""
+
+    metric: str
+    """ "accuracy", the share of problems solved, or "loss", per token."""
+    value: float
+    replies: list[str] = field(default_factory=list)
+    """What the model said to each problem."""
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f} %" if self.metric == "accuracy" else f"{self.value:.4f}"
+
+
+def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source, batch_size: int) -> Measure:
+    """Accuracy on the held-out problems of a task, or loss on the held-out rows of a file.
 
     Args:
-        problems: those of the task.
-        examples: the same, tokenised; the prompt of each is what the model sees.
-        batch_size: rows per batch of training.
+        model: the model, which is put into evaluation mode for the time being.
+        source: tokenised.
+        batch_size: rows per batch in training.
     """
+    import torch
+
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            if source.task is None:
+                return Measure("loss", held_out_loss(model, tokenizer, source.held_out_examples, batch_size))
+            replies = reply_to(model, tokenizer, source.held_out_examples, batch_size * GENERATION_BATCH)
+    finally:
+        model.train(training)
+    correct = [source.task.is_correct(reply, problem) for reply, problem in zip(replies, source.held_out)]
+    return Measure("accuracy", sum(correct) / len(correct), replies)
+
+
+def held_out_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_size: int
+) -> float:
+    """Mean cross entropy per token that counts."""
+    from accelerate.utils import gather_object
+
+    collate = Collator(pad_id_of(tokenizer))
+    sums = []
+    for rows in own_batches([len(example.ids) for example in examples], batch_size):
+        batch = {name: tensor.to(model.device) for name, tensor in collate([examples[row] for row in rows]).items()}
+        tokens = sum(examples[row].trained for row in rows)
+        sums.append((model(**batch, use_cache=False).loss.item() * tokens, tokens))
+    losses, tokens = zip(*gather_object(sums))
+    return sum(losses) / sum(tokens)
+
+
+def reply_to(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_size: int
+) -> list[str]:
+    """What the model says to the prompt of each example, decoded greedily."""
+    from accelerate.utils import gather_object
+
     # A right reply is as long as the answer; what comes much later than the longest one cannot be right.
-    new_tokens = max(example.trained for example in examples) + 8
-    replies = [""] * len(examples)
-    for rows in in_batches(examples, batch_size * GENERATION_BATCH, lambda example: len(example.prompt)):
-        prompts = [examples[row].prompt for row in rows]
-        for row, reply in zip(rows, generate(model, tokenizer, prompts, new_tokens)):
-            replies[row] = reply
-    for gathered in gather(list(enumerate(replies))):
-        replies[gathered[0]] = gathered[1] or replies[gathered[0]]
-    correct = [task.is_correct(reply, problem) for reply, problem in zip(replies, problems)]
-    return sum(correct) / len(correct), replies
+    new_tokens = max(example.trained for example in examples) + 4
+    replies = []
+    for rows in own_batches([len(example.prompt) for example in examples], batch_size):
+        texts = generate(model, tokenizer, [examples[row].prompt for row in rows], new_tokens)
+        replies += zip(rows, texts)
+    return [text for _, text in sorted(gather_object(replies))]
+
+
+def generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], new_tokens: int
+) -> list[str]:
+    """Continue prompts of tokens, padded on the left into one batch."""
+    import torch
+
+    pad_id = pad_id_of(tokenizer)
+    length = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (length - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    ends = model.generation_config.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        pad_token_id=pad_id,
+        eos_token_id=sorted(ends) or None,
+    )
+    return tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+
+
+def own_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Numbers of the rows in each batch of this process, sorted by length so that little is padding."""
+    from accelerate import PartialState
+
+    state = PartialState()
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    yield from batches[state.process_index :: state.num_processes]
+
+
+# ---- The command ----
+
+
+def run(args: argparse.Namespace) -> None:
+    """`peft evaluate`: measure an adapter again, and say whether that is what its run had measured."""
+    from .models import load_adapter, load_model, load_tokenizer, quiet_transformers, resolve_dtype
+
+    metrics = read_metrics(Path(args.adapter))
+    run_args = argparse.Namespace(**metrics["arguments"])
+    if args.data is not None:
+        run_args.data = args.data
+    source = read_source(run_args)
+    if source.digest != metrics["data_digest"]:
+        raise CliError(f"the data is not what {args.adapter} was trained and measured with, so neither is the result")
+    quiet_transformers()
+    tokenizer = load_tokenizer(run_args.model)
+    source.tokenize(tokenizer, run_args.max_length, run_args.loss_on)
+    model = load_adapter(load_model(run_args.model, resolve_dtype(run_args.dtype)), args.adapter)
+    notice(f"measuring on {len(source.held_out_examples)} held-out examples")
+    now = measure(model, tokenizer, source, run_args.batch_size)
+    then = Measure(metrics["metric"], metrics["after"])
+    print(format_table([[f"held-out {now.metric}", now], ["in metrics.json", then]]))
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """The metrics.json of a run; raises CliError if there is none, or another program wrote it."""
+    try:
+        metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CliError(f"{folder} has no {METRICS_FILE}: it is not the --output of a finished peft train") from error
+    except json.JSONDecodeError as error:
+        raise CliError(f"{folder / METRICS_FILE} is not valid JSON: {error}") from error
+    missing = {"arguments", "data_digest", "metric", "after"} - set(metrics if isinstance(metrics, dict) else ())
+    if missing:
+        raise CliError(f"{folder / METRICS_FILE} lacks {sorted(missing)}: peft train did not write it")
+    return metrics

@@ -7,12 +7,16 @@ from the training problems if it turns up there as well (small tasks have few di
 from __future__ import annotations
 
 import difflib
+import itertools
+import json
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from .common import CliError, first_line, need
 
 if TYPE_CHECKING:
+    from reasoning_gym.dataset import ProceduralDataset
     from transformers import PreTrainedTokenizerBase
 
 INSTRUCTION = "Reply with the answer only."
@@ -26,71 +30,68 @@ THINKING = re.compile(r"^\s*<think>.*?</think>", re.S)
 
 
 class Task:
-    """A task of reasoning-gym with its settings.
+    """Problems of a task of reasoning-gym.
+
+    Attributes:
+        train, held_out: the problems, each a dict with `question`, `answer` and what the task scores by. Those that are
+            held out are all different; training problems may repeat, where the task has few.
 
     Raises:
-        CliError: reasoning-gym is missing, or does not have the task, or refuses the settings.
+        CliError: reasoning-gym is missing, does not have the task or refuses its settings; or the task has too few
+            different problems, or no single right answer to train on.
     """
 
-    def __init__(self, name: str, settings: dict[str, Any] | None, seed: int) -> None:
+    def __init__(self, name: str, settings: dict[str, Any], train_size: int, eval_size: int, seed: int) -> None:
+        self.name, self.settings = name, settings
+        self._scorer = self._source(eval_size, seed + EVAL_SEED_OFFSET)
+        held_out = {}
+        for problem in self._generate(self._scorer, eval_size):
+            held_out.setdefault(problem["question"], problem)
+            if len(held_out) == eval_size:
+                break
+        self.held_out = list(held_out.values())
+        others = self._generate(self._source(train_size, seed), train_size)
+        unseen = (problem for problem in others if problem["question"] not in held_out)
+        self.train = list(itertools.islice(unseen, train_size))
+        if len(self.held_out) < eval_size or len(self.train) < train_size:
+            raise CliError(
+                f"task {name} with --task-args {json.dumps(settings)} has too few different problems: {TRIES} tries for "
+                f"each gave {len(self.held_out)} of {eval_size} to hold out, {len(self.train)} of {train_size} to train on"
+            )
+
+    def _source(self, count: int, seed: int) -> ProceduralDataset:
+        """The generator of problems, with room for TRIES times `count`."""
         try:
             import reasoning_gym
             from reasoning_gym.factory import DATASETS
         except ImportError as error:
-            raise need("reasoning-gym", f"--data task:{name}") from error
+            raise need("reasoning-gym", f"--data task:{self.name}") from error
 
-        if name not in DATASETS:
-            close = difflib.get_close_matches(name, DATASETS, n=3) or sorted(DATASETS)[:5]
-            raise CliError(f"reasoning-gym has no task {name!r}; it has {len(DATASETS)}, among them {', '.join(close)}")
-        reserved = sorted({"seed", "size"} & set(settings or {}))
+        if self.name not in DATASETS:
+            close = difflib.get_close_matches(self.name, DATASETS, n=3) or sorted(DATASETS)[:5]
+            raise CliError(
+                f"reasoning-gym has no task {self.name!r}; it has {len(DATASETS)}, among them {', '.join(close)}"
+            )
+        reserved = sorted({"seed", "size"} & set(self.settings))
         if reserved:
             raise CliError(f"--task-args cannot hold {reserved}: --seed, --train-size and --eval-size say these")
-        self.name = name
-        self._source = {}
-        for purpose, offset in (("train", 0), ("eval", EVAL_SEED_OFFSET)):
-            try:
-                self._source[purpose] = reasoning_gym.create_dataset(
-                    name, seed=seed + offset, size=EVAL_SEED_OFFSET, **(settings or {})
-                )
-            except (TypeError, ValueError, AssertionError) as error:  # what its settings are checked with
-                raise CliError(f"task {name} refuses --task-args {settings}: {first_line(error)}") from error
-
-    def problems(self, train_size: int, eval_size: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Problems as `(train, held out)`, each a dict with `question`, `answer` and what the task scores by.
-
-        The held-out ones are all different. Training problems may repeat, where the task has few.
-
-        Raises:
-            CliError: the task has too few different problems, or no single right answer to train on.
-        """
-        held_out: dict[str, dict[str, Any]] = {}
-        for problem in self._generate("eval", eval_size):
-            held_out.setdefault(problem["question"], problem)
-            if len(held_out) == eval_size:
-                break
-        train = []
-        for problem in self._generate("train", train_size):
-            if problem["question"] not in held_out:
-                train.append(problem)
-            if len(train) == train_size:
-                break
-        if len(held_out) < eval_size or len(train) < train_size:
+        try:
+            return reasoning_gym.create_dataset(self.name, seed=seed, size=count * TRIES, **self.settings)
+        except (TypeError, ValueError, AssertionError) as error:  # what its settings are checked with
             raise CliError(
-                f"task {self.name} with these --task-args has too few different problems: {TRIES} tries for each gave "
-                f"{len(held_out)} of {eval_size} to hold out and {len(train)} of {train_size} others to train on"
-            )
-        return train, list(held_out.values())
+                f"task {self.name} refuses --task-args {json.dumps(self.settings)}: {first_line(error)}"
+            ) from error
 
-    def _generate(self, purpose: str, count: int):
+    def _generate(self, source: ProceduralDataset, count: int) -> Iterator[dict[str, Any]]:
         for i in range(count * TRIES):
-            problem = self._source[purpose][i]
+            problem = source[i]
             if not isinstance(problem["answer"], str):
                 raise CliError(f"task {self.name} comes without an answer to train on")
             yield problem
 
     def is_correct(self, reply: str, problem: dict[str, Any]) -> bool:
         """Whether the task's own scoring gives a reply all points."""
-        return self._source["eval"].score_answer(THINKING.sub("", reply).strip(), problem) >= 1
+        return self._scorer.score_answer(THINKING.sub("", reply).strip(), problem) >= 1
 
 
 def task_row(tokenizer: PreTrainedTokenizerBase, problem: dict[str, Any]) -> dict[str, Any]:

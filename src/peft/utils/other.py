@@ -97,6 +97,15 @@ class AuxiliaryTrainingWrapper(AdapterParts, nn.Module):
     def enable_adapters(self, enabled: bool) -> None:
         self._disable_adapters = not enabled
 
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """`{key in the adapter's file: key in this module}`, both below this module's name; transformers asks for it."""
+        return {
+            name: f"{attribute}.{adapter_name}.{name}"
+            for attribute in self.adapter_layer_names
+            if adapter_name in getattr(self, attribute, {})
+            for name in getattr(self, attribute)[adapter_name].state_dict()
+        }
+
 
 class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """A module with one trainable copy per adapter; the copy of the active adapter takes its place."""

@@ -96,27 +96,23 @@ class _SparseDelta(WeightConverter):
 class _SingleExperts(WeightRenaming):
     """Refuses tensors for single experts of a model that holds all experts in one parameter."""
 
-    __slots__ = ("parameters", "expert_key")
+    __slots__ = ()
 
     def __init__(self, converter: WeightConverter, prefixes: Sequence[str]):
-        super().__init__(list(converter.source_patterns), list(converter.target_patterns))
+        # transformers' patterns end in an expert's weight, in whose place the adapter's tensors stand
+        modules = [re.sub(r"\\?\.weight\$?$", "", pattern) for pattern in converter.source_patterns]
+        tensors = f"\\.(?:{'|'.join(map(re.escape, prefixes))})"
+        super().__init__([module + tensors for module in modules], list(converter.target_patterns))
         self.scope_prefix, self.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
-        self.parameters = [pattern.replace("\\", "").strip("^$.") for pattern in converter.target_patterns]
-        # transformers' patterns end in the experts' weight, in whose place the adapter's tensors stand
-        modules = [re.sub(r"\\?\.weight\$?$", "", pattern).replace("*.", r".*\.") for pattern in self.source_patterns]
-        self.expert_key = re.compile(f"(?:{'|'.join(modules)})\\.(?:{'|'.join(map(re.escape, prefixes))})")
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        if self.expert_key.search(source_key):
+        if self._scoped_match(source_key) is not None:
             raise NotImplementedError(
-                f"The adapter changes single experts ({source_key}), but this version of transformers holds all "
-                f"experts of a layer in one parameter ({', '.join(self.parameters)}). Adapters of parameters "
+                f"The adapter changes a single expert ({source_key}), but this version of transformers holds all "
+                f"experts of a layer in one parameter ({', '.join(self.target_patterns)}). Adapters of parameters "
                 "(target_parameters) are not in this version of peft"
             )
         return source_key, None
-
-    def was_used(self) -> bool:
-        return False
 
 
 def _merges_experts(transform: WeightTransform) -> bool:

@@ -1,0 +1,78 @@
+"""Tiny random language models and adapters for them, for the tests that need a whole model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+from peft import LoraConfig, PeftModel, SftConfig, SsfConfig, get_peft_model
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
+CONFIGS = {
+    "lora": lambda **kw: LoraConfig(**{"r": 2, "init_lora_weights": False, **kw}),
+    "sft": lambda **kw: SftConfig(**{"num_tunable_weights": 60, **kw}),
+    "ssf": lambda **kw: SsfConfig(**{"init_ssf_weights": "normal", **kw}),
+}
+methods = pytest.mark.parametrize("method", list(CONFIGS))
+
+
+def llama(**kw) -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=24, num_key_value_heads=1, **kw)).eval()
+
+
+def gpt2() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=32)).eval()
+
+
+def opt() -> OPTForCausalLM:
+    return OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=32)).eval()
+
+
+def bert() -> BertForSequenceClassification:
+    return BertForSequenceClassification(BertConfig(**SIZES, intermediate_size=24, num_labels=3)).eval()
+
+
+def tokens(rows: int = 2, length: int = 5) -> torch.Tensor:
+    return torch.randint(3, 50, (rows, length))
+
+
+def logits(model: nn.Module, ids: torch.Tensor, **kw) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, **kw).logits
+
+
+def adapted(base: nn.Module, *names: str, method: str = "lora", **kw) -> PeftModel:
+    """A model whose adapters all change it; the first is active."""
+    names = names or ("default",)
+    config = {"target_modules": ["q_proj", "v_proj"], **kw}
+    model = get_peft_model(base, CONFIGS[method](**config), names[0])
+    for name in names[1:]:
+        model.add_adapter(name, CONFIGS[method](**config))
+    for layer in model.base_model.layers():
+        for name in names:
+            for _, parameter in layer.adapter_tensors(name):
+                if parameter.is_floating_point():
+                    parameter.data.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def trained(model: nn.Module) -> set[str]:
+    """Which adapters train; "base" stands for the base model."""
+    found = set()
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parts = set(key.split("."))
+            own = {name for name in model.peft_config if name in parts}
+            found |= own or {"base"}
+    return found
