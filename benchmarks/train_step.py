@@ -6,8 +6,12 @@ to the embedding's output. No adapter can be cheaper (but for the first layer, w
 
 Every contestant lives in a process of its own and computes when the parent asks. The parent goes through them in turn,
 round after round and each round in another order, so that a slow phase of the machine hits all alike and only one
-computes at a time. Peak memory is what torch's allocator handed out during one more step, beyond what it held before
-(gradients of trained parameters included), counted by torch's profiler, so it is exact and repeats.
+computes at a time.
+
+Peak memory of a step is given twice, both beyond what was held before it, gradients of trained parameters included:
+*allocated*, what torch's allocator handed out (counted by torch's profiler, so it is exact and repeats), and
+*resident*, by how much the process grew in its first steps. The second is what has to fit into the machine: short-lived
+tensors between long-lived ones leave holes in the heap.
 
 Upstream's package takes part if there is an interpreter that has it: `--upstream-python`, or the environment
 `.venv-upstream` that `make interop` makes. Left out: accelerators, data loading, and, unless asked for, the optimiser.
@@ -167,7 +171,26 @@ class Step:
         self.run()
         return time.perf_counter() - start
 
-    def peak_bytes(self) -> int:
+    def resident_bytes(self) -> int | None:
+        """By how much the process grows in its first steps, at its peak; None where Linux's counters are not there.
+
+        A small step goes before: libraries that load on first use are not the step's memory.
+        """
+        tokens, self.tokens = self.tokens, self.tokens[:1, :4]
+        self.run()
+        self.clear()
+        self.tokens = tokens
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        except OSError:
+            return None
+        before = resident("VmRSS")
+        for _ in range(3):
+            self.clear()
+            self.run()
+        return resident("VmHWM") - before
+
+    def allocated_bytes(self) -> int:
         """Peak of torch's allocations during one step, above what was held before it."""
         self.clear()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -180,19 +203,24 @@ class Step:
         return peak
 
 
+def resident(what: str) -> int:
+    """Bytes of this process in memory: `VmRSS` now, `VmHWM` at the peak."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) * 1024
+
+
 def serve(args: argparse.Namespace) -> None:
     """Answer the parent's commands, one JSON line each, until its pipe closes."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print goes to stderr and cannot be taken for an answer
     step = Step(args)
-    step.run()  # warm-up
     import peft
 
-    trained = sum(p.numel() for p in step.trained)
-    ready = {"trained": trained, "peft": peft.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    print(json.dumps(ready), file=answers)
+    about = {"peft": peft.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    about |= {"trained": sum(p.numel() for p in step.trained), "resident_bytes": step.resident_bytes()}
+    print(json.dumps(about), file=answers)
     for line in sys.stdin:
-        print(json.dumps(step.peak_bytes() if line.strip() == "memory" else step.seconds()), file=answers)
+        print(json.dumps(step.allocated_bytes() if line.strip() == "memory" else step.seconds()), file=answers)
 
 
 class Worker:
@@ -248,7 +276,7 @@ def unpack_model(folder: str, dtype: str) -> None:
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict]:
-    """`{contestant: {"seconds": [...], "peak_bytes": n, ...}}`."""
+    """`{contestant: {"seconds": [...], "allocated_bytes": n, "resident_bytes": n, ...}}`."""
     names = list(CONTESTANTS) if args.only is None else args.only
     if "lora-upstream" in names and args.upstream_python is None:
         names.remove("lora-upstream")
@@ -269,7 +297,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
                     results[name]["seconds"].append(workers[name].ask("time"))
                 print(f"round {round_ + 1} of {args.rounds}", file=sys.stderr)
             for name in names:
-                results[name]["peak_bytes"] = workers[name].ask("memory")
+                results[name]["allocated_bytes"] = workers[name].ask("memory")
         finally:
             for worker in workers.values():
                 worker.close()
@@ -277,39 +305,45 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
 
 
 def summary(results: dict[str, dict]) -> list[dict]:
-    """The table's rows. Ratios are of medians and of minima; memory is also given in multiples of upstream's LoRA."""
+    """The table's rows. Times are also given in multiples of the floor, memory in multiples of upstream's LoRA."""
     floor, upstream = results["floor"]["seconds"], results.get("lora-upstream")
     rows = []
     for name, result in results.items():
         seconds = result["seconds"]
-        rows.append(
-            {
-                "contestant": LABELS[name],
-                "trained": result["trained"],
-                "median": statistics.median(seconds),
-                "min": min(seconds),
-                "median_ratio": statistics.median(seconds) / statistics.median(floor),
-                "min_ratio": min(seconds) / min(floor),
-                "peak_mib": result["peak_bytes"] / 2**20,
-                "memory_ratio": result["peak_bytes"] / upstream["peak_bytes"] if upstream else None,
-            }
-        )
+        row = {
+            "contestant": LABELS[name],
+            "trained": result["trained"],
+            "median": statistics.median(seconds),
+            "min": min(seconds),
+            "median_ratio": statistics.median(seconds) / statistics.median(floor),
+            "min_ratio": min(seconds) / min(floor),
+        }
+        for kind in ("allocated", "resident"):
+            peak = result[f"{kind}_bytes"]
+            row[f"{kind}_mib"] = None if peak is None else peak / 2**20
+            row[f"{kind}_ratio"] = None if peak is None or upstream is None else peak / upstream[f"{kind}_bytes"]
+        rows.append(row)
     return rows
 
 
 def report(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        "| | trained | s/step, median | min | x floor, medians | minima | peak MiB | x upstream LoRA |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    columns = {
+        "contestant": ("", ""),
+        "trained": ("trained", ","),
+        "median": ("s/step, median", ".2f"),
+        "min": ("minimum", ".2f"),
+        "median_ratio": ("x floor, median", ".2f"),
+        "min_ratio": ("minimum", ".2f"),
+        "allocated_mib": ("MiB allocated", ".0f"),
+        "allocated_ratio": ("x upstream", ".2f"),
+        "resident_mib": ("MiB resident", ".0f"),
+        "resident_ratio": ("x upstream", ".2f"),
+    }
+    lines = [[title for title, _ in columns.values()], ["---"] + ["---:"] * (len(columns) - 1)]
     for row in rows:
-        memory = "" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}"
-        lines.append(
-            f"| {row['contestant']} | {row['trained']:,} | {row['median']:.3f} | {row['min']:.3f} "
-            f"| {row['median_ratio']:.2f} | {row['min_ratio']:.2f} | {row['peak_mib']:.0f} | {memory} |"
-        )
-    return "\n".join(lines)
+        lines.append(["" if row[key] is None else format(row[key], style) for key, (_, style) in columns.items()])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def arguments() -> argparse.Namespace:

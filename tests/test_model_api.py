@@ -184,6 +184,10 @@ def test_adding_and_loading_never_thaws(method, tmp_path):
     model.set_adapter(["a", "c"], inference_mode=True)
     model.delete_adapter("c")
     assert model.active_adapters == ["a"] and trained(model) == set()
+    model.set_adapter("b")
+    with pytest.warns(PeftWarning, match="'a' is active now"):
+        model.delete_adapter("b")
+    assert trained(model) == set()  # a was loaded for inference, and deleting another adapter does not change that
 
 
 def test_deleting_the_active_adapter_activates_the_first_left():

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .mapping import inject_adapter_in_model
+from .tuners.base import remove_adapter
 from .tuners.tuners_utils import BaseTunerLayer, as_list
 from .utils.other import AuxiliaryTrainingWrapper
 from .utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
@@ -33,7 +34,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | list[str], requires
 
 
 def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = None) -> list[str]:
-    """Remove an adapter from all layers.
+    """Remove an adapter from all layers; those that have no other one become plain layers again.
 
     Args:
         prefix: of the method, as in upstream's signature; layers are found by their type.
@@ -42,10 +43,8 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = Non
         The adapters that are active then; if there would be none, the first that is left.
     """
     configs = getattr(model, "peft_config", {})
-    parts = _parts(model)
-    active = next((part.active_adapters for part in parts), [])
-    for part in parts:
-        part.delete_adapter(adapter_name)
+    active = next((part.active_adapters for part in _parts(model)), [])
+    remove_adapter(model, adapter_name)
     left = [name for name in as_list(active) if name != adapter_name]
     others = [name for name in configs if name != adapter_name]
     if not left and others:

@@ -60,7 +60,7 @@ def get_peft_model(
             PeftWarning,
             stacklevel=2,
         )
-    peft_config.base_model_name_or_path = getattr(model, "name_or_path", None)
+    peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     if revision is not None:
         if peft_config.revision not in (None, revision):
             warnings.warn(

@@ -221,7 +221,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     evaluate = commands.add_parser("evaluate", help="measure a trained adapter again", description=text)
     evaluate.add_argument("adapter", metavar="DIR", help="folder that peft train wrote")
     evaluate.add_argument("--data", help="the run's data file, if it has moved")
-    evaluate.add_argument("--batch-size", type=positive_int, default=8, metavar="N", help="default: 8")
+    evaluate.add_argument("--model", help="the base model, if it has moved")
 
 
 def add_inspect(commands: argparse._SubParsersAction) -> None:

@@ -133,12 +133,13 @@ def own_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 
 def run(args: argparse.Namespace) -> None:
     """`peft evaluate`: measure an adapter again, and say whether that is what its run had measured."""
+    from accelerate import PartialState
+
     from .models import load_adapter, load_model, load_tokenizer, quiet_transformers, resolve_dtype
 
     metrics = read_metrics(Path(args.adapter))
     run_args = argparse.Namespace(**metrics["arguments"])
-    if args.data is not None:
-        run_args.data = args.data
+    run_args.data, run_args.model = args.data or run_args.data, args.model or run_args.model
     source = read_source(run_args)
     if source.digest != metrics["data_digest"]:
         raise CliError(f"the data is not what {args.adapter} was trained and measured with, so neither is the result")
@@ -146,6 +147,7 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(run_args.model)
     source.tokenize(tokenizer, run_args.max_length, run_args.loss_on)
     model = load_adapter(load_model(run_args.model, resolve_dtype(run_args.dtype)), args.adapter)
+    model.to(PartialState().device)
     notice(f"measuring on {len(source.held_out_examples)} held-out examples")
     now = measure(model, tokenizer, source, run_args.batch_size)
     then = Measure(metrics["metric"], metrics["after"])

@@ -1,4 +1,4 @@
-"""Where examples come from: `--data`, read, split and tokenised, in the same way whenever the arguments are the same."""
+"""Where examples come from: `--data`, read, split and tokenised. The same arguments give the same examples."""
 
 from __future__ import annotations
 

@@ -55,8 +55,9 @@ class Task:
         self.train = list(itertools.islice(unseen, train_size))
         if len(self.held_out) < eval_size or len(self.train) < train_size:
             raise CliError(
-                f"task {name} with --task-args {json.dumps(settings)} has too few different problems: {TRIES} tries for "
-                f"each gave {len(self.held_out)} of {eval_size} to hold out, {len(self.train)} of {train_size} to train on"
+                f"task {name} with --task-args {json.dumps(settings)} has too few different problems: {TRIES} tries "
+                f"for each found {len(self.held_out)} of {eval_size} to hold out and {len(self.train)} of {train_size} "
+                f"to train on"
             )
 
     def _source(self, count: int, seed: int) -> ProceduralDataset:

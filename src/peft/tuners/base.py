@@ -7,6 +7,7 @@ trains, and carries out what concerns all layers at once: switching, merging, de
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -153,12 +154,19 @@ class BaseTuner(nn.Module):
         if config.target_modules != DUMMY_TARGET_MODULES:
             config = self.peft_config[adapter_name] = self.prepare_config(config)
         targets = self._find_targets(config, state_dict)
+        # Without the module the model is not of transformers, or of a version that has every expert apart.
+        if "transformers.conversion_mapping" in sys.modules and not config.inference_mode:
+            from ..utils.transformers_weight_conversion import warn_of_single_experts
+
+            warn_of_single_experts(model, config.target_modules)
         self.shared_state(config, targets)
         shared = shared_parameters(model)
         try:
             for key in targets:
                 parent, target, target_name = _get_submodules(model, key)
-                with torch.device("meta") if low_cpu_mem_usage else _nothing():
+                base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+                on_meta = low_cpu_mem_usage or _home(base).type == "meta"
+                with torch.device("meta") if on_meta else _nothing():
                     self._create_and_replace(config, adapter_name, target, target_name, parent, key)
                 layer = model.get_submodule(key)
                 layer.op.shared |= id(layer.weight) in shared  # a merged layer has parted from the others for a while
@@ -188,14 +196,7 @@ class BaseTuner(nn.Module):
 
     def take_back(self, adapter_name: str) -> None:
         """Undo an injection, finished or not: modules that have no other adapter get their old place back."""
-        for key, module in list(self.model.named_modules()):
-            if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-                continue
-            module.delete_adapter(adapter_name)
-            if not module._available_adapters:
-                parent, _, name = _get_submodules(self.model, key)
-                plain = module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module
-                setattr(parent, name, plain)
+        remove_adapter(self.model, adapter_name)
 
     def _find_targets(self, config, state_dict) -> dict[str, nn.Module]:
         if config.target_modules == DUMMY_TARGET_MODULES:
@@ -251,9 +252,7 @@ class BaseTuner(nn.Module):
     def _move_to_base(self, layer: BaseTunerLayer, adapter_name: str) -> None:
         """Bring a new adapter to its base layer's device and (unless the method has its own) floating-point dtype."""
         base = layer.get_base_layer()
-        device, dtype = base.weight.device, base.weight.dtype
-        if device.type == "meta" and hasattr(base, "_hf_hook"):  # off-loaded: accelerate brings the weight when needed
-            device = torch.device(getattr(base._hf_hook, "execution_device", None) or "cpu")
+        device, dtype = _home(base), base.weight.dtype
         for _, parameter in layer.adapter_tensors(adapter_name):
             cast = self.widens_parameters and dtype.is_floating_point and parameter.is_floating_point()
             where = parameter.device if parameter.is_meta else device
@@ -441,6 +440,28 @@ class BaseTuner(nn.Module):
     @staticmethod
     def get_model_config(model: nn.Module) -> dict:
         return model_config(model)
+
+
+def _home(base: nn.Module) -> torch.device:
+    """Where a layer's adapters belong: with its weight, or where accelerate brings that weight when it is needed."""
+    weight = getattr(base, "weight", None)
+    device = weight.device if weight is not None else torch.device("cpu")
+    if device.type == "meta" and hasattr(base, "_hf_hook"):
+        device = getattr(base._hf_hook, "execution_device", None)  # may be 0, the first GPU
+        device = torch.device("cpu" if device is None else device)
+    return device
+
+
+def remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Delete an adapter; modules that have no other one get their old place in the model back."""
+    for key, module in list(model.named_modules()):
+        if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            continue
+        module.delete_adapter(adapter_name)
+        if not module._available_adapters:
+            parent, _, name = _get_submodules(model, key)
+            plain = module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module
+            setattr(parent, name, plain)
 
 
 @contextmanager

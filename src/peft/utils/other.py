@@ -98,7 +98,7 @@ class AuxiliaryTrainingWrapper(AdapterParts, nn.Module):
         self._disable_adapters = not enabled
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """`{key in the adapter's file: key in this module}`, both below this module's name; transformers asks for it."""
+        """`{key in the adapter's file: key in this module}`, both below the module's name; transformers asks for it."""
         return {
             name: f"{attribute}.{adapter_name}.{name}"
             for attribute in self.adapter_layer_names

@@ -12,12 +12,15 @@ projection into three). It does not apply to an adapter's tensors as it stands; 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     ConversionOps,
-    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
@@ -25,6 +28,7 @@ from transformers.core_model_loading import (
 
 from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from .peft_types import PeftType
+from .warning import PeftWarning
 
 FILE_PREFIX = "base_model.model."
 
@@ -99,27 +103,30 @@ class _SingleExperts(WeightRenaming):
     __slots__ = ()
 
     def __init__(self, converter: WeightConverter, prefixes: Sequence[str]):
-        # transformers' patterns end in an expert's weight, in whose place the adapter's tensors stand
-        modules = [re.sub(r"\\?\.weight\$?$", "", pattern) for pattern in converter.source_patterns]
         tensors = f"\\.(?:{'|'.join(map(re.escape, prefixes))})"
-        super().__init__([module + tensors for module in modules], list(converter.target_patterns))
+        patterns = [_module_pattern(pattern) + tensors for pattern in converter.source_patterns]
+        super().__init__(patterns, list(converter.target_patterns))
         self.scope_prefix, self.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         if self._scoped_match(source_key) is not None:
+            parameters = ", ".join(pattern.lstrip(".") for pattern in self.target_patterns)
             raise NotImplementedError(
                 f"The adapter changes a single expert ({source_key}), but this version of transformers holds all "
-                f"experts of a layer in one parameter ({', '.join(self.target_patterns)}). Adapters of parameters "
-                "(target_parameters) are not in this version of peft"
+                f"experts of a layer in one parameter ({parameters}). Adapters of parameters (target_parameters) are "
+                "not in this version of peft"
             )
         return source_key, None
 
 
+def _module_pattern(pattern: str) -> str:
+    """The pattern of the module whose weight `pattern` is for."""
+    return re.sub(r"\\?\.weight\$?$", "", pattern)
+
+
 def _merges_experts(transform: WeightTransform) -> bool:
-    return isinstance(transform, WeightConverter) and (
-        any(isinstance(operation, MergeModulelist) for operation in transform.operations)
-        or any(".experts.*." in pattern.replace("\\", "") for pattern in ("." + p for p in transform.source_patterns))
-    )
+    """Whether the model holds in one parameter what were modules of single experts (`experts.0.w1`, ...)."""
+    return isinstance(transform, WeightConverter) and any("experts.*." in p for p in transform.source_patterns)
 
 
 def build_peft_weight_mapping(
@@ -128,8 +135,8 @@ def build_peft_weight_mapping(
     """The transforms that take the keys of an adapter's file to those of the model that has the adapter.
 
     Args:
-        weight_conversions: the model's own transforms (`transformers.conversion_mapping`), in order. Of these, renamings
-            are kept.
+        weight_conversions: the model's own transforms (`transformers.conversion_mapping`), in order; of these, the
+            renamings are kept.
         adapter_name: the adapter's name in the model.
         peft_config: the adapter's configuration; None: the adapter is of any method that there is.
 
@@ -152,3 +159,28 @@ def build_peft_weight_mapping(
         elif _merges_experts(transform):
             mapping.append(_SingleExperts(transform, prefixes))
     return mapping
+
+
+def warn_of_single_experts(model: nn.Module, target_modules) -> None:
+    """Warn if targets name projections of single experts, and the model holds those of all experts in one parameter.
+
+    Args:
+        target_modules: names of modules. Whole paths are of modules that are there, and a pattern that only experts
+            match finds nothing, which is an error anyway: neither is looked at.
+    """
+    if not isinstance(model, PreTrainedModel) or isinstance(target_modules, str):
+        return
+    merged: dict[str, str] = {}  # name of the projection -> the parameter that holds it
+    for converter in filter(_merges_experts, get_model_conversion_mapping(model)):
+        for pattern in converter.source_patterns:
+            merged[_module_pattern(pattern).rpartition(".")[2]] = converter.target_patterns[0].lstrip(".")
+    names = sorted(name for name in target_modules if name in merged)
+    if names:
+        warnings.warn(
+            f"The experts' {', '.join(names)} are not adapted: this version of transformers holds those of all experts "
+            f"of a layer in one parameter ({', '.join(sorted({merged[name] for name in names}))}), and adapters of "
+            "parameters (target_parameters) are not in this version of peft. Modules of these names outside the "
+            "experts are adapted",
+            PeftWarning,
+            stacklevel=6,
+        )

@@ -1,0 +1,58 @@
+"""`peft merge`: fold an adapter into its base model and write an ordinary model of transformers, with its tokenizer."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+from ..utils.constants import CONFIG_NAME
+from .common import CliError, beside, first_line, format_bytes, notice
+from .models import load_adapter, load_model, load_tokenizer, quiet_transformers
+
+
+def run(args: argparse.Namespace) -> None:
+    """`peft merge`."""
+    output, adapter = Path(args.output), Path(args.adapter)
+    check_paths(output, adapter, args.overwrite)
+
+    import torch
+
+    quiet_transformers()
+    dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
+    tokenizer = load_tokenizer(args.base)
+    model = load_adapter(load_model(args.base, dtype), args.adapter)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except (ValueError, NotImplementedError) as error:
+        raise CliError(f"cannot merge {args.adapter} into {args.base}: {first_line(error)}") from error
+    with beside(output) as temporary:
+        merged.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        size = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
+        put_in_place(temporary, output)
+    notice(f"wrote {output}, {format_bytes(size)}")
+
+
+def check_paths(output: Path, adapter: Path, overwrite: bool) -> None:
+    """Raise CliError if there is no adapter, or the output is not free."""
+    if adapter.is_dir() and not (adapter / CONFIG_NAME).is_file():
+        raise CliError(f"{adapter} is not an adapter: it has no {CONFIG_NAME}")
+    if output.exists() and not output.is_dir():
+        raise CliError(f"--output {output} is a file; it must be a folder, or not exist")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise CliError(f"--output {output} is not empty; --overwrite replaces what is in it")
+    if adapter.exists() and output.resolve() in (adapter.resolve(), *adapter.resolve().parents):
+        raise CliError(f"--output {output} would replace the adapter {adapter}")
+
+
+def put_in_place(temporary: Path, output: Path) -> None:
+    """Rename a finished folder to `output`; what is there goes only when the new one is."""
+    old = None
+    if output.exists():
+        old = temporary.with_name(temporary.name + ".old")
+        os.replace(output, old)
+    os.replace(temporary, output)
+    if old is not None:
+        shutil.rmtree(old)
