@@ -447,3 +447,16 @@ def test_lora_bias_goes_into_the_base_bias_and_back(dtype, bias):
     for key, tensor in before.items():
         if key.endswith("bias"):
             assert torch.equal(plain.state_dict()[key], tensor)
+
+
+@pytest.mark.parametrize("scale", [0.0, 3.0])
+def test_unmerging_takes_out_what_was_merged_whatever_the_scale_is_by_then(scale):
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(6, 5)).double(), LoraConfig(target_modules=["0"], init_lora_weights=False)
+    )
+    layer = model.base_model.model[0]
+    before = layer.weight.clone()
+    model.merge_adapter()
+    layer.set_scale("default", scale)
+    model.unmerge_adapter()
+    torch.testing.assert_close(layer.weight, before, rtol=0, atol=1e-7)

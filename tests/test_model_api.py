@@ -142,6 +142,8 @@ def test_second_get_peft_model():
     model = adapted(base, "a")
     with pytest.raises(ValueError, match="PeftModel already.*add_adapter"):
         get_peft_model(model, CONFIGS["lora"]())
+    with pytest.raises(ValueError, match="an adapter 'a' already"), pytest.warns(PeftWarning):
+        get_peft_model(base, CONFIGS["lora"](), "a")
     with pytest.warns(PeftWarning, match="has adapter layers already"):
         again = get_peft_model(base, CONFIGS["lora"](target_modules=["q_proj"]), "b")
     assert again.active_adapters == ["b"] and list(again.peft_config) == ["a", "b"]

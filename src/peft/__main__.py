@@ -1,4 +1,4 @@
-"""`python -m peft` is the `peft` command: what `torchrun -m peft train ...` and `accelerate launch -m peft ...` start."""
+"""`python -m peft` is the `peft` command: what `torchrun -m peft train ...` and `accelerate launch -m peft` start."""
 
 import sys
 

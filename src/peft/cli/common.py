@@ -76,6 +76,14 @@ def beside(target: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
+def give_usual_modes(folder: Path) -> None:
+    """Let files have the permissions that the umask grants; safetensors makes them readable by their owner alone."""
+    mode = 0o666 & ~current_umask()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
 def remove_empty(folders: Sequence[Path]) -> None:
     """Remove folders, innermost first, up to the first that holds something."""
     for folder in folders:
@@ -89,10 +97,6 @@ def current_umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
     return umask
-
-
-def is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
 
 
 # ---- Tables and numbers ----

@@ -83,7 +83,7 @@ def shorten(value: Any) -> str:
     if isinstance(value, dict):
         return f"{len(value)} entries"
     if isinstance(value, (list, tuple, set)):
-        return ", ".join(sorted(map(str, value)))
+        return ", ".join(dict.fromkeys(LAYER_NUMBER.sub("*", str(item)) for item in sorted(value)))
     return str(getattr(value, "value", value))
 
 

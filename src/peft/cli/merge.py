@@ -6,10 +6,18 @@ import argparse
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..utils.constants import CONFIG_NAME
-from .common import CliError, beside, first_line, format_bytes, notice
+from .common import CliError, beside, first_line, format_bytes, give_usual_modes, notice
 from .models import load_adapter, load_model, load_tokenizer, quiet_transformers
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+BIAS_SWITCHES = ("attention_bias", "mlp_bias", "use_bias")
+"""What transformers' configurations call the biases of linear layers."""
 
 
 def run(args: argparse.Namespace) -> None:
@@ -27,10 +35,12 @@ def run(args: argparse.Namespace) -> None:
         merged = model.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError) as error:
         raise CliError(f"cannot merge {args.adapter} into {args.base}: {first_line(error)}") from error
+    make_room_for_biases(merged)
     with beside(output) as temporary:
         merged.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         size = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
+        give_usual_modes(temporary)
         put_in_place(temporary, output)
     notice(f"wrote {output}, {format_bytes(size)}")
 
@@ -45,6 +55,46 @@ def check_paths(output: Path, adapter: Path, overwrite: bool) -> None:
         raise CliError(f"--output {output} is not empty; --overwrite replaces what is in it")
     if adapter.exists() and output.resolve() in (adapter.resolve(), *adapter.resolve().parents):
         raise CliError(f"--output {output} would replace the adapter {adapter}")
+
+
+def make_room_for_biases(model: PreTrainedModel) -> None:
+    """Let the configuration describe the biases that merging has given to layers without (SSF does).
+
+    A file of the model would else load without them. Many architectures have a switch, which gives biases to further
+    layers as well; those are zeros.
+
+    Raises:
+        CliError: the architecture has no place for them.
+    """
+    import torch
+    from torch import nn
+
+    new = set(model.state_dict()) - set(empty_copy(model))
+    if not new:
+        return
+    for switch in BIAS_SWITCHES:
+        if getattr(model.config, switch, None) is False:
+            setattr(model.config, switch, True)
+    described = empty_copy(model)
+    homeless = sorted(new - set(described))
+    if homeless:
+        raise CliError(
+            f"merged, {type(model).__name__} would have {len(homeless)} biases that it has no place for in its files, "
+            f"such as {homeless[0]}; use the adapter without merging it"
+        )
+    for name in set(described) - set(model.state_dict()):
+        layer, _, parameter = name.rpartition(".")
+        like = model.get_parameter(f"{layer}.weight")
+        zeros = torch.zeros(described[name].shape, dtype=like.dtype, device=like.device)
+        model.get_submodule(layer).register_parameter(parameter, nn.Parameter(zeros))
+
+
+def empty_copy(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What a model of this configuration consists of, by name and without content."""
+    import torch
+
+    with torch.device("meta"):
+        return type(model)(model.config).state_dict()
 
 
 def put_in_place(temporary: Path, output: Path) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import write_atomically
 from .arguments import option
-from .common import CliError, beside, notice, remove_empty
+from .common import CliError, beside, give_usual_modes, notice, remove_empty
 from .evaluate import METRICS_FILE, Measure
 
 if TYPE_CHECKING:
@@ -152,6 +152,7 @@ class Output:
         """A folder to write the results to; they are moved into place when the block is done, and the run is over."""
         with beside(self.folder / "results") as temporary:
             yield temporary
+            give_usual_modes(temporary)
             written = sorted(path.name for path in temporary.iterdir())
             # An old configuration goes first and the new one comes last: without one, a folder holds no adapter.
             for name in ADAPTER_FILES:

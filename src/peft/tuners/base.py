@@ -18,7 +18,13 @@ from torch import nn
 from ..mapping import is_adapter_key
 from ..utils.constants import DUMMY_TARGET_MODULES, SEQ_CLS_HEAD_NAMES
 from ..utils.error import NoMatchingPeftModuleError
-from ..utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _get_submodules, shared_parameters
+from ..utils.other import (
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+    _get_submodules,
+    replace_module,
+    shared_parameters,
+)
 from ..utils.warning import PeftWarning
 from .ops import make_op
 from .targeting import is_target, resolve_all_linear
@@ -80,6 +86,8 @@ class BaseTuner(nn.Module):
         self.model = model
         self.targeted_module_names: list[str] = []
         new = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+        if adapter_name in getattr(model, "peft_config", {}):
+            raise ValueError(f"The model has an adapter {adapter_name!r} already: delete it, or take another name")
         self.peft_config = {**getattr(model, "peft_config", {}), **new}
         self.active_adapter: str | list[str] = adapter_name
         self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
@@ -245,7 +253,7 @@ class BaseTuner(nn.Module):
             layer._disable_adapters = getattr(self, "_adapters_disabled", False)
             layer._active_adapter = self.active_adapters
             layer.train(target.training)
-            setattr(parent, target_name, layer)
+            replace_module(self.model, target, layer)
         layer.update_layer(adapter_name, config, **self.layer_kwargs(config, current_key))
         self._move_to_base(layer, adapter_name)
 
@@ -398,10 +406,8 @@ class BaseTuner(nn.Module):
         if merge:
             self.merge_adapter(names, safe_merge)  # all of it before any layer goes: an error leaves the model whole
         untied = False
-        targets = [
-            (k, m) for k, m in self.model.named_modules() if isinstance(m, (BaseTunerLayer, ModulesToSaveWrapper))
-        ]
-        for key, module in tqdm(targets, disable=not progressbar, desc="Unloading" + (" and merging" if merge else "")):
+        targets = [*self.layers(), *self.wrappers()]
+        for module in tqdm(targets, disable=not progressbar, desc="Unloading" + (" and merging" if merge else "")):
             if isinstance(module, BaseTunerLayer):
                 if not merge and module.merged:
                     module.unmerge()
@@ -409,8 +415,7 @@ class BaseTuner(nn.Module):
                 plain = module.base_layer
             else:
                 plain = module.unload(names if merge else [])
-            parent, _, name = _get_submodules(self.model, key)
-            setattr(parent, name, plain)
+            replace_module(self.model, module, plain)
         if untied and getattr(getattr(self.model, "config", None), "tie_word_embeddings", False):
             self.model.config.tie_word_embeddings = False
             warnings.warn(
@@ -454,14 +459,13 @@ def _home(base: nn.Module) -> torch.device:
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     """Delete an adapter; modules that have no other one get their old place in the model back."""
-    for key, module in list(model.named_modules()):
+    for module in list(model.modules()):
         if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             continue
         module.delete_adapter(adapter_name)
         if not module._available_adapters:
-            parent, _, name = _get_submodules(model, key)
             plain = module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module
-            setattr(parent, name, plain)
+            replace_module(model, module, plain)
 
 
 @contextmanager
@@ -512,6 +516,5 @@ def _wrap_module_to_save(model: nn.Module, name: str, adapter_name: str) -> bool
         if isinstance(module, ModulesToSaveWrapper):
             module.update(adapter_name)
             continue
-        parent, _, child = _get_submodules(model, key)
-        setattr(parent, child, ModulesToSaveWrapper(module, adapter_name))
+        replace_module(model, module, ModulesToSaveWrapper(module, adapter_name))
     return found

@@ -193,6 +193,13 @@ def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, s
     return model.get_submodule(parent), model.get_submodule(key), name
 
 
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever the model holds `old`: T5 has its embedding in three places."""
+    holders = [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is old]
+    for parent, name in holders:
+        setattr(parent, name, new)
+
+
 def shared_parameters(model: nn.Module) -> set[int]:
     """`id`s of the parameters that more than one module holds (tied weights)."""
     seen: dict[int, int] = {}

@@ -72,6 +72,13 @@ class LoraLayer(AdditiveLayer):
         if self.lora_bias[name]:
             nn.init.zeros_(self.lora_B[name].bias)
 
+    def product(self, name: str) -> torch.Tensor:
+        """`B A` as a change of the weight, (O, I, *K), without the scaling."""
+        raise NotImplementedError
+
+    def delta_weight(self, name):
+        return self.product(name) * self.scaling[name]
+
     def _delta_bias(self, name: str) -> torch.Tensor | None:
         return self.lora_B[name].bias * self.scaling[name] if self.lora_bias[name] else None
 
@@ -83,11 +90,13 @@ class LoraLayer(AdditiveLayer):
         return W, bias.detach() if b is None else b + bias.to(b)
 
     def remember(self, name, W, b):
-        return None if b is None else b.detach()
+        """The scaling as it is merged with (it may be set anew before unmerging), and the bias."""
+        return self.scaling[name], None if b is None else b.detach()
 
     def unfold(self, name, W, b, memory):
-        W, _ = super().unfold(name, W, b, None)
-        return W, memory if self.lora_bias[name] else b
+        scaling, bias = memory
+        wide = torch.promote_types(W.dtype, torch.float32)
+        return W.to(wide) - self.product(name).to(W.device, wide) * scaling, bias if self.lora_bias[name] else b
 
     # Scaling, as diffusers and transformers use it
 
@@ -123,9 +132,9 @@ class Linear(LoraLayer, nn.Module):
         self.lora_A[name] = nn.Linear(self.in_features, r, bias=False)
         self.lora_B[name] = nn.Linear(r, self.out_features, bias=bias)
 
-    def delta_weight(self, name):
+    def product(self, name):
         A, B = self.factors(name)
-        return B @ A * self.scaling[name]
+        return B @ A
 
     def delta(self, name, x):
         x = self.lora_dropout[name](x)
@@ -174,9 +183,9 @@ class _ConvNd(LoraLayer, nn.Module):
         )  # fmt: skip
         self.lora_B[name] = kind(r, base.out_channels, 1, bias=bias)
 
-    def delta_weight(self, name):
+    def product(self, name):
         A, B = self.factors(name)
-        return torch.einsum("or,ri...->oi...", B.flatten(1), A) * self.scaling[name]
+        return torch.einsum("or,ri...->oi...", B.flatten(1), A)
 
     def delta(self, name, x):
         A, B = self.lora_A[name], self.lora_B[name]
@@ -231,9 +240,9 @@ class Embedding(LoraLayer, nn.Module):
         else:
             INITS[init_lora_weights](A, B, self.r[name])
 
-    def delta_weight(self, name):
+    def product(self, name):
         A, B = self.factors(name)
-        return B @ A * self.scaling[name]
+        return B @ A
 
     def post(self, name, x, y, before=()):
         A, B = self.factors(name)

@@ -1,0 +1,659 @@
+"""The `peft` command: what it trains on, what it refuses and how, and that nothing half-written is left behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+import re
+import shlex
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft.cli import arguments, common, data, main, tasks
+
+DOCS = Path(__file__).parent.parent / "docs" / "source" / "cli.md"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<pad>", "<s>", "<|im_start|>", "<|im_end|>"]
+
+
+def make_tokenizer(merges: list[tuple[str, str]] = (), add_bos: bool = False):
+    """A byte-level tokenizer, with the merges that a test wants."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, list(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(SPECIAL)
+    if add_bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<|im_end|>", bos_token="<s>" if add_bos else None
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    """A folder with a random two-layer Llama and a tokenizer with a chat template."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=3,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("tiny")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def loud_transformers():
+    """The commands quiet transformers for the whole process; other tests may look at what it says."""
+    import transformers
+
+    verbosity = transformers.logging.get_verbosity()
+    yield
+    transformers.logging.set_verbosity(verbosity)
+    transformers.logging.enable_progress_bar()
+
+
+def words(count: int) -> str:
+    return " ".join("".join(random.choices(string.ascii_lowercase, k=random.randint(1, 6))) for _ in range(count))
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def rows_file(tmp_path) -> str:
+    """Prompts whose completion is always the same word: learned within a few steps."""
+    return write_jsonl(tmp_path / "rows.jsonl", [{"prompt": words(3), "completion": " yes"} for _ in range(30)])
+
+
+def run(*argv: str) -> int:
+    """The exit code of a command line."""
+    try:
+        return main([str(word) for word in argv])
+    except SystemExit as stop:
+        return stop.code
+
+
+def train(tiny: str, data_file: str, output: Path, *more: str) -> int:
+    return run("train", "--model", tiny, "--data", data_file, "--output", output, "--batch-size", 4, *more)
+
+
+def decode_trained(tokenizer, example: data.Example) -> str:
+    return tokenizer.decode([label for label in example.labels if label != data.IGNORED])
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    from peft import load_peft_weights
+
+    return load_peft_weights(str(folder), device="cpu")
+
+
+# ---- What is trained on ----
+
+
+def test_loss_is_on_the_completion_only():
+    tokenizer, prompt, completion = make_tokenizer(), words(4), " " + words(2)
+    example = data.encode_row(tokenizer, {"prompt": prompt, "completion": completion})
+    assert tokenizer.decode(example.ids) == prompt + completion + "<|im_end|>"
+    assert decode_trained(tokenizer, example) == completion + "<|im_end|>"
+    assert tokenizer.decode(example.prompt) == prompt
+    whole = data.encode_row(tokenizer, {"prompt": prompt, "completion": completion}, loss_on="all")
+    assert whole.ids == example.ids
+    assert whole.labels == [data.IGNORED, *whole.ids[1:]]
+
+
+def test_text_is_trained_on_whole_after_its_beginning():
+    tokenizer, text = make_tokenizer(add_bos=True), words(5)
+    example = data.encode_row(tokenizer, {"text": text})
+    assert tokenizer.decode(example.ids) == "<s>" + text + "<|im_end|>"
+    assert decode_trained(tokenizer, example) == text + "<|im_end|>"
+
+
+def test_loss_is_on_the_turns_of_the_assistant_only():
+    tokenizer = make_tokenizer()
+    said = [words(3) for _ in range(5)]
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    messages = [{"role": role, "content": text} for role, text in zip(roles, said)]
+    example = data.encode_row(tokenizer, {"messages": messages})
+    assert tokenizer.decode(example.ids) + "\n" == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert decode_trained(tokenizer, example) == f"{said[2]}<|im_end|>{said[4]}<|im_end|>"
+    prompt = tokenizer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(example.prompt) == prompt
+    # The turns that follow the last of the assistant's are no part of any reply.
+    asked_again = data.encode_row(tokenizer, {"messages": [*messages, {"role": "user", "content": words(1)}]})
+    assert decode_trained(tokenizer, asked_again) == decode_trained(tokenizer, example)
+
+
+def test_a_token_across_the_border_is_split():
+    tokenizer = make_tokenizer(merges=[("a", "b"), ("b", "c")])
+    example = data.encode_row(tokenizer, {"prompt": "xa", "completion": "bc"})
+    assert tokenizer.convert_ids_to_tokens(example.ids) == ["x", "a", "bc", "<|im_end|>"]
+    assert example.prompt == tokenizer("xa")["input_ids"]  # what the model is given at inference
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages | length }}" + CHAT_TEMPLATE
+    with pytest.raises(common.CliError, match="line 7.*rewrites earlier turns"):
+        messages = [{"role": role, "content": "x"} for role in ("user", "assistant")] * 2
+        data.encode_row(tokenizer, {"messages": messages, "__line__": 7})
+
+
+def test_what_is_too_long_is_cut_or_left_out():
+    tokenizer = make_tokenizer()
+    rows = [{"prompt": "a" * n, "completion": "b" * 10} for n in (5, 15, 30)]
+    examples, cut, dropped = data.encode_rows(tokenizer, rows, max_length=20)
+    assert [len(example.ids) for example in examples] == [16, 20]
+    assert (cut, dropped) == (2, 1)
+
+
+# ---- Packing ----
+
+
+def random_examples(count: int, longest: int, vocabulary: int) -> list[data.Example]:
+    examples = []
+    for _ in range(count):
+        ids = torch.randint(4, vocabulary, (random.randint(2, longest),)).tolist()
+        examples.append(data.Example(ids, [data.IGNORED, *ids[1:]]))
+    return examples
+
+
+def test_packing_keeps_every_example_whole():
+    examples = random_examples(50, longest=20, vocabulary=1000)
+    packs = data.pack(examples, max_length=32)
+    found = []
+    for pack in packs:
+        assert len(pack.ids) == len(pack.labels) == len(pack.positions) <= 32
+        starts = [i for i, position in enumerate(pack.positions) if position == 0] + [len(pack.ids)]
+        for start, end in zip(starts, starts[1:]):
+            assert pack.positions[start:end] == list(range(end - start))
+            found.append((pack.ids[start:end], pack.labels[start:end]))
+    assert sorted(found) == sorted((example.ids, example.labels) for example in examples)
+    assert len(packs) <= 1.25 * sum(len(example.ids) for example in examples) / 32 + 1  # first fit leaves little room
+
+
+def test_packed_examples_do_not_see_each_other(tiny):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64)
+    data.check_packing(model)
+    examples = random_examples(7, longest=12, vocabulary=model.config.vocab_size)
+    collate = data.Collator(pad_id=0)
+    packs = data.pack(examples, max_length=24)
+    assert len(packs) < len(examples)
+    losses = []
+    for batch in (collate(packs), collate(examples)):
+        model.zero_grad()
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        losses.append((loss.detach(), model.lm_head.weight.grad.clone(), model.model.norm.weight.grad.clone()))
+    for packed, alone in zip(*losses):
+        torch.testing.assert_close(packed, alone, rtol=1e-9, atol=1e-12)
+
+
+def test_packing_is_refused_where_examples_would_see_each_other(tiny):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    forward = model.forward
+    model.forward = lambda position_ids=None, **inputs: forward(**inputs)
+    with pytest.raises(common.CliError, match="would see each other"):
+        data.check_packing(model)
+
+
+# ---- What is refused: one line on stderr, exit code 2, nothing written ----
+
+
+def refused(capsys, code: int, output: Path) -> str:
+    """Check the form of a refusal; returns its line."""
+    error = capsys.readouterr().err.strip()
+    assert code == 2
+    assert len(error.splitlines()) == 1 and error.startswith("peft "), error
+    assert not output.exists()
+    return error
+
+
+GOOD = b'{"text": "hello"}\n'
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (GOOD * 2 + b'{"text": \n' + GOOD, "line 3: broken JSON"),
+        (GOOD + b"\n\n[1, 2]\n", "line 4: must be a JSON object, got list"),
+        (GOOD + b'{"txt": "x"}\n', 'line 2: must have "text", or "prompt" and "completion", or "messages"'),
+        (b'{"prompt": "x"}\n' + GOOD, 'line 1: must have "text"'),
+        (GOOD + b'{"text": "x", "messages": []}\n', "line 2: must have"),
+        (GOOD + b'{"text": 5}\n', 'line 2: "text" must be a string, got int'),
+        (GOOD + b'{"messages": []}\n', "line 2:"),
+        (GOOD + b'{"messages": [{"role": "user"}]}\n', "line 2: message 1"),
+        (GOOD + b'{"text": "\xff"}\n', "line 2: not UTF-8"),
+        (b"", "is empty"),
+        (b"\n  \n", "is empty"),
+        (GOOD, "leave nothing to train on"),
+        (GOOD * 30, "leave nothing to train on"),  # thirty copies of the row that is held out
+        (None, "cannot read the data file"),
+    ],
+)
+def test_bad_data_is_refused(content, expected, tiny, tmp_path, capsys):
+    file, output = tmp_path / "data.jsonl", tmp_path / "deep" / "out"
+    if content is not None:
+        file.write_bytes(content)
+    error = refused(capsys, train(tiny, str(file), output), output)
+    assert expected in error and str(file) in error or "rows" in error
+    assert not output.parent.exists()
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["--rank", "4"], "--rank belongs to --method lora"),
+        (["--method", "lora", "--density", "0.1"], "--density belongs to --method sft"),
+        (["--density", "0.1", "--num-tunable-weights", "50"], "cannot be given together"),
+        (["--epochs", "1", "--max-steps", "5"], "cannot be given together"),
+        (["--resume", "--overwrite"], "cannot be given together"),
+        (["--task-args", "{}"], "--task-args is for --data task:NAME"),
+        (["--density", "1.5"], "must be a number in (0, 1], got '1.5'"),
+        (["--lr", "nan"], "must be a positive number, got 'nan'"),
+        (["--batch-size", "0"], "must be a whole number of at least 1, got '0'"),
+        (["--method", "adalora"], "invalid choice: 'adalora'"),
+        (["--learning-rate", "1"], "unrecognized arguments"),
+        (["--target-modules", "nothing"], "nothing"),
+        (["--num-tunable-weights", "100000000"], "100,000,000"),
+        (["--resume"], "holds no run"),
+        (["--reselection-steps", "1"], "reselection_steps must be at least 2, got 1"),
+        (["--max-length", "2"], "within --max-length 2"),
+    ],
+)
+def test_bad_arguments_are_refused(options, expected, tiny, rows_file, tmp_path, capsys):
+    code = train(tiny, rows_file, tmp_path / "out", *options)
+    error = capsys.readouterr().err.strip().splitlines()
+    assert code == 2 and not (tmp_path / "out").exists()
+    assert expected in error[-1]
+    assert len(error) == 1 or "--max-length" in expected  # which also says how many examples are left out
+
+
+def test_a_model_that_is_not_there_is_refused(rows_file, tmp_path, capsys):
+    code = train(str(tmp_path / "nowhere"), rows_file, tmp_path / "out")
+    assert "cannot load the tokenizer" in refused(capsys, code, tmp_path / "out")
+
+
+def test_a_folder_with_an_adapter_is_safe(tiny, rows_file, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert train(tiny, rows_file, output, "--max-steps", 1) == 0
+    first = load_weights(output)
+    assert train(tiny, rows_file, output, "--max-steps", 1) == 2
+    assert "already holds an adapter; --overwrite" in capsys.readouterr().err
+    # One that is to be replaced stays until the new one is complete.
+    assert train(tiny, rows_file, output, "--max-steps", 1, "--overwrite", "--target-modules", "nothing") == 2
+    assert all(torch.equal(tensor, first[key]) for key, tensor in load_weights(output).items())
+    assert train(tiny, rows_file, output, "--max-steps", 1, "--overwrite", "--seed", 5) == 0
+    assert any(not torch.equal(tensor, first[key]) for key, tensor in load_weights(output).items())
+
+
+# ---- A run from beginning to end ----
+
+
+@pytest.mark.parametrize("method", ["sft", "lora", "ssf"])
+def test_training_lowers_the_held_out_loss(method, tiny, rows_file, tmp_path, capsys):
+    output = tmp_path / "deep" / "out"
+    assert train(tiny, rows_file, output, "--method", method, "--lr", "0.02", "--max-steps", 12, "--eval-size", 5) == 0
+    printed = capsys.readouterr().out
+    assert sorted(path.name for path in output.iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "loss.png", "metrics.json",
+    ]  # fmt: skip
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["metric"] == "loss" and metrics["after"] < metrics["before"] - 0.1
+    assert metrics["steps"] == 12 and metrics["tokens"] > 0 and metrics["held_out_examples"] == 5
+    assert f"{metrics['after']:.4f}" in printed and f"{metrics['trainable_parameters']:,}" in printed
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    assert run("evaluate", output) == 0
+    figures = re.findall(r"\d\.\d{4}", capsys.readouterr().out)
+    assert figures == [f"{metrics['after']:.4f}"] * 2
+
+
+def test_before_is_the_base_model(tiny, rows_file, tmp_path):
+    """The loss before training, computed here row by row in float64."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert train(tiny, rows_file, tmp_path / "out", "--max-steps", 1, "--eval-size", 7) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    _, held_out = data.split_rows(data.read_rows(rows_file), 7, None, seed=0)
+    losses = []
+    for row in held_out:
+        start, end = (tokenizer(row[key])["input_ids"] for key in ("prompt", "completion"))
+        ids = torch.tensor([[*start, *end, tokenizer.eos_token_id]])
+        with torch.no_grad():
+            probabilities = model(ids).logits[0, :-1].log_softmax(-1)
+        losses += (-probabilities[torch.arange(ids.shape[1] - 1), ids[0, 1:]])[len(start) - 1 :].tolist()
+    assert metrics["before"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [["--packing", "--max-length", "64"], ["--gradient-checkpointing"]], ids=" ".join)
+def test_options_of_training(options, tiny, rows_file, tmp_path):
+    assert train(tiny, rows_file, tmp_path / "out", *options, "--lr", "0.02", "--max-steps", 8, "--grad-accum", 2) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["after"] < metrics["before"]
+
+
+def test_task_from_beginning_to_end(tiny, tmp_path, capsys):
+    pytest.importorskip("reasoning_gym")
+    output, args = tmp_path / "out", '{"max_words": 3}'
+    sizes = ("--train-size", 8, "--eval-size", 6)
+    assert train(tiny, "task:word_sequence_reversal", output, "--task-args", args, *sizes) == 0
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["metric"] == "accuracy" and 0 <= metrics["after"] <= 1 and metrics["steps"] == 2
+    assert metrics["samples"][0].keys() == {"question", "answer", "before", "after"}
+    capsys.readouterr()
+    assert run("evaluate", output) == 0
+    assert re.findall(r"[\d.]+ %", capsys.readouterr().out) == [f"{100 * metrics['after']:.1f} %"] * 2
+
+
+# ---- Stopping and resuming ----
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Interrupt a training after an update step, as Ctrl-C does; step 0 takes it back."""
+    from peft.cli.progress import Progress
+
+    original = Progress.on_step_end
+
+    def arrange(step: int) -> None:
+        def on_step_end(self, args, state, control, **kwargs):
+            original(self, args, state, control, **kwargs)
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Progress, "on_step_end", on_step_end)
+
+    return arrange
+
+
+@pytest.mark.parametrize("method", ["sft", "lora"])
+def test_a_resumed_run_equals_an_unbroken_one(method, tiny, rows_file, tmp_path, stop_at, capsys):
+    options = ("--method", method, "--max-steps", 9, "--save-steps", 3, "--lr", "0.01")
+    options += ("--reselection-steps", 4) if method == "sft" else ("--dropout", "0.1")
+    assert train(tiny, rows_file, tmp_path / "unbroken", *options) == 0
+    output = tmp_path / "broken"
+    stop_at(5)
+    assert train(tiny, rows_file, output, *options) == 130
+    assert "checkpoint-3 is kept" in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == ["checkpoints"]
+    half = output / "checkpoints" / "checkpoint-4"  # as a machine that dies while writing leaves it
+    half.mkdir()
+    (half / "trainer_state.json").write_text('{"epoch":')
+    stop_at(0)
+    assert train(tiny, rows_file, output, *options) == 2
+    assert "holds an unfinished run (--resume" in capsys.readouterr().err
+    assert train(tiny, rows_file, output, *options[:-2], *(("--reselection-steps", 5) if method == "sft" else ("--dropout", "0.2")), "--resume") == 2  # fmt: skip
+    assert "was begun with --" in capsys.readouterr().err
+    assert train(tiny, rows_file, output, *options, "--resume") == 0
+
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("unbroken", "broken")]
+    assert metrics[1]["resumed_from_step"] == 3
+    assert all(metrics[0][key] == metrics[1][key] for key in ("before", "after", "steps", "tokens"))
+    unbroken, broken = load_weights(tmp_path / "unbroken"), load_weights(output)
+    assert unbroken.keys() == broken.keys()
+    assert all(torch.equal(unbroken[key], broken[key]) for key in unbroken)
+    assert not (output / "checkpoints").exists()
+    assert train(tiny, rows_file, output, *options, "--resume") == 0  # nothing to do, and no harm
+
+
+def test_changed_data_is_not_resumed(tiny, rows_file, tmp_path, stop_at, capsys):
+    stop_at(2)
+    assert train(tiny, rows_file, tmp_path / "out", "--max-steps", 4, "--save-steps", 1) == 130
+    with open(rows_file, "a") as file:
+        file.write('{"prompt": "new", "completion": " row"}\n')
+    capsys.readouterr()
+    assert train(tiny, rows_file, tmp_path / "out", "--max-steps", 4, "--resume") == 2
+    assert f"{rows_file} has changed" in capsys.readouterr().err
+
+
+def test_an_interrupt_before_the_first_checkpoint_leaves_nothing(tiny, rows_file, tmp_path, stop_at):
+    stop_at(1)
+    assert train(tiny, rows_file, tmp_path / "deep" / "out", "--max-steps", 4, "--save-steps", 2) == 130
+    assert not (tmp_path / "deep").exists()
+
+
+# ---- A full disk ----
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Let saving an adapter fail half-way the n-th time; 0 takes it back."""
+    from peft import PeftModel
+
+    original = PeftModel.save_pretrained
+
+    def arrange(failing_call: int) -> None:
+        calls = []
+
+        def save_pretrained(self, save_directory, *args, **kwargs):
+            calls.append(save_directory)
+            if len(calls) == failing_call:
+                path = Path(save_directory) / "adapter_model.safetensors"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(b"half")
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            return original(self, save_directory, *args, **kwargs)
+
+        monkeypatch.setattr(PeftModel, "save_pretrained", save_pretrained)
+
+    return arrange
+
+
+def test_a_full_disk_at_the_first_checkpoint_leaves_nothing(tiny, rows_file, tmp_path, full_disk, capsys):
+    full_disk(1)
+    assert train(tiny, rows_file, tmp_path / "out", "--max-steps", 4) == 2
+    assert "the disk is full" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_at_the_end_keeps_what_can_be_resumed(tiny, rows_file, tmp_path, full_disk, capsys):
+    options, output = ("--max-steps", 4, "--save-steps", 2), tmp_path / "out"
+    full_disk(3)  # two checkpoints, then the result
+    assert train(tiny, rows_file, output, *options) == 2
+    assert "the disk is full" in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in output.iterdir()] == ["checkpoints"]
+    full_disk(0)
+    assert train(tiny, rows_file, output, *options, "--resume") == 0
+    assert train(tiny, rows_file, tmp_path / "unbroken", *options) == 0
+    weights, expected = load_weights(output), load_weights(tmp_path / "unbroken")
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    "error, explained",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), True),
+        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_how_libraries_report_a_full_disk(error, explained):
+    assert (common.explain(error) is not None) == explained
+
+
+def test_an_error_of_ours_keeps_its_traceback(tiny, rows_file, tmp_path, monkeypatch):
+    from peft.cli import train as module
+
+    def broken(*args):
+        raise RuntimeError("a mistake in the program")
+
+    monkeypatch.setattr(module, "measure", broken)
+    with pytest.raises(RuntimeError, match="a mistake in the program"):
+        train(tiny, rows_file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- Tasks ----
+
+
+def test_held_out_problems_are_not_trained_on():
+    pytest.importorskip("reasoning_gym")
+    settings = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}  # under 200 different problems
+    seed = random.randrange(1000)
+    task = tasks.Task("chain_sum", settings, train_size=300, eval_size=40, seed=seed)
+    held_out, trained = ({problem["question"] for problem in half} for half in (task.held_out, task.train))
+    assert len(task.train) == 300 and len(held_out) == len(task.held_out) == 40
+    assert not held_out & trained
+    again = tasks.Task("chain_sum", settings, train_size=300, eval_size=40, seed=seed)
+    assert again.train == task.train and again.held_out == task.held_out
+    assert all(task.is_correct(problem["answer"], problem) for problem in task.held_out)
+    assert task.is_correct(f"<think>\n\n</think>\n\n{held_out and task.held_out[0]['answer']}", task.held_out[0])
+    assert not task.is_correct("no idea", task.held_out[0])
+
+
+@pytest.mark.parametrize(
+    "name, settings, expected",
+    [
+        ("chain_sums", {}, "no task 'chain_sums'.*chain_sum"),
+        ("chain_sum", {"max_term": 3}, "refuses --task-args.*max_term"),
+        ("chain_sum", {"min_terms": 5, "max_terms": 2}, "refuses --task-args"),
+        ("chain_sum", {"seed": 3}, "cannot hold.*seed"),
+        ("chain_sum", {"max_terms": 2, "max_digits": 1}, "too few different problems"),
+    ],
+)
+def test_tasks_that_cannot_be_had(name, settings, expected):
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(common.CliError, match=expected):
+        tasks.Task(name, settings, train_size=10, eval_size=1000, seed=0)
+
+
+def test_prompts_of_tasks_fit_the_model():
+    problem = {"question": "1 + 1 =", "answer": "2"}
+    tokenizer = make_tokenizer()
+    assert [m["role"] for m in tasks.task_row(tokenizer, problem)["messages"]] == ["system", "user", "assistant"]
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHAT_TEMPLATE
+    )
+    messages = tasks.task_row(tokenizer, problem)["messages"]
+    assert [m["role"] for m in messages] == ["user", "assistant"] and tasks.INSTRUCTION in messages[0]["content"]
+    tokenizer.chat_template = None
+    assert tasks.task_row(tokenizer, problem) == {"prompt": "1 + 1 =\nAnswer:", "completion": " 2"}
+
+
+# ---- inspect and merge ----
+
+
+@pytest.mark.parametrize("method", ["sft", "lora", "ssf"])
+def test_inspect_and_merge(method, tiny, rows_file, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from peft import PeftModel
+
+    adapter, merged = tmp_path / "adapter", tmp_path / "deep" / "merged"
+    assert train(tiny, rows_file, adapter, "--method", method, "--lr", "0.02", "--max-steps", 4) == 0
+    trained = json.loads((adapter / "metrics.json").read_text())["trainable_parameters"]
+    capsys.readouterr()
+    assert run("inspect", adapter) == 0
+    printed = capsys.readouterr().out
+    assert f"{method.upper()}" in printed and tiny in printed and "model.layers.*.mlp.up_proj" in printed
+    assert printed.splitlines()[-1].startswith(f"{trained:,} parameters")
+    assert run("inspect", adapter, "--all") == 0
+    assert "model.layers.1.mlp.up_proj" in capsys.readouterr().out
+
+    assert run("merge", tiny, adapter, "-o", merged) == 0
+    assert [path.name for path in merged.parent.iterdir()] == ["merged"]
+    ids = torch.randint(4, 260, (2, 9))
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    before = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, str(adapter))(ids).logits
+    assert (adapted - before).abs().max() > 1e-3
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(merged)(ids).logits, adapted, rtol=1e-4, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(merged).chat_template == CHAT_TEMPLATE
+
+
+def test_inspect_counts_a_model(tiny, capsys):
+    from transformers import AutoModelForCausalLM
+
+    assert run("inspect", tiny) == 0
+    count = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(tiny).parameters())
+    assert (
+        capsys.readouterr().out.splitlines()[-1].startswith(f"{count:,} parameters, {common.format_bytes(4 * count)}")
+    )
+
+
+def test_merge_refuses_and_replaces(tiny, rows_file, tmp_path, full_disk, capsys):
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    assert train(tiny, rows_file, adapter, "--max-steps", 1) == 0
+    merged.mkdir()
+    (merged / "mine.txt").write_text("mine")
+    capsys.readouterr()
+    for argv, expected in [
+        (["merge", tiny, adapter, "-o", merged], "is not empty"),
+        (["merge", tiny, merged, "-o", tmp_path / "new"], "is not an adapter"),
+        (["merge", tiny, adapter, "-o", adapter, "--overwrite"], "would replace the adapter"),
+        (["merge", tmp_path / "nowhere", adapter, "-o", tmp_path / "new"], "cannot load"),
+        (["inspect", merged], "neither an adapter"),
+        (["evaluate", merged], "has no metrics.json"),
+    ]:
+        assert run(*argv) == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        assert len(error) == 1 and expected in error[0]
+    assert (merged / "mine.txt").exists() and not (tmp_path / "new").exists()
+    assert run("merge", tiny, adapter, "-o", merged, "--overwrite") == 0
+    assert (merged / "config.json").exists() and not (merged / "mine.txt").exists()
+
+
+def test_a_merge_that_fails_leaves_nothing(tiny, rows_file, tmp_path, monkeypatch, capsys):
+    from transformers import LlamaForCausalLM
+
+    def fail(self, folder, **kwargs):
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert train(tiny, rows_file, tmp_path / "adapter", "--max-steps", 1) == 0
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", fail)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    capsys.readouterr()
+    assert run("merge", tiny, tmp_path / "adapter", "-o", tmp_path / "deep" / "merged") == 2
+    assert "the disk is full" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+# ---- The command line itself ----
+
+
+def test_the_command_lines_of_the_documentation_parse():
+    blocks = re.findall(r"^```bash\n(.*?)^```", DOCS.read_text(encoding="utf-8"), re.M | re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if " train " in f" {line} " or line.startswith("peft ")]  # fmt: skip
+    assert len(lines) >= 5
+    for line in lines:
+        words_of_line = shlex.split(line, comments=True)
+        arguments.parse(words_of_line[words_of_line.index("peft") + 1 :])
+
+
+def test_help_is_quick():
+    """Nothing heavy is imported to say what the options are."""
+    code = (
+        "import sys; from peft.cli import arguments; arguments.make_parser().format_help()\n"
+        "print({'torch', 'transformers', 'matplotlib', 'reasoning_gym'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
