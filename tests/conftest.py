@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-torch.set_num_threads(1)  # tiny models gain nothing from more, and on a busy machine waiting for each other costs seconds
+torch.set_num_threads(1)  # tiny models gain nothing from more, which wait for each other on a busy machine
 
 
 @pytest.fixture(autouse=True)

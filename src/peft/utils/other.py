@@ -194,7 +194,7 @@ def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, s
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever the model holds `old`: T5 has its embedding in three places."""
+    """Put `new` wherever the model holds `old`; one module may stand in several places."""
     holders = [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is old]
     for parent, name in holders:
         setattr(parent, name, new)
