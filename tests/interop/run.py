@@ -154,6 +154,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31), help="of the base models")
     parser.add_argument("--keep", metavar="FOLDER", help="write the adapters and reports there, and keep them")
     args = parser.parse_args()
+    if args.keep and os.path.isdir(args.keep) and os.listdir(args.keep):
+        parser.error(f"--keep takes a new or empty folder, got {args.keep}")
     print(f"seed {args.seed}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.keep or temporary)
