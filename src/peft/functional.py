@@ -58,7 +58,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     if not autocast_adapter_dtype:
         return
     for part in _parts(model):
-        if isinstance(part, BaseTunerLayer):
+        if isinstance(part, BaseTunerLayer) and part.widens_parameters:
             for _, parameter in part.adapter_tensors(adapter_name):
                 if parameter.dtype in (torch.float16, torch.bfloat16):
                     parameter.data = parameter.data.float()

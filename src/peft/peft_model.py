@@ -19,7 +19,7 @@ from torch import nn
 
 from .config import PeftConfig, split_hub_kwargs
 from .mapping import PEFT_TYPE_TO_TUNER_MAPPING, config_class
-from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 from .tuners.base import BASE_ADAPTER, BaseTuner, check_adapter_name
 from .tuners.tuners_utils import BaseTunerLayer
 from .utils.other import AuxiliaryTrainingWrapper
@@ -202,21 +202,8 @@ class PeftModel(nn.Module):
                     layer.merge(adapter_names=names)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """`(trained, all)` numbers of parameters.
-
-        Packed weights count those they encode; the positions of sparse deltas are no parameters.
-        """
-        from .tuners.sft.model import logical_numel
-
-        positions = {
-            id(t)
-            for layer in self.base_model.layers()
-            for name in layer._available_adapters
-            for _, t in layer.adapter_tensors(name)
-            if not t.is_floating_point()
-        }
-        counts = [(logical_numel(p), p.requires_grad) for p in self.parameters() if id(p) not in positions]
-        return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+        """`(trained, all)` numbers of parameters; see `status.count_parameters`."""
+        return count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
         trained, total = self.get_nb_trainable_parameters()
@@ -343,10 +330,10 @@ class PeftModel(nn.Module):
             write_adapter(tensors[name], folder, safe_serialization)
             self._config_to_save(name).save_pretrained(folder)
         if push:
-            from .utils.hub import push_to_hub
+            from .utils.hub import upload_folder
 
             push_kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
-            push_to_hub(self, **push_kwargs)
+            upload_folder(save_directory, **push_kwargs)
 
     def _config_to_save(self, name: str) -> PeftConfig:
         config = copy.copy(self.peft_config[name])

@@ -9,7 +9,7 @@ from torch import nn
 
 from .tuners.tuners_utils import BaseTunerLayer
 from .utils.other import AdapterParts
-from .utils.quantization_utils import find_backend
+from .utils.quantization_utils import find_backend, logical_numel
 
 Irregular = Literal["irregular"]  # layers disagree
 
@@ -46,6 +46,23 @@ class TunerModelStatus:
     available_adapters: list[str]
     devices: dict[str, list[str]] = field(default_factory=dict)
     quantization_backend: str | None = None
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """`(trained, all)` numbers of parameters.
+
+    Packed weights count those they encode; the positions of sparse deltas are no parameters.
+    """
+    positions = {
+        id(tensor)
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+        for name in layer._available_adapters
+        for _, tensor in layer.adapter_tensors(name)
+        if not tensor.is_floating_point()
+    }
+    counts = [(logical_numel(p), p.requires_grad) for p in model.parameters() if id(p) not in positions]
+    return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
 
 
 def _agree(values) -> bool | list | Irregular:
@@ -101,15 +118,15 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     layers = get_layer_status(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     names = sorted({name for layer in layers for name in layer.available_adapters})
-    parameters = list(model.parameters())
+    trained, total = count_parameters(model)
     return TunerModelStatus(
         base_model_type=type(base).__name__,
         adapter_model_type=type(getattr(model, "base_model", None)).__name__ if base is not model else "None",
         peft_types={
             n: getattr(c.peft_type, "value", c.peft_type) for n, c in getattr(model, "peft_config", {}).items()
         },
-        trainable_params=sum(p.numel() for p in parameters if p.requires_grad),
-        total_params=sum(p.numel() for p in parameters),
+        trainable_params=trained,
+        total_params=total,
         num_adapter_layers=len(layers),
         enabled=_agree(layer.enabled for layer in layers),
         active_adapters=_agree(layer.active_adapters for layer in layers),

@@ -61,7 +61,7 @@ class Progress(TrainerCallback):
         if logs and "loss" in logs:
             self._shown["loss"] = f"{float(logs['loss']):.3f}"
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._bar.close()
+    def close(self) -> None:
+        """Finish the bar's line, also after an error."""
+        if self._bar is not None:
+            self._bar.close()

@@ -153,7 +153,10 @@ def train(
             output.keep_before(measure(model, tokenizer, source, args.batch_size))
     before = output.before
     notice(f"held-out {before.metric} before training: {before}")
-    trainer.train(resume_from_checkpoint=output.last_checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=output.last_checkpoint)
+    finally:
+        progress.close()
     notice(f"measuring on {len(source.held_out_examples)} held-out examples after training")
     after = measure(model, tokenizer, source, args.batch_size)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from ..utils.other import (
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
     _get_submodules,
+    home_device,
     replace_module,
     shared_parameters,
 )
@@ -71,8 +72,8 @@ class BaseTuner(nn.Module):
     prefix: str = ""
     tuner_layer_cls: type[BaseTunerLayer] = BaseTunerLayer
     target_module_mapping: dict[str, list[str]] = {}
-    # Whether parameters of half precision are widened to float32 (autocast_adapter_dtype) after creation.
-    widens_parameters = True
+    # target_modules where neither the configuration nor target_module_mapping says any; None: that is an error.
+    default_targets: str | None = None
 
     def __init__(
         self,
@@ -120,12 +121,12 @@ class BaseTuner(nn.Module):
         """Fill in what the configuration leaves to the model (here: the targets)."""
         if config.target_modules is None:
             model_type = model_config(self.model).get("model_type", "custom")
-            if model_type not in self.target_module_mapping:
+            targets = self.target_module_mapping.get(model_type, self.default_targets)
+            if targets is None:
                 raise ValueError(
                     f"No default target_modules for model type {model_type!r}: give `target_modules` in the "
                     "configuration (a list of names, a regular expression, or 'all-linear')"
                 )
-            targets = self.target_module_mapping[model_type]
             config.target_modules = targets if isinstance(targets, str) else set(targets)
         config.target_modules = resolve_all_linear(
             self.model, config.target_modules, lambda module: isinstance(module, BaseTunerLayer)
@@ -173,8 +174,8 @@ class BaseTuner(nn.Module):
             for key in targets:
                 parent, target, target_name = _get_submodules(model, key)
                 base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-                on_meta = low_cpu_mem_usage or _home(base).type == "meta"
-                with torch.device("meta") if on_meta else _nothing():
+                on_meta = low_cpu_mem_usage or home_device(base).type == "meta"
+                with torch.device("meta") if on_meta else nullcontext():
                     self._create_and_replace(config, adapter_name, target, target_name, parent, key)
                 layer = model.get_submodule(key)
                 layer.op.shared |= id(layer.weight) in shared  # a merged layer has parted from the others for a while
@@ -248,6 +249,11 @@ class BaseTuner(nn.Module):
                 f"{current_key} is trained whole (modules_to_save) and cannot be a target of the adapter as well"
             )
         layer = target
+        if isinstance(target, BaseTunerLayer) and not isinstance(target, self.tuner_layer_cls):
+            raise ValueError(
+                f"{current_key} has an adapter of another method ({type(target).__name__}); models of several methods "
+                "are not in this version of peft: unload() the first one, or choose other targets"
+            )
         if not isinstance(target, self.tuner_layer_cls):
             layer = self.make_layer(target, current_key)
             layer._disable_adapters = getattr(self, "_adapters_disabled", False)
@@ -260,15 +266,15 @@ class BaseTuner(nn.Module):
     def _move_to_base(self, layer: BaseTunerLayer, adapter_name: str) -> None:
         """Bring a new adapter to its base layer's device and (unless the method has its own) floating-point dtype."""
         base = layer.get_base_layer()
-        device, dtype = _home(base), base.weight.dtype
+        device, dtype = home_device(base), base.weight.dtype
         for _, parameter in layer.adapter_tensors(adapter_name):
-            cast = self.widens_parameters and dtype.is_floating_point and parameter.is_floating_point()
+            cast = layer.widens_parameters and dtype.is_floating_point and parameter.is_floating_point()
             where = parameter.device if parameter.is_meta else device
             parameter.data = parameter.data.to(where, dtype if cast else None)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Widen an adapter's half-precision parameters to float32, for stable training."""
-        if not (autocast_adapter_dtype and self.widens_parameters):
+        if not (autocast_adapter_dtype and self.tuner_layer_cls.widens_parameters):
             return
         for layer in self.layers():
             for _, parameter in layer.adapter_tensors(adapter_name):
@@ -323,6 +329,8 @@ class BaseTuner(nn.Module):
         self.active_adapter = adapter_name
 
     def _check_known(self, names: Sequence[str]) -> None:
+        if len(set(names)) < len(names):
+            raise ValueError(f"An adapter can be named once only, got {list(names)}")
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
             raise ValueError(f"There is no adapter {unknown}; the model has {sorted(self.peft_config)}")
@@ -335,6 +343,9 @@ class BaseTuner(nn.Module):
 
     def _enable_adapter_layers(self, enabled: bool) -> None:
         self._adapters_disabled = not enabled
+        for layer in self.layers():
+            if not enabled and layer.merged:
+                layer.unmerge()
         for module in (*self.layers(), *self.wrappers()):
             module.enable_adapters(enabled)
 
@@ -447,16 +458,6 @@ class BaseTuner(nn.Module):
         return model_config(model)
 
 
-def _home(base: nn.Module) -> torch.device:
-    """Where a layer's adapters belong: with its weight, or where accelerate brings that weight when it is needed."""
-    weight = getattr(base, "weight", None)
-    device = weight.device if weight is not None else torch.device("cpu")
-    if device.type == "meta" and hasattr(base, "_hf_hook"):
-        device = getattr(base._hf_hook, "execution_device", None)  # may be 0, the first GPU
-        device = torch.device("cpu" if device is None else device)
-    return device
-
-
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     """Delete an adapter; modules that have no other one get their old place in the model back."""
     for module in list(model.modules()):
@@ -466,11 +467,6 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
         if not module._available_adapters:
             plain = module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module
             replace_module(model, module, plain)
-
-
-@contextmanager
-def _nothing():
-    yield
 
 
 def trained_biases(model: nn.Module, config) -> Iterator[tuple[str, nn.Parameter]]:

@@ -33,7 +33,6 @@ class Op:
     kind = "?"
     channel_dim = -1
     transposed = False
-    has_input_axis = True  # False for norms: W is (O,)
 
     def __init__(self, layer: nn.Module):
         self.layer = layer
@@ -68,7 +67,16 @@ class Op:
         return stored.T if self.transposed else stored
 
     def load(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`(W, b)`; not copies where the layer holds them in the clear."""
+        """`(W, b)`; not copies where the layer holds them in the clear.
+
+        Raises:
+            RuntimeError: the weight is not here.
+        """
+        if self.layer.weight.is_meta:
+            raise RuntimeError(
+                f"The weight of {type(self.layer).__name__} is off-loaded or empty (meta device), and this needs its "
+                "numbers: load the model without off-loading"
+            )
         return self.to_view(dequantize(self.layer)), getattr(self.layer, "bias", None)
 
     def store(self, W: torch.Tensor, b: torch.Tensor | None) -> None:
@@ -193,7 +201,6 @@ class NormOp(Op):
     """LayerNorm, GroupNorm and RMSNorm-like layers: `W` is (O,), normalisation first, then `W` and `b` per channel."""
 
     kind = "Norm"
-    has_input_axis = False
 
     def __init__(self, layer):
         super().__init__(layer)

@@ -64,7 +64,7 @@ def is_target(config, key: str) -> bool:
     if not config.target_modules or not name_matches(config.target_modules, key):
         return False
     layers = getattr(config, "layers_to_transform", None)
-    if layers is None or isinstance(config.target_modules, str):
+    if layers is None:
         return True
     index = layer_index(key, getattr(config, "layers_pattern", None))
     return index is not None and index in ([layers] if isinstance(layers, int) else layers)

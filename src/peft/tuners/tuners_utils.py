@@ -39,6 +39,8 @@ class BaseTunerLayer(AdapterParts):
 
     _disable_adapters: bool = False
     _active_adapter: str | list[str] = "default"
+    # Whether parameters of half precision are widened to float32 (autocast_adapter_dtype) after creation.
+    widens_parameters: bool = True
     cast_input_dtype_enabled: bool = True  # see helpers.disable_input_dtype_casting
 
     def __init__(self, base_layer: nn.Module):

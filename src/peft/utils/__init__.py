@@ -12,7 +12,7 @@ _SAVE_AND_LOAD = [
 ]  # fmt: skip
 _CONSTANTS = [
     "CONFIG_NAME", "INCLUDE_LINEAR_LAYERS_SHORTHAND", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME",
-    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_SSF_TARGET_MODULES_MAPPING",
+    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
 ]  # fmt: skip
 
 # Upstream's default targets of methods that are not here, and the like: name -> what it belongs to.

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 
 
-def push_to_hub(
-    obj,
+def push_to_hub(obj, repo_id: str, *, save_kwargs: dict | None = None, **upload_kwargs) -> str:
+    """Save `obj` into a temporary folder and upload that folder; see `upload_folder`.
+
+    Args:
+        save_kwargs: handed to `obj.save_pretrained`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        obj.save_pretrained(folder, **(save_kwargs or {}))
+        upload_kwargs.setdefault("commit_message", f"Upload {type(obj).__name__}")
+        return upload_folder(folder, repo_id, **upload_kwargs)
+
+
+def upload_folder(
+    folder: str | os.PathLike,
     repo_id: str,
     *,
     commit_message: str | None = None,
@@ -14,14 +27,12 @@ def push_to_hub(
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    **save_kwargs,
 ) -> str:
-    """Save `obj` into a temporary folder and upload that folder.
+    """Upload a folder to the hub.
 
     Args:
         repo_id: `user/name`; the repository is created if need be.
         commit_message, private, token, revision, create_pr: as in `huggingface_hub`.
-        save_kwargs: handed to `obj.save_pretrained`.
 
     Returns:
         The URL of the commit.
@@ -30,13 +41,11 @@ def push_to_hub(
 
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as folder:
-        obj.save_pretrained(folder, **save_kwargs)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=commit_message or f"Upload {type(obj).__name__}",
-            revision=revision,
-            create_pr=create_pr,
-        )
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=commit_message or "Upload adapter",
+        revision=revision,
+        create_pr=create_pr,
+    )
     return commit.commit_url

@@ -193,6 +193,16 @@ def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, s
     return model.get_submodule(parent), model.get_submodule(key), name
 
 
+def home_device(base: nn.Module) -> torch.device:
+    """Where a layer's adapters belong: with its weight, or where accelerate brings that weight when it is needed."""
+    weight = getattr(base, "weight", None)
+    device = weight.device if weight is not None else torch.device("cpu")
+    if device.type == "meta" and hasattr(base, "_hf_hook"):
+        device = getattr(base._hf_hook, "execution_device", None)  # may be 0, the first GPU
+        device = torch.device("cpu" if device is None else device)
+    return device
+
+
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` wherever the model holds `old`; one module may stand in several places."""
     holders = [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is old]

@@ -7,6 +7,7 @@ themselves with `register_backend`; this module holds the registry and the plain
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -73,3 +74,9 @@ def requantize(layer: nn.Module, weight: torch.Tensor) -> None:
         name = type(layer).__name__ if backend is None else backend.name
         raise TypeError(f"{name} weights cannot be rewritten here: merge into a dequantised copy of the model instead")
     backend.requantize(layer, weight)
+
+
+def logical_numel(parameter: nn.Parameter) -> int:
+    """Number of weights a parameter stands for; a packed one (bitsandbytes 4-bit) counts those it encodes."""
+    shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
+    return parameter.numel() if shape is None else math.prod(shape)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .constants import SAFETENSORS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from .other import AuxiliaryTrainingWrapper
+from .other import AuxiliaryTrainingWrapper, home_device
 from .warning import PeftWarning
 
 IncompatibleKeys = namedtuple("IncompatibleKeys", ["missing_keys", "unexpected_keys"])
@@ -131,7 +131,13 @@ def get_peft_model_state_dict(
     config = _config_of(model, adapter_name)
     keys = adapter_keys(model, adapter_name)
     keys.update({name: _plain_name(name) for name in _bias_keys(model, config)})
-    keys.update(_embedding_keys(model, save_embedding_layers, config, adapter_name))
+    embeddings = _embedding_keys(model, save_embedding_layers, config, adapter_name)
+    if embeddings and any(getattr(module, "merged", False) for module in model.modules()):
+        raise ValueError(
+            "The base model's embeddings are to be saved with the adapter, but adapters are merged into its weights: "
+            "call unmerge_adapter() first"
+        )
+    keys.update(embeddings)
     tensors = model.state_dict() if state_dict is None else state_dict
     if state_dict is not None:
         tensors = {_plain_name(name): tensor for name, tensor in state_dict.items()}
@@ -175,16 +181,16 @@ def set_peft_model_state_dict(
             "unmerge_adapter() before loading into it"
         )
     expected = {file: name for name, file in adapter_keys(model, adapter_name).items()}
-    own = set(expected)
     expected.update({_plain_name(name): name for name in _bias_keys(model, config)})
-    base = {_plain_name(name): name for name in model.state_dict()}
+    # Of the base model a file may bring the embeddings, nothing else.
+    embeddings = {file: name for name, file in _embedding_keys(model, True, config, adapter_name).items()}
     renamed = {_file_key(key): tensor for key, tensor in peft_model_state_dict.items()}
     found: dict[str, torch.Tensor] = {}
     unexpected: list[str] = []
     current = model.state_dict()
     mismatched: list[str] = []
     for key, tensor in renamed.items():
-        name = expected.get(key) or (base.get(key) if key not in own and _is_base_key(key) else None)
+        name = expected.get(key) or embeddings.get(key)
         if name is None:
             unexpected.append(key)
         elif current[name].shape != tensor.shape:
@@ -222,7 +228,7 @@ def _device_of(model: nn.Module, name: str) -> torch.device:
         except AttributeError:
             continue
         if isinstance(module, BaseTunerLayer):
-            return module.get_base_layer().weight.device
+            return home_device(module.get_base_layer())
         if isinstance(module, AuxiliaryTrainingWrapper):
             return next(module.original_module.parameters()).device
     return torch.device("cpu")
@@ -231,13 +237,6 @@ def _device_of(model: nn.Module, name: str) -> torch.device:
 def _file_key(key: str) -> str:
     """A key of a file in today's form; deltatuner's wrapped bases are called `linear_sub`."""
     return _plain_name(key).replace(".linear_sub.", ".")
-
-
-def _is_base_key(key: str) -> bool:
-    """Whether a key of an adapter's file may belong to the base model (saved embeddings, trained biases)."""
-    from ..mapping import is_adapter_key
-
-    return not is_adapter_key(key)
 
 
 def report_incompatible(result: IncompatibleKeys, adapter_name: str, source) -> None:
@@ -338,7 +337,13 @@ def write_adapter(tensors: dict[str, torch.Tensor], folder: str, safe_serializat
         path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
         write_atomically(path, lambda file: save_file(content, file, metadata={"format": "pt"}))
     else:
-        write_atomically(os.path.join(folder, WEIGHTS_NAME), lambda file: torch.save(content, file))
+        path = os.path.join(folder, WEIGHTS_NAME)
+        write_atomically(path, lambda file: torch.save(content, file))
+    # What an earlier save left in another form would be found first.
+    for name in (SAFETENSORS_WEIGHTS_NAME, SAFETENSORS_INDEX_NAME, WEIGHTS_NAME):
+        other = os.path.join(folder, name)
+        if other != path and os.path.exists(other):
+            os.remove(other)
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:

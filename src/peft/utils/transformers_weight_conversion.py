@@ -3,7 +3,7 @@
 transformers (5 and later) loads an adapter like a checkpoint: every key of the file is passed through a list of
 transforms and lands on the parameter of the resulting name. `build_peft_weight_mapping` makes this list: the file's
 prefix goes, the adapter's name comes in, and the model's own renamings (of modules that had other names in earlier
-versions) follow. transformers imports this module while it loads an adapter; nothing in peft imports it before.
+versions) follow. It imports transformers, so within peft only code that has a model of transformers at hand imports it.
 
 Left out: the arithmetic by which transformers rebuilds base weights (several experts into one parameter, one fused
 projection into three). It does not apply to an adapter's tensors as it stands; an adapter of single experts is refused.
@@ -19,12 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    ConversionOps,
-    WeightConverter,
-    WeightRenaming,
-    WeightTransform,
-)
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
 
 from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from .peft_types import PeftType
@@ -141,7 +136,8 @@ def build_peft_weight_mapping(
         peft_config: the adapter's configuration; None: the adapter is of any method that there is.
 
     Returns:
-        A new list. Its transforms are not used for saving, so they leave no trace in the base model's files.
+        A new list. The transforms that are added are never used for saving, so that the adapter leaves no trace in the
+        base model's files.
 
     Raises:
         NotImplementedError: not here, but when a key is met that belongs to a single expert of a model that holds all

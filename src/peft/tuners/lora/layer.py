@@ -40,7 +40,6 @@ class LoraLayer(AdditiveLayer):
         self.lora_embedding_A = nn.ParameterDict()
         self.lora_embedding_B = nn.ParameterDict()
         self.lora_magnitude_vector = nn.ModuleDict()
-        self.kwargs: dict = {}
 
     def update_layer(self, name, config, *, r: int, lora_alpha: float) -> None:
         self.r[name] = r

@@ -121,6 +121,7 @@ class SftLayer(AdditiveLayer, nn.Module):
     """SFT on any layer with a weight."""
 
     adapter_layer_names = ("sft_delta",)
+    widens_parameters = False  # SftConfig.dtype says what the values are
 
     def __init__(self, base_layer: nn.Module):
         nn.Module.__init__(self)

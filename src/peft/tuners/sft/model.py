@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 
-from torch import nn
-
+from ...utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from ...utils.quantization_utils import logical_numel
 from ..base import BaseTuner
 from ..ops import make_op
 from ..tuners_utils import BaseTunerLayer
 from .layer import SftLayer, SparseDelta
-
-
-def logical_numel(parameter: nn.Parameter) -> int:
-    """Number of weights a parameter stands for; a packed one (bitsandbytes 4-bit) counts those it encodes."""
-    shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
-    return parameter.numel() if shape is None else math.prod(shape)
 
 
 def share_out(total: int, sizes: dict[str, int]) -> dict[str, int]:
@@ -36,11 +31,12 @@ class SftModel(BaseTuner):
 
     prefix = "sft_"
     tuner_layer_cls = SftLayer
-    widens_parameters = False  # SftConfig.dtype says what the values are
+    default_targets = INCLUDE_LINEAR_LAYERS_SHORTHAND
 
     def prepare_config(self, config):
-        if config.target_modules is None:
-            config.target_modules = set(config.num_deltas) if config.num_deltas else "all-linear"
+        config = copy.copy(config)  # num_deltas will be filled in; the user may give the same object another density
+        if config.target_modules is None and config.num_deltas:
+            config.target_modules = set(config.num_deltas)
         return super().prepare_config(config)
 
     def shared_state(self, config, targets):

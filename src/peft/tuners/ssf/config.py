@@ -21,7 +21,7 @@ class SsfConfig(PeftConfig):
 
     target_modules: list[str] | str | None = None
     """Modules to adapt: a list of names (matched at the end of a module's name), a regular expression for the whole
-    name, or "all-linear". None: attention and MLP linears of the architecture."""
+    name, or "all-linear". None: every linear layer of the backbone (attention and MLP), the head left out."""
     exclude_modules: list[str] | str | None = None
     """Modules not to adapt, given like target_modules."""
     bias: Literal["none", "all"] | None = "none"

@@ -31,8 +31,9 @@ class SsfLayer(BaseTunerLayer, nn.Module):
             nn.init.normal_(self.ssf_shift[name], mean=0.0, std=0.02)
 
     def post(self, name, x, y, before=()):
-        scale, shift = (self.op.channels(v[name].to(y.dtype), y) for v in (self.ssf_scale, self.ssf_shift))
-        return y * scale + shift
+        # In the parameters' precision: bfloat16 would round a scale of 1.003 to 1.
+        scale, shift = (self.op.channels(v[name], y) for v in (self.ssf_scale, self.ssf_shift))
+        return torch.addcmul(shift, y.to(torch.promote_types(y.dtype, scale.dtype)), scale).to(y.dtype)
 
     def fold(self, name, W, b):
         scale, shift = self.ssf_scale[name].to(W), self.ssf_shift[name].to(W)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...utils.constants import TRANSFORMERS_MODELS_TO_SSF_TARGET_MODULES_MAPPING
+from ...utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ..base import BaseTuner
 from .layer import SsfLayer
 
@@ -12,4 +12,4 @@ class SsfModel(BaseTuner):
 
     prefix = "ssf_"
     tuner_layer_cls = SsfLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_SSF_TARGET_MODULES_MAPPING
+    default_targets = INCLUDE_LINEAR_LAYERS_SHORTHAND
