@@ -678,6 +678,17 @@ def test_the_command_lines_of_the_documentation_parse():
         arguments.parse(words_of_line[words_of_line.index("peft") + 1 :])
 
 
+def test_the_documentation_names_the_default_learning_rates():
+    from peft.cli.train import LEARNING_RATES
+
+    text = DOCS.read_text(encoding="utf-8")
+    for method, rate in LEARNING_RATES.items():
+        if method == "sm3":
+            assert f"({rate} with `sm3`)" in text
+        else:
+            assert re.search(rf"^\| \[`{method}`\].*\| {rate}[ |]", text, re.M)
+
+
 def test_help_is_quick():
     """Nothing heavy is imported to say what the options are."""
     code = (

@@ -100,6 +100,7 @@ def make_training_args(args: argparse.Namespace, output: Output) -> TrainingArgu
         include_num_input_tokens_seen="all" if args.packing else "non_padding",
         seed=args.seed,
         remove_unused_columns=False,
+        use_cpu=not torch.accelerator.is_available(),  # else several processes on CPUs do not find each other
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
