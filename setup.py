@@ -35,10 +35,7 @@ setup(
         "bitsandbytes>=0.46",
         "huggingface_hub>=1.0",
         "tqdm>=4.60",
-        "numpy>=1.24",
         "packaging>=21",
-        "psutil>=5.9",
-        "pyyaml>=5.1",
     ],
     extras_require={
         "demo": DEMO + DEMO_MODEL,

@@ -1,6 +1,6 @@
 """Sparse fine-tuning end to end: what `make demo` runs, in a few minutes on two CPU cores.
 
-SmolLM2-135M learns to reverse lists of words, a task of reasoning-gym whose answers can be checked. `peft train` says how
+SmolLM2-135M learns to reverse lists of words, a task of reasoning-gym with checkable answers. `peft train` says how
 many held-out problems it solves exactly before and after; then a fresh process loads the saved adapter and must
 come to the same figure.
 """
@@ -17,13 +17,13 @@ from pathlib import Path
 TRAINING = {
     "--method": "sft",
     "--data": "task:word_sequence_reversal",
-    "--task-args": json.dumps({"max_words": 5}),
-    "--train-size": "1280",
+    "--task-args": json.dumps({"max_words": 4}),
+    "--train-size": "800",
     "--eval-size": "100",
     "--batch-size": "8",
     "--epochs": "1",
     "--density": "0.01",
-    "--lr": "4e-3",
+    "--lr": "2e-3",
 }
 
 

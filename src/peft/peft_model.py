@@ -293,8 +293,9 @@ class PeftModel(nn.Module):
             path_initial_model_for_weight_conversion: for initialisations that change the base model; not in this
                 version.
             state_dict: the model's state dict where it had to be gathered.
-            kwargs: `push_to_hub=True` (with `repo_id`, `token`, ...) uploads the folder afterwards. Others, which
-                saving functions of other libraries pass along, are named in a warning.
+            kwargs: `push_to_hub=True` (with `repo_id`, `token`, ...) uploads the folder afterwards.
+                `save_function` has no effect, since every file is written beside and renamed. Others are named in a
+                warning.
 
         Raises:
             ValueError: a file in place of the folder, or an unknown adapter.
@@ -312,6 +313,7 @@ class PeftModel(nn.Module):
             )
         push = kwargs.pop("push_to_hub", False)
         push_kwargs = {k: kwargs.pop(k) for k in ("repo_id", "token", "private", "commit_message") if k in kwargs}
+        kwargs.pop("save_function", None)
         if kwargs:
             warnings.warn(f"save_pretrained has no use for {sorted(kwargs)}", PeftWarning, stacklevel=2)
         tensors = {

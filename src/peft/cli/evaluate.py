@@ -141,8 +141,7 @@ def run(args: argparse.Namespace) -> None:
     run_args = argparse.Namespace(**metrics["arguments"])
     run_args.data, run_args.model = args.data or run_args.data, args.model or run_args.model
     source = read_source(run_args)
-    if source.digest != metrics["data_digest"]:
-        raise CliError(f"the data is not what {args.adapter} was trained and measured with, so neither is the result")
+    source.check_digest(metrics["data_digest"], f"{run_args.data} is not what {args.adapter} was measured with")
     quiet_transformers()
     tokenizer = load_tokenizer(run_args.model)
     source.tokenize(tokenizer, run_args.max_length, run_args.loss_on)

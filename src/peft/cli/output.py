@@ -25,6 +25,8 @@ from .evaluate import METRICS_FILE, Measure
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+    from .source import Source
+
 CHECKPOINTS, RUN_FILE = "checkpoints", "run.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 NOT_OF_THE_RUN = ("command", "output", "resume", "overwrite", "save_steps")
@@ -86,11 +88,11 @@ class Output:
         arguments = {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RUN}
         return {"arguments": arguments, "data_digest": digest}
 
-    def check_same_run(self, args: argparse.Namespace, digest: str) -> None:
+    def check_same_run(self, args: argparse.Namespace, source: Source) -> None:
         """Raise CliError if the run to resume is not the one that these arguments describe."""
         if self._run is None:
             return
-        now, then = self.identity(args, digest), self._run
+        now, then = self.identity(args, source.digest), self._run
         for name in sorted(set(now["arguments"]) | set(then["arguments"])):
             values = [identity["arguments"].get(name) for identity in (then, now)]
             if values[0] != values[1]:
@@ -98,8 +100,7 @@ class Output:
                     f"--resume: the run in {self.folder} was begun with {option(name)} {values[0]}, got {values[1]}; "
                     f"give the same arguments, or --overwrite to start again"
                 )
-        if now["data_digest"] != then["data_digest"]:
-            raise CliError(f"--resume: {args.data} has changed since the run in {self.folder} was begun")
+        source.check_digest(then["data_digest"], f"--resume: {args.data} has changed since {self.folder} was begun")
 
     # ---- Writing ----
 

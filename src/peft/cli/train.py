@@ -49,10 +49,11 @@ def run(args: argparse.Namespace) -> None:
         print(summary(read_metrics(output.folder), output.folder))
         return
     source = read_source(args)
-    output.check_same_run(args, source.digest)
+    output.check_same_run(args, source)
     config = make_adapter_config(args)
 
     import transformers
+    from accelerate.utils import gather_object
 
     quiet_transformers()
     tokenizer = load_tokenizer(args.model)
@@ -67,6 +68,8 @@ def run(args: argparse.Namespace) -> None:
     transformers.set_seed(args.seed)  # from here come SFT's first positions and LoRA's A
     model = add_adapter(base, config)
     training_args = make_training_args(args, output)
+    for digest in gather_object([source.digest]):
+        source.check_digest(digest, "the processes of this run do not have the same data")
     with output.writing(args, source.digest, training_args):
         metrics = train(args, model, tokenizer, source, training_args, output)
     if training_args.process_index == 0:

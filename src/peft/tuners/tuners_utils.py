@@ -10,6 +10,7 @@ Several active adapters compose in the order in which they are listed: layer `F_
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Sequence
 
@@ -347,15 +348,11 @@ class WeightSpaceLayer(BaseTunerLayer):
         return self.op.op(x, *self.folded(names))
 
 
+# Other libraries import these from here; `base` imports this module, so they cannot be imported above.
+_ELSEWHERE = {"BaseTuner": "base", "get_pattern_key": "targeting"}
+
+
 def __getattr__(name: str):
-    # `BaseTuner` is imported from here by other libraries; it lives in `base`, which imports this module.
-    if name == "BaseTuner":
-        from .base import BaseTuner
-
-        return BaseTuner
-    from . import base, targeting
-
-    for module in (base, targeting):
-        if name in vars(module):
-            return vars(module)[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_ELSEWHERE[name]}", __package__), name)

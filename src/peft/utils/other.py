@@ -278,7 +278,9 @@ def prepare_model_for_kbit_training(
         options = gradient_checkpointing_kwargs or {}
         if options.get("use_reentrant", True):
             model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(**({"gradient_checkpointing_kwargs": options} if options else {}))
+        # The first name is the new one in transformers 5.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(options or None)
     return model
 
 
