@@ -45,7 +45,7 @@ def main() -> None:
     options = [part for pair in (TRAINING | given).items() for part in pair]
     peft("train", *options, "--output", args.output, "--overwrite")
     print("\nThe same adapter in a fresh process:", flush=True)
-    peft("evaluate", args.output)
+    peft("evaluate", args.output, "--check")
     print(f"\n{time.monotonic() - start:.0f} s in all; the adapter is in {Path(args.output)}")
 
 

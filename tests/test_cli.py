@@ -204,7 +204,9 @@ def test_packed_examples_do_not_see_each_other(tiny):
     losses = []
     for batch in (collate(packs), collate(examples)):
         model.zero_grad()
-        loss = model(**batch, use_cache=False).loss
+        labels = batch.pop("labels")[:, 1:]
+        logits = model(**batch, use_cache=False).logits[:, :-1]  # transformers' own loss is in float32
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         loss.backward()
         losses.append((loss.detach(), model.lm_head.weight.grad.clone(), model.model.norm.weight.grad.clone()))
     for packed, alone in zip(*losses):
@@ -331,6 +333,9 @@ def test_training_lowers_the_held_out_loss(method, tiny, rows_file, tmp_path, ca
     assert run("evaluate", output) == 0
     figures = re.findall(r"\d\.\d{4}", capsys.readouterr().out)
     assert figures == [f"{metrics['after']:.4f}"] * 2
+    assert run("evaluate", output, "--check") == 0
+    (output / "metrics.json").write_text(json.dumps(metrics | {"after": metrics["after"] + 0.01}))
+    assert run("evaluate", output, "--check") == 1
 
 
 def test_before_is_the_base_model(tiny, rows_file, tmp_path):

@@ -15,12 +15,15 @@ from .common import CliError, explain
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for an error that the user can mend, 130 if interrupted."""
+    """Run one command and return its exit code: 0, 2 for an error that the user can mend, 130 if interrupted.
+
+    1 is what a check that fails returns (`peft evaluate --check`), or a mistake of ours, with its traceback.
+    """
     from .arguments import parse
 
     args = parse(argv)
     try:
-        importlib.import_module(f".{args.command}", __name__).run(args)
+        return importlib.import_module(f".{args.command}", __name__).run(args) or 0
     except KeyboardInterrupt as interrupt:
         print(f"peft {args.command}: {interrupt or 'interrupted'}", file=sys.stderr)
         return 130
@@ -30,4 +33,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"peft {args.command}: error: {message}", file=sys.stderr)
         return 2
-    return 0

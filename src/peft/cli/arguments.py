@@ -221,6 +221,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     evaluate = commands.add_parser("evaluate", help="measure a trained adapter again", description=text)
     evaluate.add_argument("adapter", metavar="DIR", help="folder that peft train wrote")
     evaluate.add_argument("--data", help="the run's data file, if it has moved")
+    evaluate.add_argument("--check", action="store_true", help="exit code 1 unless the figure is that of metrics.json")
     evaluate.add_argument("--model", help="the base model, if it has moved")
 
 

@@ -131,8 +131,8 @@ def own_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 # ---- The command ----
 
 
-def run(args: argparse.Namespace) -> None:
-    """`peft evaluate`: measure an adapter again, and say whether that is what its run had measured."""
+def run(args: argparse.Namespace) -> int:
+    """`peft evaluate`: measure an adapter again; returns 1 if `--check` finds another figure than its run did."""
     from accelerate import PartialState
 
     from .models import load_adapter, load_model, load_tokenizer, quiet_transformers, resolve_dtype
@@ -151,6 +151,10 @@ def run(args: argparse.Namespace) -> None:
     now = measure(model, tokenizer, source, run_args.batch_size)
     then = Measure(metrics["metric"], metrics["after"])
     print(format_table([[f"held-out {now.metric}", now], ["in metrics.json", then]]))
+    if args.check and str(now) != str(then):
+        notice(f"--check: {now} is not the {then} of metrics.json")
+        return 1
+    return 0
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
