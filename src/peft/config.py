@@ -47,15 +47,21 @@ def write_atomically(path: str | os.PathLike, write) -> None:
     folder, name = os.path.split(os.path.abspath(path))
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
     os.close(handle)
-    umask = os.umask(0)
-    os.umask(umask)
     try:
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives 0600; a shared checkpoint folder needs the usual mode
         write(temporary)
+        os.chmod(temporary, _usual_mode())  # temporary files are private; a shared checkpoint folder is not
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+@functools.cache
+def _usual_mode() -> int:
+    """The mode of a new file under the process's umask, which can only be read by setting it."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 def field_docs(cls: type) -> dict[str, str]:
