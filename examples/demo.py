@@ -1,4 +1,4 @@
-"""Sparse fine-tuning end to end: what `make demo` runs, in a few minutes on two CPU cores.
+"""Sparse fine-tuning end to end: what `make demo` runs.
 
 SmolLM2-135M learns to reverse lists of words, a task of reasoning-gym with checkable answers. `peft train` says how
 many held-out problems it solves exactly before and after; then a fresh process loads the saved adapter and must
