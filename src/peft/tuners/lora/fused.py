@@ -1,8 +1,8 @@
 """LoRA on a plain linear layer as one autograd function.
 
 `y = x W^T + b + s (x' A^T) B^T`, with x' the input after dropout (often x itself). Against the same thing module by
-module it keeps no output-sized temporary, adds the delta into the base product in place, and saves only x', which
-frozen linear layers that share their input share as well. Letters: N rows, I in, O out, r rank.
+module it keeps no output-sized temporary, adds the delta into the base product in place, and saves only x', or less
+(`recompute.keep`). Letters: N rows, I in, O out, r rank.
 
 Products with r are kept with r as the rows, (r, N): BLAS takes a half to a quarter of the time that it takes for
 (N, r) where r is small (float32, one thread, N = 512, r = 8, I = O = 576: all six thin products 0.37 instead of
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..ops import is_plain, no_global_hooks
+from ..recompute import keep
 
 
 class FusedLora(torch.autograd.Function):
@@ -41,17 +42,18 @@ class FusedLora(torch.autograd.Function):
         needs = ctx.needs_input_grad
         train = needs[4] or needs[5]
         # The inputs themselves, not views made here: to a second derivative those would be constants.
-        saved = x if xd is None else xd
-        ctx.save_for_backward(saved if train else None, hidden if train else None, W, A, B, x if needs[2] else None)
+        parts, ctx.recipe = keep(x if xd is None else xd) if train else ([], None)
+        ctx.save_for_backward(hidden if train else None, W, A, B, x if needs[2] else None, *parts)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx, gy):
-        dropped, hidden, W, A, B, rows = ctx.saved_tensors
-        dropped, rows = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (dropped, rows))  # (N, I)
+        hidden, W, A, B, rows, *parts = ctx.saved_tensors
         need_x, need_xd, need_W, need_b, need_A, need_B, need_bB, _ = ctx.needs_input_grad
         shape = (*gy.shape[:-1], W.shape[1])
         with torch.autocast(gy.device.type, enabled=False):
+            dropped = None if ctx.recipe is None else ctx.recipe(parts)
+            dropped, rows = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (dropped, rows))  # (N, I)
             g = gy.reshape(-1, gy.shape[-1])  # (N, O)
             if torch.is_grad_enabled() and dropped is not None:
                 hidden = A @ dropped.T  # create_graph: the saved product is no longer a function of A to autograd
