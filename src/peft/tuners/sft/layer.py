@@ -62,7 +62,7 @@ class SparseDelta(nn.Module):
     def start_gathering(self) -> None:
         """From now on: choose candidates in the next backward pass, and sum up their gradients in every one."""
         self.is_gathering = True
-        self.candidates: torch.Tensor | None = None  # (k,) int64, sorted
+        self.candidates: torch.Tensor | None = None  # (k,) sorted, of the type of the indices
         self.candidate_grad: torch.Tensor | None = None  # (k,) float32, summed over micro-batches
 
     def stop_gathering(self) -> None:
