@@ -131,7 +131,7 @@ def _weight_gradient(left: _Factor, right: _Factor, deltas, indices) -> list[tor
 def _entries(
     left: _Factor, right: _Factor, wanted: Sequence[torch.Tensor], shape, watchers: Sequence[_Candidates] = ()
 ) -> list[torch.Tensor]:
-    """Entries of `left^T right` (of `shape`) at each of the sorted flat positions `wanted`; `watchers` see all of it."""
+    """Entries of `left^T right` (of `shape`) at the sorted flat positions `wanted`; `watchers` see all of it."""
     few = all(positions.numel() <= SAMPLED_DENSITY * math.prod(shape) for positions in wanted)
     if few and not watchers and _can_sample(left.rows):
         return [_sampled_product(left.columns, right.columns, positions) for positions in wanted]
