@@ -119,7 +119,7 @@ class PeftModel(nn.Module):
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        return bool(self.active_adapters) and not getattr(self.base_model, "_adapters_disabled", False)
+        return bool(self.active_adapters) and not self.base_model._adapters_disabled
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype | None:
@@ -189,7 +189,7 @@ class PeftModel(nn.Module):
     @contextlib.contextmanager
     def disable_adapter(self):
         """Within this context the model is the base model."""
-        disabled = getattr(self.base_model, "_adapters_disabled", False)
+        disabled = self.base_model._adapters_disabled
         merged = [(layer, list(layer.merged_adapters)) for layer in self.base_model.layers() if layer.merged]
         self.base_model.disable_adapter_layers()
         try:
