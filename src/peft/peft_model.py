@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._lazy import explain_missing
 from .config import PeftConfig, split_hub_kwargs
 from .mapping import PEFT_TYPE_TO_TUNER_MAPPING, config_class
 from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
@@ -549,3 +550,5 @@ TASK_CLASSES: dict[str, type[PeftModel]] = {
     TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
     TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
 }
+
+explain_missing(__name__)

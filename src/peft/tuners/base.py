@@ -187,6 +187,10 @@ class BaseTuner(nn.Module):
         targets = self._find_targets(config, state_dict)
         targets = self._without_whole_modules(config, targets, explicit=given is not None and given != "all-linear")
         self._warn_of_names_without_use(config, given, targets)
+        if not config.from_file and _is_transformers_model(model):
+            from ..utils.transformers_weight_conversion import warn_of_single_experts
+
+            warn_of_single_experts(model, config.target_modules)
         self.shared_state(config, targets)
         active, disabled = self.active_adapters, self._adapters_disabled
         shared = shared_parameters(model)
@@ -221,10 +225,6 @@ class BaseTuner(nn.Module):
         this model, or lacks, is reported when its tensors are loaded. Nor for the default targets, which are for all
         models of one type and may list what some of them lack.
         """
-        if not config.from_file and _is_transformers_model(self.model):
-            from ..utils.transformers_weight_conversion import warn_of_single_experts
-
-            warn_of_single_experts(self.model, config.target_modules)
         if config.from_file:
             return
         default = self.target_module_mapping.get(model_config(self.model).get("model_type", "custom"))

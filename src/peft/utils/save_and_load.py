@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from .._lazy import explain_missing
 from .constants import SAFETENSORS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .other import AuxiliaryTrainingWrapper, home_device
 from .warning import PeftWarning
@@ -369,3 +370,6 @@ def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, torch.Tens
 def _base_key(key: str) -> str:
     key = _plain_name(key).removeprefix("base_model.model.")
     return key.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+explain_missing(__name__)

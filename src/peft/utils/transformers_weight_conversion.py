@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
 
+from .._lazy import explain_missing
 from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from .peft_types import PeftType
 from .warning import PeftWarning
@@ -180,3 +181,6 @@ def warn_of_single_experts(model: nn.Module, target_modules) -> None:
             PeftWarning,
             stacklevel=6,
         )
+
+
+explain_missing(__name__)

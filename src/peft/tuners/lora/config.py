@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..._lazy import explain_missing
 from ...config import PeftConfig, documented
 from ...utils.peft_types import PeftType
 from ..common_config import check_layer_selection
@@ -177,3 +178,6 @@ class LoraConfig(PeftConfig):
         content = super().to_dict()
         del content["runtime_config"]
         return content
+
+
+explain_missing(__name__)
