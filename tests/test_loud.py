@@ -182,6 +182,12 @@ def test_activating_what_the_user_froze_warns(method, call):
         activate("a", inference_mode=True)
         with torch.no_grad():
             activate("a")
+        functional.set_requires_grad(model, "b", False)
+        model.set_requires_grad("a", True)
+        activate(["a", "b"])  # one of them frozen beside one that trains is nothing unusual
+        assert trained(model) == {"a"}
+        model.set_requires_grad("a", False)
+        model.set_requires_grad("b", True)
         activate("b")  # was not training when everything was frozen, so nobody froze it
         assert trained(model) == {"b"}
         model.set_requires_grad("a", True)

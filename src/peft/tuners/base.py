@@ -187,10 +187,6 @@ class BaseTuner(nn.Module):
         targets = self._find_targets(config, state_dict)
         targets = self._without_whole_modules(config, targets, explicit=given is not None and given != "all-linear")
         self._warn_of_names_without_use(config, given, targets)
-        if not config.from_file and _is_transformers_model(model):
-            from ..utils.transformers_weight_conversion import warn_of_single_experts
-
-            warn_of_single_experts(model, config.target_modules)
         self.shared_state(config, targets)
         active, disabled = self.active_adapters, self._adapters_disabled
         shared = shared_parameters(model)
@@ -227,9 +223,15 @@ class BaseTuner(nn.Module):
         """
         if config.from_file:
             return
+        warned: list[str] = []
+        if _is_transformers_model(self.model):
+            from ..utils.transformers_weight_conversion import warn_of_single_experts
+
+            warned = warn_of_single_experts(self.model, config.target_modules)
         default = self.target_module_mapping.get(model_config(self.model).get("model_type", "custom"))
         chosen = not isinstance(given, str) and given is not None and set(given) != set(default or ())
-        useless = unmatched_entries(config, [key for key, _ in self.model.named_modules() if key], targets, chosen)
+        keys = [key for key, _ in self.model.named_modules() if key]
+        useless = unmatched_entries(config, [*keys, *warned], targets, chosen)  # experts are warned of once
         if useless:
             listed = "; ".join(f"{field} {entries}" for field, entries in useless.items())
             warnings.warn(

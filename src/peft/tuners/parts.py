@@ -119,7 +119,7 @@ def set_adapter(
 ) -> None:
     """Make one or several adapters active, in this order: they train (unless `inference_mode`), others do not.
 
-    What its user froze stays frozen; a warning says so where nothing of an adapter would train.
+    What its user froze stays frozen; a warning says so where nothing at all would train.
 
     Args:
         layer_cls: switch only adapter layers of this class. (Modules that are trained whole are always switched.)
@@ -139,21 +139,16 @@ def set_adapter(
         if isinstance(part, BaseTunerLayer) and part.merged and part.active_adapters != names:
             part.unmerge()
         part.set_adapter(names, inference_mode=inference_mode)
-    frozen = [name for name in names if _is_frozen(chosen, name)]
+    flags = [t.requires_grad for p in chosen for n in names for _, t in p.adapter_tensors(n) if t.is_floating_point()]
     # Under no_grad the adapter is wanted for a forward pass, such as that of a reference model.
-    if frozen and not inference_mode and torch.is_grad_enabled():
+    if flags and not any(flags) and not inference_mode and torch.is_grad_enabled():
         warnings.warn(
-            f"The adapters {frozen} are active now, but nothing of them will train: their parameters were frozen by "
-            f"hand (requires_grad), and that holds. To train them call set_requires_grad({frozen}, True); to say that "
+            f"The adapters {names} are active now, but nothing of them will train: their parameters were frozen by "
+            f"hand (requires_grad), and that holds. To train them call set_requires_grad({names}, True); to say that "
             "they are not to be trained, set_adapter(..., inference_mode=True)",
             PeftWarning,
             stacklevel=4,
         )
-
-
-def _is_frozen(chosen: Iterable[AdapterParts], name: str) -> bool:
-    flags = [t.requires_grad for part in chosen for _, t in part.adapter_tensors(name) if t.is_floating_point()]
-    return bool(flags) and not any(flags)
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
