@@ -125,6 +125,8 @@ def documented(cls: type) -> type:
 class PeftConfigMixin:
     """Reading, writing and converting of configurations."""
 
+    from_file = False  # whether it was read from a file, and so describes an adapter that exists; no field
+
     task_type: str | TaskType | None = None
     """The task, one of `TaskType`; it chooses the `PeftModelFor...` class."""
     peft_type: str | PeftType | None = None
@@ -222,7 +224,9 @@ class PeftConfigMixin:
         content = cls.from_json_file(path)
         if cls.__name__ not in ("PeftConfig", "PeftConfigMixin") and "peft_type" not in content:
             content["peft_type"] = cls().peft_type
-        return cls.from_peft_type(**{**content, **overrides})
+        config = cls.from_peft_type(**{**content, **overrides})
+        config.from_file = True
+        return config
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike, **kwargs) -> dict[str, Any]:

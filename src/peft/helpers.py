@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ._lazy import explain_missing
+
 
 def _take_signature(model: nn.Module, name: str) -> None:
     """Give `model.<name>` the signature and the docstring of the base model's."""
@@ -103,3 +105,6 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
     finally:
         for layer, enabled in zip(layers, before):
             layer.cast_input_dtype_enabled = enabled
+
+
+explain_missing(__name__)

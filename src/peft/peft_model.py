@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._lazy import explain_missing
 from .config import PeftConfig, split_hub_kwargs
 from .mapping import PEFT_TYPE_TO_TUNER_MAPPING, config_class
 from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
@@ -119,7 +120,7 @@ class PeftModel(nn.Module):
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        return bool(self.active_adapters) and not getattr(self.base_model, "_adapters_disabled", False)
+        return bool(self.active_adapters) and not self.base_model._adapters_disabled
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype | None:
@@ -189,7 +190,7 @@ class PeftModel(nn.Module):
     @contextlib.contextmanager
     def disable_adapter(self):
         """Within this context the model is the base model."""
-        disabled = getattr(self.base_model, "_adapters_disabled", False)
+        disabled = self.base_model._adapters_disabled
         merged = [(layer, list(layer.merged_adapters)) for layer in self.base_model.layers() if layer.merged]
         self.base_model.disable_adapter_layers()
         try:
@@ -549,3 +550,5 @@ TASK_CLASSES: dict[str, type[PeftModel]] = {
     TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
     TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
 }
+
+explain_missing(__name__)

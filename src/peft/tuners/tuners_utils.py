@@ -10,13 +10,13 @@ Several active adapters compose in the order in which they are listed: layer `F_
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from .._lazy import explain_missing
 from ..utils.other import AdapterParts
 from ..utils.warning import PeftWarning
 from .ops import Op, make_op
@@ -349,10 +349,13 @@ class WeightSpaceLayer(BaseTunerLayer):
 
 
 # Other libraries import these from here; `base` imports this module, so they cannot be imported above.
-_ELSEWHERE = {"BaseTuner": "base", "get_pattern_key": "targeting"}
-
-
-def __getattr__(name: str):
-    if name not in _ELSEWHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_ELSEWHERE[name]}", __package__), name)
+explain_missing(
+    __name__,
+    {
+        "BaseTuner": "peft.tuners.base",
+        "get_pattern_key": "peft.tuners.targeting",
+        **dict.fromkeys(
+            ["cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad"], "peft.tuners.parts"
+        ),
+    },
+)

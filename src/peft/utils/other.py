@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from .._lazy import explain_missing
 from .constants import (  # noqa: F401  (other libraries import the constants from here)
     CONFIG_NAME,
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
@@ -312,3 +313,6 @@ def fsdp_auto_wrap_policy(model: nn.Module):
     leaves = functools.partial(lambda_auto_wrap_policy, lambda_fn=is_trainable_leaf)
     blocks = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=classes)
     return functools.partial(_or_policy, policies=[leaves, blocks])
+
+
+explain_missing(__name__, {"get_pattern_key": "peft.tuners.targeting"})

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from .._lazy import explain_missing
 from .constants import SAFETENSORS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .other import AuxiliaryTrainingWrapper, home_device
 from .warning import PeftWarning
@@ -57,10 +58,10 @@ def _config_of(model: nn.Module, adapter_name: str):
     return configs[adapter_name]
 
 
-def _bias_keys(model: nn.Module, config) -> list[str]:
-    from ..tuners.base import trained_biases
+def _bias_keys(model: nn.Module, config, adapter_name: str) -> list[str]:
+    from ..tuners.parts import trained_biases
 
-    return [name for name, _ in trained_biases(model, config)]
+    return [name for name, _ in trained_biases(model, config, adapter_name)]
 
 
 def _embedding_keys(model: nn.Module, save_embedding_layers: bool | str, config, adapter_name: str) -> dict[str, str]:
@@ -130,7 +131,7 @@ def get_peft_model_state_dict(
         model = getattr(model, "_orig_mod", model)
     config = _config_of(model, adapter_name)
     keys = adapter_keys(model, adapter_name)
-    keys.update({name: _plain_name(name) for name in _bias_keys(model, config)})
+    keys.update({name: _plain_name(name) for name in _bias_keys(model, config, adapter_name)})
     embeddings = _embedding_keys(model, save_embedding_layers, config, adapter_name)
     if embeddings and any(getattr(module, "merged", False) for module in model.modules()):
         raise ValueError(
@@ -181,7 +182,7 @@ def set_peft_model_state_dict(
             "unmerge_adapter() before loading into it"
         )
     expected = {file: name for name, file in adapter_keys(model, adapter_name).items()}
-    expected.update({_plain_name(name): name for name in _bias_keys(model, config)})
+    expected.update({_plain_name(name): name for name in _bias_keys(model, config, adapter_name)})
     # Of the base model a file may bring the embeddings, nothing else.
     embeddings = {file: name for name, file in _embedding_keys(model, True, config, adapter_name).items()}
     renamed = {_file_key(key): tensor for key, tensor in peft_model_state_dict.items()}
@@ -369,3 +370,6 @@ def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, torch.Tens
 def _base_key(key: str) -> str:
     key = _plain_name(key).removeprefix("base_model.model.")
     return key.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+explain_missing(__name__)
