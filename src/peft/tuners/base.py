@@ -22,10 +22,10 @@ from ..utils.other import (
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
     _get_submodules,
-    home_device,
     replace_module,
     shared_parameters,
 )
+from ..utils.placement import home_device, offload_hook, own_tensor, reshard
 from ..utils.warning import PeftWarning
 from .ops import make_op
 from .targeting import is_target, resolve_all_linear
@@ -180,6 +180,7 @@ class BaseTuner(nn.Module):
                 layer = model.get_submodule(key)
                 layer.op.shared |= id(layer.weight) in shared  # a merged layer has parted from the others for a while
             wrap_modules_to_save(model, getattr(config, "modules_to_save", None) or [], adapter_name)
+            _check_biases(model, config)
         except Exception:
             self.take_back(adapter_name)
             raise
@@ -317,6 +318,7 @@ class BaseTuner(nn.Module):
         self._check_known(names)
         for wrapper in self.wrappers():
             wrapper.check_active(names)
+        reshard(self.model)
         for layer in self.layers():
             if layer.merged and layer.active_adapters != names:
                 warnings.warn(
@@ -343,6 +345,7 @@ class BaseTuner(nn.Module):
 
     def _enable_adapter_layers(self, enabled: bool) -> None:
         self._adapters_disabled = not enabled
+        reshard(self.model)
         for layer in self.layers():
             if not enabled and layer.merged:
                 layer.unmerge()
@@ -378,6 +381,7 @@ class BaseTuner(nn.Module):
         """Fold adapters (default: the active ones) into the base weights; `unmerge_adapter` undoes it."""
         names = as_list(adapter_names) if adapter_names is not None else self.active_adapters
         self._check_known(names)
+        reshard(self.model)
         for layer in self.layers() if safe_merge else ():
             layer.check_merge(names)
         before = [(layer, len(layer.merged_adapters)) for layer in self.layers()]
@@ -390,6 +394,7 @@ class BaseTuner(nn.Module):
             raise
 
     def unmerge_adapter(self) -> None:
+        reshard(self.model)
         for layer in self.layers():
             layer.unmerge()
 
@@ -416,13 +421,14 @@ class BaseTuner(nn.Module):
         self._check_known(names)
         if merge:
             self.merge_adapter(names, safe_merge)  # all of it before any layer goes: an error leaves the model whole
+        reshard(self.model)
         untied = False
         targets = [*self.layers(), *self.wrappers()]
         for module in tqdm(targets, disable=not progressbar, desc="Unloading" + (" and merging" if merge else "")):
             if isinstance(module, BaseTunerLayer):
                 if not merge and module.merged:
                     module.unmerge()
-                untied = untied or module.op._tied_weight is not None
+                untied = untied or module.op.is_parted
                 plain = module.base_layer
             else:
                 plain = module.unload(names if merge else [])
@@ -480,6 +486,13 @@ def trained_biases(model: nn.Module, config) -> Iterator[tuple[str, nn.Parameter
         adapted = name.endswith(".base_layer.bias")
         if (mode == "all" and _is_base_parameter(name)) or (mode != "all" and adapted):
             yield name, parameter
+
+
+def _check_biases(model: nn.Module, config) -> None:
+    """Refuse to train biases that accelerate makes anew for every forward: their gradients would go nowhere."""
+    for name, _ in trained_biases(model, config) if not config.inference_mode else ():
+        if offload_hook(own_tensor(model, name)[0]) is not None:
+            raise ValueError(f"bias={config.bias!r} cannot train {name}, which is off-loaded: use bias='none'")
 
 
 def _is_base_parameter(name: str) -> bool:
