@@ -25,6 +25,7 @@ from .tuners.base import BASE_ADAPTER, BaseTuner, check_adapter_name
 from .tuners.tuners_utils import BaseTunerLayer
 from .utils.other import AuxiliaryTrainingWrapper
 from .utils.peft_types import PeftType, TaskType
+from .utils.placement import reshard
 from .utils.save_and_load import (
     get_peft_model_state_dict,
     load_peft_weights,
@@ -198,6 +199,7 @@ class PeftModel(nn.Module):
         finally:
             if not disabled:
                 self.base_model.enable_adapter_layers()
+            reshard(self)
             for layer, names in merged:  # a forward in between has unmerged it
                 if not layer.merged:
                     layer.merge(adapter_names=names)

@@ -20,10 +20,10 @@ from ..utils.other import (
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
     _get_submodules,
-    home_device,
     replace_module,
     shared_parameters,
 )
+from ..utils.placement import home_device, offload_hook, own_tensor, reshard
 from ..utils.warning import PeftWarning
 from .ops import make_op
 from .parts import (
@@ -37,6 +37,7 @@ from .parts import (
     remove_adapter,
     set_adapter,
     set_requires_grad,
+    trained_biases,
 )
 from .targeting import TASK_HEAD_NAMES, is_target, keys_ending_in, resolve_all_linear, unmatched_entries
 from .tuners_utils import BASE_ADAPTER, BaseTunerLayer, as_list
@@ -200,6 +201,7 @@ class BaseTuner(nn.Module):
                 layer = model.get_submodule(key)
                 layer.op.shared |= id(layer.weight) in shared  # a merged layer has parted from the others for a while
             wrap_modules_to_save(model, getattr(config, "modules_to_save", None) or [], adapter_name)
+            _check_biases(model, config, adapter_name)
         except Exception:
             self.take_back(adapter_name)
             raise
@@ -391,6 +393,7 @@ class BaseTuner(nn.Module):
         set_requires_grad(self.model, adapter_names, requires_grad)
 
     def _enable_adapter_layers(self, enabled: bool) -> None:
+        reshard(self.model)
         for layer in self.layers():
             if not enabled and layer.merged:
                 layer.unmerge()
@@ -419,6 +422,7 @@ class BaseTuner(nn.Module):
         """Fold adapters (default: the active ones) into the base weights; `unmerge_adapter` undoes it."""
         names = as_list(adapter_names) if adapter_names is not None else self.active_adapters
         self._check_known(names)
+        reshard(self.model)
         for layer in self.layers() if safe_merge else ():
             layer.check_merge(names)
         before = [(layer, len(layer.merged_adapters)) for layer in self.layers()]
@@ -431,6 +435,7 @@ class BaseTuner(nn.Module):
             raise
 
     def unmerge_adapter(self) -> None:
+        reshard(self.model)
         for layer in self.layers():
             layer.unmerge()
 
@@ -458,13 +463,14 @@ class BaseTuner(nn.Module):
         if merge:
             self.merge_adapter(names, safe_merge)  # all of it before any layer goes: an error leaves the model whole
         drop_trained_biases(self.model)
+        reshard(self.model)
         untied = False
         targets = [*self.layers(), *self.wrappers()]
         for module in tqdm(targets, disable=not progressbar, desc="Unloading" + (" and merging" if merge else "")):
             if isinstance(module, BaseTunerLayer):
                 if not merge and module.merged:
                     module.unmerge()
-                untied = untied or module.op._tied_weight is not None
+                untied = untied or module.op.is_parted
                 plain = module.base_layer
             else:
                 plain = module.unload(names if merge else [])
@@ -504,6 +510,13 @@ def _is_transformers_model(model: nn.Module) -> bool:
     """Whether it is a `PreTrainedModel`; asked by name, since transformers is not to be imported for other models."""
     name = ("transformers.modeling_utils", "PreTrainedModel")
     return any((cls.__module__, cls.__name__) == name for cls in type(model).__mro__)
+
+
+def _check_biases(model: nn.Module, config, adapter_name: str) -> None:
+    """Refuse to train biases that accelerate makes anew for every forward: their gradients would go nowhere."""
+    for name, _ in trained_biases(model, config, adapter_name) if not config.inference_mode else ():
+        if offload_hook(own_tensor(model, name)[0]) is not None:
+            raise ValueError(f"bias={config.bias!r} cannot train {name}, which is off-loaded: use bias='none'")
 
 
 def wrap_modules_to_save(model: nn.Module, names: Sequence[str], adapter_name: str) -> None:

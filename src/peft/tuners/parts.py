@@ -15,6 +15,7 @@ from torch import nn
 
 from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING, is_adapter_key
 from ..utils.other import AdapterParts, AuxiliaryTrainingWrapper, replace_module
+from ..utils.placement import reshard
 from ..utils.warning import PeftWarning
 from .tuners_utils import BaseTunerLayer, as_list
 
@@ -133,6 +134,7 @@ def set_adapter(
     for part in chosen:
         if isinstance(part, AuxiliaryTrainingWrapper):
             part.check_active(names)
+    reshard(model)
     if any(isinstance(part, BaseTunerLayer) and part.merged and part.active_adapters != names for part in chosen):
         warnings.warn("Adapters are merged into the base weights; they are unmerged before switching", PeftWarning, 4)
     for part in chosen:
