@@ -1,10 +1,13 @@
-"""Runs for test_distributed.py: `python distributed_worker.py FOLDER loops|trainers`, started once per process by torchrun.
+"""Runs for test_distributed.py: `distributed_worker.py FOLDER loops|trainers`, started by torchrun, once per process.
 
 Each scenario takes its start (model, batches) from the folder, where the test has put it, and leaves its result there.
 The test imports the same functions to do in one process, on the joined batch, what the two processes did.
 """
 
 import contextlib
+import copy
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,9 +16,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils import checkpoint
 
 from peft import SftAdamW, SftConfig, SftSelector, SftSM3, get_peft_model, get_peft_model_state_dict
+from peft.tuners.sft import kernels
 
 BETAS = (0.9, 0.99)
 TOTAL = 20
@@ -45,7 +49,7 @@ class Net(nn.Module):
         if self.recompute is None:
             h = self.middle(h, chosen)
         else:
-            h = checkpoint(self.middle, h, chosen, use_reentrant=self.recompute == "reentrant")
+            h = checkpoint.checkpoint(self.middle, h, chosen, use_reentrant=self.recompute == "reentrant")
         return self.last(h)
 
 
@@ -114,6 +118,17 @@ def scaler():
     return torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4)
 
 
+@contextlib.contextmanager
+def blocks_of(rows):
+    """Gradients of nine columns are formed in blocks of so many rows."""
+    whole = kernels.WORKSPACE_BYTES
+    kernels.WORKSPACE_BYTES = rows * 9 * 8
+    try:
+        yield
+    finally:
+        kernels.WORKSPACE_BYTES = whole
+
+
 def share_of(rank, batches):
     """The rows of this process."""
     return [[(x.chunk(2)[rank], y.chunk(2)[rank]) for x, y in micro_batches] for micro_batches in batches]
@@ -148,9 +163,15 @@ def run_plain(name, folder, rank):
             param.data = torch.randn(param.shape).double() if param.is_floating_point() else param.data.flip(0)
     parallel = DistributedDataParallel(model, **settings)
     grads = scaler() if name == "overflow" else None
-    optimizer, selector = drive(parallel, model, grad_scale=grads and grads.get_scale)
-    train(parallel, optimizer, selector, share_of(rank, batches), grads)
+    if name == "recompute":  # the selector may be told what it does not see
+        optimizer, selector = drive(model, model, process_group=dist.group.WORLD)
+    else:
+        optimizer, selector = drive(parallel, model, grad_scale=grads and grads.get_scale)
+    copied = copy.deepcopy(model)  # in a gathering window; it takes no part in the run
+    with blocks_of(2) if name == "experts" else contextlib.nullcontext():
+        train(parallel, optimizer, selector, share_of(rank, batches), grads)
     selector.close()
+    copied(batches[0][0][0]).sum().backward()
     return {"state": snapshot(model, optimizer), "history": selector.history, "discarded": selector.discarded_updates}
 
 
@@ -217,6 +238,14 @@ def run_fsdp1(folder, rank):
     return message_of(ValueError, lambda: drive(wrapped, model))
 
 
+def run_blocks(folder, rank):
+    """Processes that cut the gradient into other blocks."""
+    model = adapted()
+    optimizer, selector = drive(model, model, process_group=dist.group.WORLD)
+    with blocks_of(1 + rank):
+        return message_of(RuntimeError, lambda: model(torch.randn(3, 7).double()).sum().backward())
+
+
 class Disordered(nn.Module):
     """Runs its layers in an order of its own on rank 0."""
 
@@ -241,32 +270,99 @@ def run_disordered(folder, rank):
 def loops(folder, rank):
     dist.init_process_group("gloo")
     run = {name: lambda name=name: run_plain(name, folder, rank) for name in PLAIN}
-    run |= {
-        f"sharded-{name}": lambda name=name: run_sharded(name, folder, rank) for name in ("SFT", "LORA", "SSF")
-    }
+    run |= {f"sharded-{name}": lambda name=name: run_sharded(name, folder, rank) for name in ("SFT", "LORA", "SSF")}
     run |= {
         name: lambda function=function: function(folder, rank)
         for name, function in (
             ("resumed", run_resumed),
             ("alone", run_alone),
             ("fsdp1", run_fsdp1),
-            ("disordered", run_disordered),
+            ("blocks", run_blocks),
+            ("disordered", run_disordered),  # the last one
         )
     }
     for name, scenario in run.items():
         torch.save(scenario(), folder / f"{name}.{rank}.pt")
 
 
-# ---- Trainers ----
+# ---- Trainer and accelerate ----
+
+STEPS = 12
 
 
-def main():
-    folder, kind = Path(sys.argv[1]), sys.argv[2]
-    torch.set_num_threads(1)
-    import os
+def make_trainer(model, data, output, rows, **settings):
+    """SftTrainer on `model`; `rows` per process and micro-batch."""
+    from transformers import Trainer, TrainingArguments
 
-    {"loops": loops, "trainers": None}[kind](folder, int(os.environ["RANK"]))
+    from peft import SftTrainer
+
+    args = TrainingArguments(
+        str(output),
+        max_steps=STEPS,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=2,
+        learning_rate=0.02,
+        save_steps=7,
+        logging_steps=4,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **settings,
+    )
+    return SftTrainer(Trainer)(model, args, train_dataset=data)
+
+
+def run_trainer(name, folder, rank):
+    """The whole training, and the end of it from the checkpoint in the middle of the second gathering window."""
+    result = {}
+    for key in ("unbroken", "resumed"):
+        model, data = torch.load(folder / f"{name}.pt", weights_only=False)
+        torch.manual_seed(rank)
+        trainer = make_trainer(model, data, folder / name, rows=3)
+        trainer.train(resume_from_checkpoint=str(folder / name / "checkpoint-7") if key == "resumed" else None)
+        result[key] = {"state": snapshot(model), "history": trainer.sft_selector.history}
+    return result
+
+
+def run_without_file(folder, rank):
+    """A checkpoint of which rank 1, on another machine, has not got everything."""
+    checkpoint_folder = folder / "trainer-rigl" / "checkpoint-7"
+    if rank == 1:
+        checkpoint_folder = shutil.copytree(
+            checkpoint_folder, folder / "incomplete", ignore=lambda *_: ["sft_selector.safetensors"]
+        )
+    model, data = torch.load(folder / "trainer-rigl.pt", weights_only=False)
+    trainer = make_trainer(model, data, folder / "never", rows=3)
+    return message_of(ValueError, lambda: trainer.train(resume_from_checkpoint=str(checkpoint_folder)))
+
+
+def run_accelerate(folder, rank):
+    from accelerate import Accelerator
+
+    model, batches = torch.load(folder / "accelerate.pt", weights_only=False)
+    rows = [torch.cat([micro[part] for step in batches for micro in step]) for part in range(2)]
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*rows), batch_size=4)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    optimizer = SftAdamW([param for param in model.parameters() if param.requires_grad], lr=0.05, betas=BETAS)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    selector = SftSelector(model, optimizer, model.module.peft_config["default"], TOTAL, 2)
+    for x, y in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward((model(x) - y).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            selector.step()
+    return snapshot(model.module)
+
+
+def trainers(folder, rank):
+    for name in ("trainer-rigl", "trainer-sm3"):
+        torch.save(run_trainer(name, folder, rank), folder / f"{name}.{rank}.pt")
+    torch.save(run_without_file(folder, rank), folder / f"without-file.{rank}.pt")
+    torch.save(run_accelerate(folder, rank), folder / f"accelerate.{rank}.pt")
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    {"loops": loops, "trainers": trainers}[sys.argv[2]](Path(sys.argv[1]), int(os.environ["RANK"]))

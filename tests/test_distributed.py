@@ -9,8 +9,9 @@ from pathlib import Path
 import distributed_worker as worker
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from peft import LoraConfig, SsfConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, SftConfig, SftTrainer, SsfConfig, get_peft_model, get_peft_model_state_dict
 
 WORKER = Path(worker.__file__)
 
@@ -44,7 +45,7 @@ def assert_close(one, other):
         if key.endswith(".indices"):
             assert torch.equal(value, other[key]), key
         else:
-            torch.testing.assert_close(value, other[key], rtol=1e-5, atol=1e-7, msg=lambda text: f"{key}: {text}")
+            torch.testing.assert_close(value, other[key], rtol=1e-5, atol=1e-7)
 
 
 # ---- Loops ----
@@ -90,7 +91,7 @@ def sharded_models():
         "SSF": get_peft_model(worker.Net().double(), SsfConfig(target_modules=targets)),
     }
     for model in models.values():
-        for name, param in model.named_parameters():
+        for param in model.parameters():
             if param.requires_grad:  # an adapter that does nothing would hide what is wrong with it
                 param.data += 0.1 * torch.randn_like(param)
     return models
@@ -100,6 +101,29 @@ def sharded_models():
 def loops(start):
     launch(start, "loops")
     return start
+
+
+@pytest.fixture(scope="module")
+def trainers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trainers")
+    rows = torch.randint(32, (12 * worker.STEPS, 6))  # one epoch: whole batches only
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    for algorithm in ("rigl", "sm3"):
+        torch.save((adapted_llama(algorithm), data), folder / f"trainer-{algorithm}.pt")
+    batches = worker.random_batches(11, 2, any_expert)
+    torch.save((worker.adapted(), batches), folder / "accelerate.pt")
+    launch(folder, "trainers")
+    return folder
+
+
+def adapted_llama(algorithm):
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        initializer_range=0.3,
+    )  # fmt: skip
+    settings = {"density": 0.2, "reselection_steps": 5, "selection_accumulation_steps": 3, "dtype": "auto"}
+    sft = SftConfig(task_type="CAUSAL_LM", selection_algorithm=algorithm, **settings)
+    return get_peft_model(LlamaForCausalLM(config).double(), sft)
 
 
 @pytest.mark.parametrize("name", worker.PLAIN)
@@ -132,10 +156,21 @@ def test_processes_may_train_models_of_their_own(loops):
         assert "There are 2 processes, but PeftModel does not tell whether they share" in result["undecided"]
 
 
+def test_a_process_group_must_exist():
+    model = worker.adapted()
+    with pytest.raises(ValueError, match="process_group is 'all', but torch.distributed is not initialized"):
+        worker.drive(model, model, process_group="all")
+
+
 def test_an_order_that_differs_is_an_error(loops):
     confused, left = results(loops, "disordered")
     assert "Rank 0 runs the adapted layers in another order" in confused and "delta 2 of 3" in confused
     assert left is not None  # it does not wait for ever
+
+
+def test_blocks_that_differ_are_an_error(loops):
+    for message in results(loops, "blocks"):
+        assert "The ranks see the gradient of delta 4 in different blocks: [(4, 0, 9), (4, 0, 18)]" in message
 
 
 @pytest.mark.parametrize("name", ["SFT", "LORA", "SSF"])
@@ -154,3 +189,72 @@ def test_adapters_train_under_fully_shard(name, loops):
 def test_reselection_under_fsdp1_is_refused(loops):
     for message in results(loops, "fsdp1"):
         assert "FSDP partitions the trained values" in message
+
+
+# ---- Trainer and accelerate ----
+
+
+@pytest.mark.parametrize("algorithm", ["rigl", "sm3"])
+def test_the_trainer_in_two_processes(algorithm, trainers, tmp_path):
+    model, data = torch.load(trainers / f"trainer-{algorithm}.pt", weights_only=False)
+    trainer = worker.make_trainer(model, data, tmp_path, rows=6)
+    trainer.train()
+    one, other = results(trainers, f"trainer-{algorithm}")
+    assert_same(one["unbroken"]["state"], other["unbroken"]["state"])
+    assert_close(one["unbroken"]["state"], worker.snapshot(model))
+    assert one["unbroken"]["history"] == trainer.sft_selector.history
+    assert [entry["step"] for entry in trainer.sft_selector.history] == [3, 8]
+    for result in (one, other):
+        assert_same(result["unbroken"]["state"], result["resumed"]["state"])
+        assert result["resumed"]["history"] == result["unbroken"]["history"][1:]
+
+
+def test_all_processes_need_the_checkpoint(trainers):
+    for message in results(trainers, "without-file"):
+        assert "sft_selector.safetensors is missing for the processes [1] of 2" in message
+
+
+def test_a_loop_with_accelerate(trainers):
+    model, batches = torch.load(trainers / "accelerate.pt", weights_only=False)
+    optimizer, selector = worker.drive(model, model)
+    worker.train(model, optimizer, selector, batches)
+    one, other = results(trainers, "accelerate")
+    assert_same(one, other)
+    assert_close(one, worker.snapshot(model))
+
+
+@pytest.mark.parametrize("flag, name", [("is_deepspeed_enabled", "DeepSpeed"), ("is_fsdp_enabled", "FSDP")])
+def test_the_trainer_refuses_what_partitions(flag, name, tmp_path):
+    """By a stand-in for the flag: there is no DeepSpeed here, and accelerate has FSDP on accelerators only."""
+
+    class PartitioningTrainer(Trainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            setattr(self, flag, True)
+
+    with pytest.raises(ValueError, match=f"{name} partitions the trained values or their optimizer's state"):
+        SftTrainer(PartitioningTrainer)(worker.adapted(), TrainingArguments(str(tmp_path), use_cpu=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_selector_refuses_deepspeed(compiled):
+    class Engine(torch.nn.Module):
+        __module__ = "deepspeed.runtime.engine"
+
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    model = worker.adapted()
+    wrapped = torch.compile(Engine(model)) if compiled else Engine(model)
+    with pytest.raises(ValueError, match="DeepSpeed partitions the trained values"):
+        worker.drive(wrapped, model)
+
+
+def test_the_selector_refuses_replicas():
+    model = worker.adapted()
+    replicated = torch.nn.DataParallel(model)
+    worker.drive(replicated, model)  # on one device there are none
+    replicated.device_ids = [0, 1]
+    with pytest.raises(ValueError, match="drives 2 devices through nn.DataParallel"):
+        worker.drive(replicated, model)

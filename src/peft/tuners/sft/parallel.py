@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
     from .layer import SparseDelta
 
+THREADS = (
+    "This process drives {} devices through nn.DataParallel, whose replicas cannot gather gradients; start one process "
+    "per device with `accelerate launch` or `torchrun`, or show it one device"
+)
+
 END = (-1, 0, 0)
 """Message of a process that has come to the end of its backward pass."""
 
@@ -183,7 +188,8 @@ def find_group(model: nn.Module, group: ProcessGroup | None | str) -> ProcessGro
         group: "auto": take it from the wrapper; otherwise it is the answer.
 
     Raises:
-        ValueError: "auto", there are several processes, but the model does not tell whether they share a batch.
+        ValueError: "auto", there are several processes, but the model does not tell whether they share a batch; or a
+            group that does not exist or that this process does not belong to.
     """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
@@ -204,7 +210,14 @@ def find_group(model: nn.Module, group: ProcessGroup | None | str) -> ProcessGro
                     f"process_group=None if every process trains a model of its own"
                 )
             return None
-    return group if group is not None and distributed.get_world_size(group) > 1 else None
+    if group is None:
+        return None
+    size = distributed.get_world_size(group)
+    if size < 1:
+        raise ValueError(
+            f"SftSelector: rank {distributed.get_rank()} is not a member of the process_group it was given"
+        )
+    return group if size > 1 else None
 
 
 def wrappers(model: nn.Module) -> list[nn.Module]:
@@ -221,11 +234,13 @@ def check_whole(model: nn.Module, deltas: dict[str, SparseDelta]) -> None:
     """Refuse models whose deltas this process does not hold whole.
 
     Raises:
-        ValueError: DeepSpeed, FSDP, a DTensor.
+        ValueError: DeepSpeed, FSDP, a DTensor; nn.DataParallel, whose replicas are forgotten after every forward pass.
     """
     for wrapper in wrappers(model):
         if type(wrapper).__module__.partition(".")[0] == "deepspeed":
             raise ValueError(refusal("DeepSpeed"))
+        if isinstance(wrapper, nn.DataParallel) and len(wrapper.device_ids) > 1:
+            raise ValueError(THREADS.format(len(wrapper.device_ids)))
     fsdp = sys.modules.get("torch.distributed.fsdp")  # nobody has wrapped anything by a module that is not loaded
     if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(refusal("FSDP"))

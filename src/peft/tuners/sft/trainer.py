@@ -21,7 +21,7 @@ from ...config import write_atomically
 from ...utils.warning import PeftWarning
 from .config import SftConfig
 from .optimizer import SftAdamW, SftSM3
-from .parallel import refusal
+from .parallel import THREADS, refusal
 from .selector import SftSelector, named_deltas
 
 if TYPE_CHECKING:
@@ -88,10 +88,7 @@ class SftTrainerMixin:
             if is_used:
                 raise ValueError(refusal(strategy))
         if self.args.n_gpu > 1:
-            raise ValueError(
-                f"This process drives {self.args.n_gpu} devices through nn.DataParallel, whose replicas cannot gather "
-                f"gradients; start one process per device with `accelerate launch` or `torchrun`, or show it one device"
-            )
+            raise ValueError(THREADS.format(self.args.n_gpu))
 
     # ---- Optimiser ----
 
@@ -203,8 +200,17 @@ class SftTrainerMixin:
         self._sft_checkpoint = checkpoint
 
     def _load_selector(self, checkpoint: str) -> None:
+        from accelerate.utils import gather_object
+
         path = os.path.join(checkpoint, SELECTOR_NAME)
-        if not os.path.isfile(path):
+        found = gather_object([os.path.isfile(path)])
+        if any(found) and not all(found):
+            missing = [rank for rank, is_there in enumerate(found) if not is_there]
+            raise ValueError(
+                f"{path} is missing for the processes {missing} of {len(found)}: every machine needs the whole "
+                f"checkpoint folder"
+            )
+        if not all(found):
             warnings.warn(
                 f"{checkpoint} has no {SELECTOR_NAME}: gradients gathered before it was saved are lost, so training "
                 f"will not continue exactly as it would have",
