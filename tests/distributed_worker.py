@@ -180,7 +180,7 @@ def run_resumed(folder, rank):
     stop = 8
     _, batches = torch.load(folder / "experts.pt", weights_only=False)
     batches = share_of(rank, batches)
-    saved = None
+    saved, gathering = None, []
     for part in (batches[:stop], batches[stop:]):
         model, _ = torch.load(folder / "experts.pt", weights_only=False)
         if saved is not None:
@@ -192,7 +192,7 @@ def run_resumed(folder, rank):
             selector.load_state_dict(saved[2])
         train(parallel, optimizer, selector, part)
         saved = model.state_dict(), optimizer.state_dict(), selector.state_dict()
-        gathering = any(key.endswith(".candidates") for key in saved[2])
+        gathering.append(any(key.endswith(".candidates") for key in saved[2]))
         selector.close()
     return {"state": snapshot(model, optimizer), "gathering": gathering}
 

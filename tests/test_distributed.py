@@ -145,6 +145,7 @@ def test_a_resumed_run_is_the_same_run(loops):
     unbroken, resumed = results(loops, "experts"), results(loops, "resumed")
     for rank in range(2):
         assert_same(unbroken[rank]["state"], resumed[rank]["state"])
+        assert resumed[rank]["gathering"] == [True, False]  # where it was stopped, and at the end
 
 
 def test_processes_may_train_models_of_their_own(loops):
