@@ -150,14 +150,15 @@ class Ranks:
         parts = {}
         for (name, grad), users in zip(grads.items(), used.tolist()):
             if users:
-                indices = deltas[name].indices
-                parts[name] = torch.zeros(indices.shape, device=indices.device) if grad is None else grad
+                candidates, values = deltas[name].candidates, deltas[name].values
+                shape = (candidates.numel(), *values.shape[1:])
+                parts[name] = torch.zeros(shape, device=candidates.device) if grad is None else grad
         if not parts:
             return {}
         device = deltas[next(iter(deltas))].indices.device
-        joined = torch.cat([part.to(device) for part in parts.values()])
+        joined = torch.cat([part.flatten().to(device) for part in parts.values()])
         means = self._all_reduce(joined).div_(self.size).split([part.numel() for part in parts.values()])
-        return {name: mean.to(part.device) for (name, part), mean in zip(parts.items(), means)}
+        return {name: mean.view(part.shape).to(part.device) for (name, part), mean in zip(parts.items(), means)}
 
 
 def _nobody() -> None:
