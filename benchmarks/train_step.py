@@ -13,6 +13,9 @@ Peak memory of a step is given twice, both beyond what was held before it, gradi
 *resident*, by how much the process grew in its first steps. The second is what has to fit into the machine: short-lived
 tensors between long-lived ones leave holes in the heap.
 
+A step of SFT is the mean over a whole reselection period of its default schedule (20 steps, of which 5 gather gradients
+and one of those forms the dense ones): every kind of step is timed, and weighted by how often it comes.
+
 Upstream's package takes part if there is an interpreter that has it: `--upstream-python`, or the environment
 `.venv-upstream` that `make interop` makes. Left out: accelerators, data loading, and, unless asked for, the optimiser.
 """
@@ -20,6 +23,7 @@ Upstream's package takes part if there is an interpreter that has it: `--upstrea
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import json
 import os
@@ -121,6 +125,10 @@ LABELS = {
 }
 
 
+# The kinds of steps of SFT's default schedule, in order, and how many of 20 there are of each.
+SFT_PERIOD = {"chooses candidates": 1, "gathers": 3, "gathers and reselects": 1, "only trains": 15}
+
+
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """All linear layers but the head."""
     head = model.get_output_embeddings()
@@ -147,14 +155,18 @@ class Step:
         self.model = CONTESTANTS[args.worker](base, args.rank).train()
         self.tokens = torch.randint(vocabulary, (args.batch, args.length))
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = self._optimizer(args.worker) if args.with_optimizer and self.trained else None
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5) if self.trained else None
+        self.times_optimizer = args.with_optimizer
+        self.selector = self._selector() if args.worker.startswith("sft") and args.worker != "sft-reference" else None
 
-    def _optimizer(self, contestant: str) -> torch.optim.Optimizer:
-        if contestant == "sft":
-            from peft import SftAdamW
+    def _selector(self):
+        """Reselects with every kind of step of the default schedule once: see SFT_PERIOD."""
+        from peft import SftAdamW, SftSelector
 
-            return SftAdamW(self.trained, lr=1e-5)
-        return torch.optim.AdamW(self.trained, lr=1e-5)
+        self.optimizer = SftAdamW(self.trained, lr=1e-5)
+        config = copy.copy(self.model.peft_config["default"])
+        config.reselection_steps, config.selection_accumulation_steps = len(SFT_PERIOD), len(SFT_PERIOD) - 1
+        return SftSelector(self.model, self.optimizer, config, total_update_steps=10**6, grad_accumulation_steps=1)
 
     def clear(self) -> None:
         for parameter in self.trained:
@@ -162,14 +174,25 @@ class Step:
 
     def run(self) -> None:
         self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss.backward()
-        if self.optimizer is not None:
-            self.optimizer.step()
 
     def seconds(self) -> float:
+        if self.selector is None:
+            return self._one_step()
+        return sum(often * self._one_step() for often in SFT_PERIOD.values()) / sum(SFT_PERIOD.values())
+
+    def _one_step(self) -> float:
         self.clear()
         start = time.perf_counter()
         self.run()
-        return time.perf_counter() - start
+        taken = time.perf_counter() - start
+        start = time.perf_counter()
+        if self.optimizer is not None and (self.times_optimizer or self.selector is not None):
+            self.optimizer.step()
+        taken += self.times_optimizer * (time.perf_counter() - start)
+        start = time.perf_counter()
+        if self.selector is not None:
+            self.selector.step()
+        return taken + time.perf_counter() - start
 
     def resident_bytes(self) -> int | None:
         """By how much the process grows in its first steps, at its peak; None where Linux's counters are not there.
@@ -191,10 +214,11 @@ class Step:
         return resident("VmHWM") - before
 
     def allocated_bytes(self) -> int:
-        """Peak of torch's allocations during one step, above what was held before it."""
+        """Peak of torch's allocations during one step (SFT: of every kind), above what was held before it."""
         self.clear()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            self.run()
+            for _ in SFT_PERIOD if self.selector is not None else range(1):
+                self._one_step()
         events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
         held = peak = 0
         for event in sorted(events, key=lambda e: e.start_ns()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from ._lazy import explain_missing
 from .config import PeftConfig, find_file, split_hub_kwargs
 from .mapping_func import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from .peft_model import (
@@ -139,3 +140,6 @@ class AutoPeftModelForQuestionAnswering(_BaseAutoPeftModel):
 
 class AutoPeftModelForFeatureExtraction(_BaseAutoPeftModel):
     _task, _peft_class = "FEATURE_EXTRACTION", PeftModelForFeatureExtraction
+
+
+explain_missing(__name__)

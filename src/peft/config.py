@@ -16,6 +16,7 @@ import os
 import tempfile
 import textwrap
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +126,8 @@ def documented(cls: type) -> type:
 class PeftConfigMixin:
     """Reading, writing and converting of configurations."""
 
+    from_file = False  # whether it was read from a file, and so describes an adapter that exists; no field
+
     task_type: str | TaskType | None = None
     """The task, one of `TaskType`; it chooses the `PeftModelFor...` class."""
     peft_type: str | PeftType | None = None
@@ -216,13 +219,13 @@ class PeftConfigMixin:
             ValueError: there is no such file, or it is not a JSON object.
         """
         hub_kwargs, overrides = split_hub_kwargs(kwargs)
-        path = find_file(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub_kwargs)
-        if path is None:
-            raise ValueError(f"Can't find {CONFIG_NAME!r} at {str(pretrained_model_name_or_path)!r}")
+        path = find_first(pretrained_model_name_or_path, [CONFIG_NAME], subfolder=subfolder, **hub_kwargs)
         content = cls.from_json_file(path)
         if cls.__name__ not in ("PeftConfig", "PeftConfigMixin") and "peft_type" not in content:
             content["peft_type"] = cls().peft_type
-        return cls.from_peft_type(**{**content, **overrides})
+        config = cls.from_peft_type(**{**content, **overrides})
+        config.from_file = True
+        return config
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike, **kwargs) -> dict[str, Any]:
@@ -307,18 +310,43 @@ def _to_json(value):
     return value
 
 
-def find_file(repo: str | os.PathLike, filename: str, *, subfolder: str | None = None, **hub_kwargs) -> str | None:
-    """The local path of `filename` in a folder or a hub repository (downloaded if need be); None if it is not there."""
-    folder = os.path.join(repo, subfolder) if subfolder else str(repo)
-    local = os.path.join(folder, filename)
-    if os.path.isfile(local):
-        return local
-    if os.path.isdir(repo):
-        return None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+def find_first(
+    repo: str | os.PathLike, filenames: Sequence[str], what: str = "", *, subfolder: str | None = None, **hub_kwargs
+) -> str:
+    """The local path of the first of `filenames` that a folder or a hub repository has (downloaded if need be).
 
+    Args:
+        what: what they are, for the message.
+
+    Raises:
+        ValueError: it has none of them, or the hub could not be asked; the message tells which.
+    """
+    folder = os.path.join(repo, subfolder) if subfolder else str(repo)
+    for filename in filenames:
+        if os.path.isfile(local := os.path.join(folder, filename)):
+            return local
+    reason = None
+    if not os.path.isdir(repo):
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+
+        for filename in filenames:
+            try:
+                return hf_hub_download(str(repo), filename, subfolder=subfolder, **hub_kwargs)
+            except LocalEntryNotFoundError as error:
+                reason = error  # offline, or no connection: another of the files may be in the cache
+            except (EntryNotFoundError, HFValidationError):
+                continue
+    names = " or ".join(repr(name) for name in filenames)
+    message = f"Can't find {f'{what} ({names})' if what else names} at {folder!r}"
+    if reason is not None:
+        message += f": no such folder, not in the hub's cache, and the hub could not be asked ({reason})"
+    raise ValueError(message) from reason
+
+
+def find_file(repo: str | os.PathLike, filename: str, *, subfolder: str | None = None, **hub_kwargs) -> str | None:
+    """As `find_first` for one file that need not be there: None if it is not, or cannot be got."""
     try:
-        return hf_hub_download(str(repo), filename, subfolder=subfolder, **hub_kwargs)
-    except (EntryNotFoundError, HFValidationError):
+        return find_first(repo, [filename], subfolder=subfolder, **hub_kwargs)
+    except ValueError:
         return None

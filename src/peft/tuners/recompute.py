@@ -30,25 +30,29 @@ class Recipe:
     the others too.
     """
 
-    def __init__(self, parts: int, build: Build):
-        self.parts = parts  # number of tensors that `build` takes
+    def __init__(self, build: Build):
         self._build = build
         self._users = 1
         self._uses = 0
-        self._made: torch.Tensor | None = None
+        self._made: dict[Callable | None, torch.Tensor] = {}
 
-    def __call__(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    def __call__(self, parts: Sequence[torch.Tensor], form: Callable | None = None) -> torch.Tensor:
+        """The tensor, or `form` of it (which is shared as well)."""
         if self._users == 1 or torch.is_grad_enabled():  # a second derivative goes on through the parts
-            return self._build(parts)
-        made = self._made
-        if made is None:
-            made, self._uses = self._build(parts), 0
+            made = self._build(parts)
+            return form(made) if form else made
+        if not self._made:
+            self._uses = 0
+        if form not in self._made:
+            self._made[form] = form(self._build(parts)) if form else self._build(parts)
+        made = self._made[form]
         self._uses += 1
-        self._made = made if self._uses < self._users else None
+        if self._uses >= self._users:
+            self._made = {}
         return made
 
 
-_ITSELF = Recipe(1, lambda parts: parts[0])
+_ITSELF = Recipe(lambda parts: parts[0])
 
 
 def keep(x: torch.Tensor) -> tuple[list[torch.Tensor], Recipe]:
@@ -64,7 +68,7 @@ def keep(x: torch.Tensor) -> tuple[list[torch.Tensor], Recipe]:
         return [x], _ITSELF
     recipe = node.metadata.get(_METADATA)
     if recipe is None:
-        recipe = node.metadata[_METADATA] = Recipe(len(parts), build)
+        recipe = node.metadata[_METADATA] = Recipe(build)
     else:
         recipe._users += 1
     return parts, recipe

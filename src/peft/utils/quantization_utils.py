@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .._lazy import explain_missing
+
 
 @dataclass(frozen=True)
 class QuantizationBackend:
@@ -80,3 +82,6 @@ def logical_numel(parameter: nn.Parameter) -> int:
     """Number of weights a parameter stands for; a packed one (bitsandbytes 4-bit) counts those it encodes."""
     shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
     return parameter.numel() if shape is None else math.prod(shape)
+
+
+explain_missing(__name__)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..._lazy import explain_missing
 from ...config import PeftConfig, documented
 from ...utils.peft_types import PeftType
 from ..common_config import check_layer_selection
 
 INIT_NAMES = ("gaussian", "orthogonal")
+# Initialisations of upstream's that are not in this version. An adapter's file brings its tensors, whatever they were
+# initialised with; but some of the methods take the initial delta out of the base weights, and the file is for those.
+INITS_NOT_YET = ("eva", "mica")
+INITS_NOT_YET_THAT_CHANGE_THE_BASE = ("corda", "lora_ga", "loftq", "olora", "pissa")  # and pissa_niter_<number>
+INIT_FIELDS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")  # how to initialise, and nothing else
 # Switches of upstream's whose method is not in this version: field -> what it would be.
 NOT_YET = {
     "megatron_config": "Megatron parallel layers",
@@ -71,7 +78,8 @@ class LoraConfig(PeftConfig):
     """Modules that are trained and saved whole beside the adapter, such as a new classification head."""
     init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
     """True: A Kaiming-uniform, B zero. "gaussian": A normal with deviation 1/r, B zero. "orthogonal": A and B with
-    orthogonal factors whose product is zero. False: both random, so that the delta is not zero (for tests)."""
+    orthogonal factors whose product is zero. False: both random, so that the delta is not zero (for tests).
+    Files of adapters that were initialised in another way are read; see the compatibility page."""
     layers_to_transform: list[int] | int | None = None
     """Numbers of the layers to adapt; None: all."""
     layers_pattern: list[str] | str | None = None
@@ -132,7 +140,7 @@ class LoraConfig(PeftConfig):
         check_layer_selection(self)
         self._check_numbers()
         for name, what in NOT_YET.items():
-            if getattr(self, name):
+            if getattr(self, name) and not (self.inference_mode and name in INIT_FIELDS):
                 raise NotImplementedError(f"{name}={getattr(self, name)!r}: {what} is not in this version of peft")
         if getattr(self.runtime_config, "ephemeral_gpu_offload", False):
             raise NotImplementedError("runtime_config.ephemeral_gpu_offload is not in this version of peft")
@@ -146,12 +154,30 @@ class LoraConfig(PeftConfig):
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
-        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in INIT_NAMES:
-            raise ValueError(
-                f"init_lora_weights must be True, False or one of {INIT_NAMES}, got {self.init_lora_weights!r}"
+        self._check_init()
+
+    def _check_init(self):
+        init = self.init_lora_weights
+        if isinstance(init, bool) or init in INIT_NAMES:
+            return
+        if init not in INITS_NOT_YET and not self.init_changes_base:
+            raise ValueError(f"init_lora_weights must be True, False or one of {INIT_NAMES}, got {init!r}")
+        if not self.inference_mode:
+            raise NotImplementedError(
+                f"init_lora_weights={init!r} is not in this version of peft, which has True, False and {INIT_NAMES}. "
+                "(A saved adapter that was initialised so can be loaded: its file says inference_mode=true)"
             )
+
+    @property
+    def init_changes_base(self) -> bool:
+        """Whether the adapter's tensors fit only base weights that its initialisation has changed."""
+        init = str(self.init_lora_weights)
+        return init in INITS_NOT_YET_THAT_CHANGE_THE_BASE or re.fullmatch(r"pissa_niter_\d+", init) is not None
 
     def to_dict(self):
         content = super().to_dict()
         del content["runtime_config"]
         return content
+
+
+explain_missing(__name__)

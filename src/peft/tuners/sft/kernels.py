@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +83,7 @@ class Candidates:
 
     def choose(self) -> None:
         """All has been seen: the delta gets its candidates."""
-        self.delta.candidates = self.position.sort().values
+        self.delta.candidates = self.position.sort().values.to(self.delta.indices.dtype)
 
 
 def _new_candidates(deltas) -> list[Candidates]:
@@ -92,29 +93,51 @@ def _new_candidates(deltas) -> list[Candidates]:
     return [Candidates(d) for d in deltas if d.is_gathering and d.candidates is None]
 
 
-def _weight_gradient(left: torch.Tensor, right: torch.Tensor, deltas, indices) -> list[torch.Tensor]:
+class _Factor:
+    """One of the two factors of a weight's gradient: (N, C), and on demand (C, N) in memory too."""
+
+    def __init__(self, rows: Callable[[], torch.Tensor], columns: Callable[[], torch.Tensor] | None = None):
+        self._rows, self._columns = rows, columns or (lambda: transposed_rows(self.rows))
+
+    @functools.cached_property
+    def rows(self) -> torch.Tensor:
+        return self._rows()
+
+    @functools.cached_property
+    def columns(self) -> torch.Tensor:
+        return self._columns()
+
+
+def transposed_rows(t: torch.Tensor) -> torch.Tensor:
+    """(..., C) -> (C, N), contiguous."""
+    return t.reshape(-1, t.shape[-1]).T.contiguous()
+
+
+def _weight_gradient(left: _Factor, right: _Factor, deltas, indices) -> list[torch.Tensor]:
     """Entries of `left^T right` (R, C) at sorted flat `indices`; left (N, R), right (N, C).
 
     Gathering deltas observe the same gradient.
     """
     new = _new_candidates(deltas)
     old = [d for d in deltas if d.is_gathering and d.candidates is not None]
-    samples = _entries(left, right, [*indices, *(d.candidates for d in old)], new)
+    samples = _entries(left, right, [*indices, *(d.candidates for d in old)], deltas[0].shape, new)
     for delta, sample in zip(old, samples[len(indices) :]):
         delta.observe(sample)
     for candidates in new:
         candidates.choose()
-        candidates.delta.observe(*_entries(left, right, [candidates.delta.candidates]))
+        delta = candidates.delta
+        delta.observe(*_entries(left, right, [delta.candidates], delta.shape))
     return samples[: len(indices)]
 
 
-def _entries(left, right, wanted: Sequence[torch.Tensor], watchers: Sequence[Candidates] = ()) -> list[torch.Tensor]:
-    """Entries of `left^T right` at each of the sorted flat positions `wanted`; `watchers` see all of it."""
-    room = left.shape[1] * right.shape[1]
-    sampled = _can_sample(left) and not watchers and all(i.numel() <= SAMPLED_DENSITY * room for i in wanted)
-    return (
-        [_sampled_product(left, right, i) for i in wanted] if sampled else _from_blocks(left, right, wanted, watchers)
-    )
+def _entries(
+    left: _Factor, right: _Factor, wanted: Sequence[torch.Tensor], shape, watchers: Sequence[Candidates] = ()
+) -> list[torch.Tensor]:
+    """Entries of `left^T right` (of `shape`) at the sorted flat positions `wanted`; `watchers` see all of it."""
+    few = all(positions.numel() <= SAMPLED_DENSITY * math.prod(shape) for positions in wanted)
+    if few and not watchers and _can_sample(left.rows):
+        return [_sampled_product(left.columns, right.columns, positions) for positions in wanted]
+    return _from_blocks(left.rows, right.rows, wanted, watchers)
 
 
 def _can_sample(left: torch.Tensor) -> bool:
@@ -124,13 +147,16 @@ def _can_sample(left: torch.Tensor) -> bool:
 
 
 def _sampled_product(left: torch.Tensor, right: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """k dot products of length N: one product with a sparse pattern for its result."""
-    rows, columns = left.shape[1], right.shape[1]
-    row, column = positions // columns, positions % columns
-    starts = torch.searchsorted(row, torch.arange(rows + 1, dtype=row.dtype))
+    """Entries of `left right^T` (R, C): k dot products of length N, left (R, N), right (C, N).
+
+    One product with a sparse pattern for its result; with both factors in this layout torch makes no copies of them.
+    """
+    rows, columns = left.shape[0], right.shape[0]
+    edges = torch.arange(rows + 1, dtype=positions.dtype) * columns
+    starts = torch.searchsorted(positions, edges, out_int32=True)
     zeros = torch.zeros(positions.numel(), dtype=left.dtype)
-    pattern = _csr(starts.int(), column.int(), zeros, (rows, columns))
-    return torch.sparse.sampled_addmm(pattern, left.T, right, beta=0).values()
+    pattern = _csr(starts, (positions % columns).int(), zeros, (rows, columns))
+    return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0).values()
 
 
 def _csr(starts, columns, values, shape) -> torch.Tensor:
@@ -194,9 +220,12 @@ class _SparseLinear(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 gb = gy.reshape(-1, gy.shape[-1]).sum(0).to(ctx.bias_dtype)
             if ctx.recipe is not None:
-                x, g = (t.reshape(-1, t.shape[-1]) for t in (ctx.recipe(parts), gy))
-                left, right = (x, g) if ctx.transposed else (g, x)
-                sampled = _weight_gradient(left, right, ctx.deltas, indices)
+                x = _Factor(
+                    lambda: ctx.recipe(parts).reshape(-1, parts[0].shape[-1]),
+                    lambda: ctx.recipe(parts, transposed_rows),
+                )
+                g = _Factor(lambda: gy.reshape(-1, gy.shape[-1]))
+                sampled = _weight_gradient(*((x, g) if ctx.transposed else (g, x)), ctx.deltas, indices)
                 grads = [g.to(v.dtype) for g, v in zip(sampled, values)]
         return gx, None, gb, None, None, None, *grads, *([None] * n)
 
@@ -239,7 +268,7 @@ class _SparseProduct(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 gx = _multiply(gy, values, indices, ctx.delta.shape, not ctx.transposed)
             if ctx.needs_input_grad[1]:
-                left, right = (x, gy) if ctx.transposed else (gy, x)
+                left, right = (_Factor(lambda t=t: t) for t in ((x, gy) if ctx.transposed else (gy, x)))
                 gv = _weight_gradient(left, right, [ctx.delta], [indices])[0].to(values.dtype)
         return gx, gv, None, None, None
 
@@ -280,7 +309,7 @@ class _ScatterAdd(torch.autograd.Function):
             candidates.see(gradient, 0)
             candidates.choose()
         if delta.is_gathering:
-            delta.observe(gradient[delta.candidates])
+            delta.observe(gradient[delta.candidates.long()])
         return gradient if ctx.needs_input_grad[0] else None, gradient[indices.long()].to(ctx.dtype), None, None
 
 

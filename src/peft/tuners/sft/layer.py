@@ -71,7 +71,7 @@ class SparseDelta(nn.Module):
         """
         self.is_gathering = True
         self.ranks = ranks
-        self.candidates: torch.Tensor | None = None  # (k,) int64, sorted
+        self.candidates: torch.Tensor | None = None  # (k,) sorted, of the type of the indices
         self.candidate_grad: torch.Tensor | None = None  # (k,) float32, summed over micro-batches
 
     def stop_gathering(self) -> None:
@@ -172,7 +172,11 @@ class SftLayer(AdditiveLayer, nn.Module):
         base, op = self.base_layer, self.op
         callable_only = args or kwargs or not no_global_hooks() or is_quantized(self.get_base_layer())
         writable = (
-            not callable_only and is_plain(base) and not base.weight.requires_grad and base.weight.is_contiguous()
+            not callable_only
+            and is_plain(base)
+            and not base.weight.requires_grad
+            and base.weight.is_contiguous()
+            and (not base.weight.is_inference() or torch.is_inference_mode_enabled())
         )
         if op.kind == "Linear" and writable:
             return sparse_linear(x, base.weight, base.bias, [self.sft_delta[n] for n in names], op.transposed)

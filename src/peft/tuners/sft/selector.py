@@ -235,7 +235,7 @@ class SftSelector:
         if count == 0 or statistics.updates == 0:
             return 0
         candidates = delta.candidates
-        slots, is_active = _find(candidates, delta.indices.detach().long())
+        slots, is_active = _find(candidates, delta.indices.detach())
         magnitude = _magnitude(delta)
         dropped = largest(magnitude.neg(), count)
 
@@ -271,9 +271,10 @@ class SftSelector:
         """Everything a resumed run needs, as a flat dict of tensors that safetensors can write.
 
         `completed_steps`: int64 scalar. While a gathering window is open, for each delta (by its name) that has
-        chosen its candidates: `<delta>.candidates` (k,) int64, `<delta>.total` and `<delta>.squares` (k,) float32,
-        `<delta>.updates` int64 scalar. Take it between update steps: what the micro-batches of an unfinished step have
-        gathered is as little part of it as their gradients are of the optimiser's state.
+        chosen its candidates: `<delta>.candidates` (k,) of the type of its indices, `<delta>.total` and
+        `<delta>.squares` (k,) float32, `<delta>.updates` int64 scalar. Take it between update steps: what the
+        micro-batches of an unfinished step have gathered is as little part of it as their gradients are of the
+        optimiser's state.
         """
         state = {"completed_steps": torch.tensor(self.completed_steps)}
         for name, statistics in self._statistics.items():
@@ -318,7 +319,7 @@ class SftSelector:
             )
         for name in saved:
             device = self.deltas[name].indices.device
-            self.deltas[name].candidates = state[f"{name}.candidates"].to(device, copy=True)
+            self.deltas[name].candidates = state[f"{name}.candidates"].to(self.deltas[name].indices, copy=True)
             self._statistics[name] = _Statistics(
                 total=state[f"{name}.total"].to(device, copy=True),
                 squares=state[f"{name}.squares"].to(device, copy=True),
