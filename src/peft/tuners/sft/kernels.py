@@ -60,36 +60,37 @@ def _sum(base: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return (base.to(wide) + values.to(wide)).to(base.dtype)
 
 
-def _reduce(block: torch.Tensor) -> torch.Tensor:
-    """Sum over the processes of a data-parallel run, so that all choose the same candidates."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        block = block.clone()
-        torch.distributed.all_reduce(block)
-    return block
+class Candidates:
+    """Running choice of the k positions of largest absolute gradient of one delta."""
 
-
-class _Candidates:
-    """Running choice of the k positions of largest absolute gradient."""
-
-    def __init__(self, k: int):
-        self.k = k
-        self.size: torch.Tensor | None = None
-        self.position: torch.Tensor | None = None
+    def __init__(self, delta):
+        self.delta = delta
+        self.size = torch.empty(0, device=delta.indices.device)
+        self.position = torch.empty(0, dtype=torch.int64, device=delta.indices.device)
 
     def see(self, gradient: torch.Tensor, start: int) -> None:
-        """Take in the dense gradient (n,) of the positions from `start` on."""
-        size = _reduce(gradient.float()).abs()
-        size, position = size.topk(min(self.k, size.numel()))
-        position = position + start
-        if self.size is not None:
-            size, position = torch.cat([self.size, size]), torch.cat([self.position, position])
-            size, best = size.topk(min(self.k, size.numel()))
-            position = position[best]
-        self.size, self.position = size, position
+        """Take in this process's dense gradient (n,) of the positions from `start` on."""
+        ranks, gradient = self.delta.ranks, gradient.float()
+        self.see_sum(gradient if ranks is None else ranks.sum(self.delta, gradient, start), start)
+
+    def see_sum(self, gradient: torch.Tensor, start: int) -> None:
+        """Take in the gradient (n,) of the positions from `start` on, summed over all processes."""
+        k = self.delta.values.numel()
+        size, position = gradient.abs().topk(min(k, gradient.numel()))
+        size, position = torch.cat([self.size, size]), torch.cat([self.position, position + start])
+        self.size, best = size.topk(min(k, size.numel()))
+        self.position = position[best]
+
+    def choose(self) -> None:
+        """All has been seen: the delta gets its candidates."""
+        self.delta.candidates = self.position.sort().values.to(self.delta.indices.dtype)
 
 
-def _new_candidates(deltas) -> list[tuple[object, _Candidates]]:
-    return [(d, _Candidates(d.values.numel())) for d in deltas if d.is_gathering and d.candidates is None]
+def _new_candidates(deltas) -> list[Candidates]:
+    for delta in deltas:
+        if delta.is_gathering and delta.ranks is not None:
+            delta.ranks.enter(delta)
+    return [Candidates(d) for d in deltas if d.is_gathering and d.candidates is None]
 
 
 class _Factor:
@@ -119,17 +120,18 @@ def _weight_gradient(left: _Factor, right: _Factor, deltas, indices) -> list[tor
     """
     new = _new_candidates(deltas)
     old = [d for d in deltas if d.is_gathering and d.candidates is not None]
-    samples = _entries(left, right, [*indices, *(d.candidates for d in old)], deltas[0].shape, [c for _, c in new])
+    samples = _entries(left, right, [*indices, *(d.candidates for d in old)], deltas[0].shape, new)
     for delta, sample in zip(old, samples[len(indices) :]):
         delta.observe(sample)
-    for delta, candidates in new:
-        delta.candidates = candidates.position.sort().values.to(delta.indices.dtype)
+    for candidates in new:
+        candidates.choose()
+        delta = candidates.delta
         delta.observe(*_entries(left, right, [delta.candidates], delta.shape))
     return samples[: len(indices)]
 
 
 def _entries(
-    left: _Factor, right: _Factor, wanted: Sequence[torch.Tensor], shape, watchers: Sequence[_Candidates] = ()
+    left: _Factor, right: _Factor, wanted: Sequence[torch.Tensor], shape, watchers: Sequence[Candidates] = ()
 ) -> list[torch.Tensor]:
     """Entries of `left^T right` (of `shape`) at the sorted flat positions `wanted`; `watchers` see all of it."""
     few = all(positions.numel() <= SAMPLED_DENSITY * math.prod(shape) for positions in wanted)
@@ -170,7 +172,7 @@ def _silence_beta_warning() -> None:
         torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
 
 
-def _from_blocks(left, right, wanted: Sequence[torch.Tensor], watchers: Sequence[_Candidates]) -> list[torch.Tensor]:
+def _from_blocks(left, right, wanted: Sequence[torch.Tensor], watchers: Sequence[Candidates]) -> list[torch.Tensor]:
     rows, columns = left.shape[1], right.shape[1]
     step = max(1, WORKSPACE_BYTES // (columns * left.element_size()))
     starts = list(range(0, rows, step))
@@ -303,9 +305,9 @@ class _ScatterAdd(torch.autograd.Function):
     def backward(ctx, gradient):
         (indices,) = ctx.saved_tensors
         delta = ctx.delta
-        for _, candidates in _new_candidates([delta]):
+        for candidates in _new_candidates([delta]):
             candidates.see(gradient, 0)
-            delta.candidates = candidates.position.sort().values.to(indices.dtype)
+            candidates.choose()
         if delta.is_gathering:
             delta.observe(gradient[delta.candidates.long()])
         return gradient if ctx.needs_input_grad[0] else None, gradient[indices.long()].to(ctx.dtype), None, None

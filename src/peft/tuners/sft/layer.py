@@ -8,6 +8,7 @@ it is a product with the folded weight or a sparse product beside the layer.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from ..ops import is_plain, no_global_hooks
 from ..tuners_utils import AdditiveLayer
 from .config import DTYPES
 from .kernels import scatter_add, sparse_linear, sparse_product
+
+if TYPE_CHECKING:
+    from .parallel import Ranks
 
 
 def random_positions(n: int, k: int) -> torch.Tensor:
@@ -59,14 +63,20 @@ class SparseDelta(nn.Module):
 
     # Gathering of gradients for a reselection ("rigl")
 
-    def start_gathering(self) -> None:
-        """From now on: choose candidates in the next backward pass, and sum up their gradients in every one."""
+    def start_gathering(self, ranks: Ranks | None = None) -> None:
+        """From now on: choose candidates in the next backward pass, and sum up their gradients in every one.
+
+        Args:
+            ranks: The processes that choose together; None: this one alone.
+        """
         self.is_gathering = True
+        self.ranks = ranks
         self.candidates: torch.Tensor | None = None  # (k,) sorted, of the type of the indices
         self.candidate_grad: torch.Tensor | None = None  # (k,) float32, summed over micro-batches
 
     def stop_gathering(self) -> None:
         self.is_gathering = False
+        self.ranks: Ranks | None = None
         self.candidates = None
         self.candidate_grad = None
 

@@ -17,15 +17,18 @@ import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...utils.warning import PeftWarning
 from .optimizer import SftAdamW, SftOptimizer, SftSM3
+from .parallel import Ranks, check_whole, find_group
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from .config import SftConfig
     from .layer import SparseDelta
 
@@ -54,8 +57,12 @@ class SftSelector:
     An update step that the optimiser did not take (a GradScaler skips it when gradients overflow), or with a gradient
     that is not finite, counts as a completed step but not towards the statistics.
 
+    Under data parallelism every process makes a selector, at the same place of the program, and all of them choose
+    what one process would choose on the joined batch; see `parallel.Ranks` for what that asks of the processes.
+
     Args:
-        model: The model with the SFT adapter: PeftModel, tuner, or a wrapper that has either as `module`.
+        model: The model with the SFT adapter: PeftModel, tuner, or a wrapper that has either as `module`, such as
+            DistributedDataParallel.
         optimizer: `SftAdamW` for "rigl", `SftSM3` for "sm3"; also as wrapped by accelerate.
         sft_config: Algorithm and schedule.
         total_update_steps: T, update steps that the whole training will take.
@@ -64,6 +71,9 @@ class SftSelector:
         completed_steps: t at which training starts; `load_state_dict` sets it too.
         grad_scale: Returns the factor by which the loss is scaled, `scaler.get_scale` of a GradScaler. Not needed for
             an optimiser wrapped by accelerate, which knows its scaler.
+        process_group: The processes that share a batch and average their gradients; None: this one is alone. "auto":
+            those of the DistributedDataParallel that `model` is or holds; with several processes and no such wrapper
+            it has to be said ("sm3" need not know: its accumulators are the same in all processes).
 
     Attributes:
         last_report: One dict per delta for the latest reselection: `name`, `moved` (positions exchanged), `total` (k).
@@ -72,8 +82,9 @@ class SftSelector:
 
     Raises:
         TypeError: The optimiser is not the one that the selection algorithm needs.
-        ValueError: No active SFT adapter, a delta that the optimiser does not train, step counts out of their range,
-            or "sm3" selection without column accumulators.
+        ValueError: No active SFT adapter, a delta that the optimiser does not train or that is partitioned over
+            processes (FSDP, DeepSpeed), step counts out of their range, "sm3" selection without column accumulators,
+            or several processes of which it is not known whether they share their batches.
     """
 
     def __init__(
@@ -85,6 +96,7 @@ class SftSelector:
         grad_accumulation_steps: int,
         completed_steps: int = 0,
         grad_scale: Callable[[], float] | None = None,
+        process_group: ProcessGroup | Literal["auto"] | None = "auto",
     ) -> None:
         for name, value, least in (
             ("total_update_steps", total_update_steps, 1),
@@ -98,9 +110,12 @@ class SftSelector:
         self.grad_accumulation_steps = grad_accumulation_steps
         self.completed_steps = completed_steps
         self.deltas = named_deltas(model)
+        check_whole(model, self.deltas)
         self.optimizer = _unwrapped_optimizer(optimizer, sft_config.selection_algorithm)
         _check_trained(self.deltas, self.optimizer)
         self._grad_scale = grad_scale or _scale_getter(optimizer)
+        group = find_group(model, process_group) if sft_config.selection_algorithm == "rigl" else None
+        self._ranks = None if group is None else Ranks(group, list(self.deltas.values()))
 
         self.last_report: list[dict[str, Any]] = []
         self.history: list[dict[str, Any]] = []
@@ -156,7 +171,7 @@ class SftSelector:
 
     def _open_window(self) -> None:
         for name, delta in self.deltas.items():
-            delta.start_gathering()
+            delta.start_gathering(self._ranks)
             self._statistics[name] = _empty_statistics(delta)
 
     def _close_window(self) -> None:
@@ -171,7 +186,10 @@ class SftSelector:
     def _collect(self) -> None:
         """Add the candidates' gradients of the update step just completed to the statistics."""
         grads = {name: delta.take_candidate_grad() for name, delta in self.deltas.items()}
-        grads = _reduced(grads, self.deltas)
+        if self._ranks is None:
+            grads = {name: grad for name, grad in grads.items() if grad is not None}
+        else:
+            grads = self._ranks.mean(grads, self.deltas)
         if self._scale_of_step is None or not _all_finite(grads.values()):
             self._discard_update()
             return
@@ -183,8 +201,7 @@ class SftSelector:
         for name, delta in self.deltas.items():
             # Candidates chosen by gradients that overflowed are arbitrary: choose again at the next backward pass.
             if self._statistics[name].updates == 0:
-                delta.stop_gathering()
-                delta.start_gathering()
+                delta.start_gathering(self._ranks)
 
     # ---- Reselection ----
 
@@ -370,25 +387,6 @@ def _scale_getter(optimizer: torch.optim.Optimizer) -> Callable[[], float]:
 def _empty_statistics(delta: SparseDelta) -> _Statistics:
     total, squares = torch.zeros(2, delta.indices.numel(), device=delta.indices.device)
     return _Statistics(total, squares, updates=0)
-
-
-def _reduced(grads: dict[str, Tensor | None], deltas: dict[str, SparseDelta]) -> dict[str, Tensor]:
-    """The gradients averaged over the data-parallel ranks, without those of deltas that no rank has used."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return {name: grad for name, grad in grads.items() if grad is not None}
-    device = next(iter(deltas.values())).indices.device
-    # Ranks may differ in the layers that they have used (experts), but must agree on what they exchange.
-    used = torch.tensor([grad is not None for grad in grads.values()], dtype=torch.int32, device=device)
-    distributed.all_reduce(used)
-    reduced = {}
-    for (name, grad), ranks in zip(grads.items(), used.tolist()):
-        if ranks:
-            indices = deltas[name].indices
-            mean = torch.zeros(indices.shape, device=indices.device) if grad is None else grad
-            distributed.all_reduce(mean)
-            reduced[name] = mean.div_(distributed.get_world_size())
-    return reduced
 
 
 def _all_finite(tensors: Any) -> bool:

@@ -2,8 +2,8 @@
 
 `SftTrainer(Base)` is `Base` plus what sparse fine-tuning adds to training: its own optimiser, a selector that is
 stepped after every update step, and a file in every checkpoint so that a run can be resumed at any step. It supports
-what the Trainer does with one device or data parallelism; strategies that partition parameters (DeepSpeed, FSDP) are
-refused by the selector, since positions cannot be exchanged in parameters that nobody holds whole.
+what the Trainer does with one device or data parallelism; strategies that partition parameters or the optimiser's
+state (DeepSpeed, FSDP) are refused, since positions cannot be exchanged in what nobody holds whole.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ...config import write_atomically
 from ...utils.warning import PeftWarning
 from .config import SftConfig
 from .optimizer import SftAdamW, SftSM3
+from .parallel import THREADS, refusal
 from .selector import SftSelector, named_deltas
 
 if TYPE_CHECKING:
@@ -74,12 +75,20 @@ class SftTrainerMixin:
         _check_config(self.sft_config)
         named_deltas(self.model)
         self._check_optimizer_settings()
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"This process drives {self.args.n_gpu} devices through nn.DataParallel, whose replicas cannot gather "
-                f"gradients; start one process per device with `accelerate launch` or `torchrun`, or show it one device"
-            )
+        self._check_strategy()
         self.add_callback(_callback_class()(self))
+
+    def _check_strategy(self) -> None:
+        """Refuse what distributes more than the batch."""
+        for is_used, strategy in (
+            (self.is_deepspeed_enabled, "DeepSpeed"),
+            (self.is_fsdp_enabled or self.is_fsdp_xla_enabled, "FSDP"),
+            (getattr(self, "is_distributed_loading_by_transformers", False), "Loading by a DistributedConfig"),
+        ):
+            if is_used:
+                raise ValueError(refusal(strategy))
+        if self.args.n_gpu > 1:
+            raise ValueError(THREADS.format(self.args.n_gpu))
 
     # ---- Optimiser ----
 
@@ -148,7 +157,7 @@ class SftTrainerMixin:
         """Make the selector of the coming training, in the state of the checkpoint that is being resumed, if any."""
         self.stop_sft_selection()
         self.sft_selector = SftSelector(
-            self.model,
+            self.model_wrapped,  # by which the selector sees the data parallelism
             self.optimizer,
             self.sft_config,
             total_update_steps=self.state.max_steps,
@@ -191,8 +200,17 @@ class SftTrainerMixin:
         self._sft_checkpoint = checkpoint
 
     def _load_selector(self, checkpoint: str) -> None:
+        from accelerate.utils import gather_object
+
         path = os.path.join(checkpoint, SELECTOR_NAME)
-        if not os.path.isfile(path):
+        found = gather_object([os.path.isfile(path)])
+        if any(found) and not all(found):
+            missing = [rank for rank, is_there in enumerate(found) if not is_there]
+            raise ValueError(
+                f"{path} is missing for the processes {missing} of {len(found)}: every machine needs the whole "
+                f"checkpoint folder"
+            )
+        if not all(found):
             warnings.warn(
                 f"{checkpoint} has no {SELECTOR_NAME}: gradients gathered before it was saved are lost, so training "
                 f"will not continue exactly as it would have",
