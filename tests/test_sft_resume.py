@@ -41,7 +41,7 @@ class Run:
     seed: int
     resume: bool | str = False
     kill_at: tuple[str, int] | None = None
-    """Moment of the n-th update step (counted from 1), or "write" and the number of a file operation in a checkpoint."""
+    """Moment of the n-th update step, counted from 1, or "write" and the number of a file operation in checkpoint-4."""
 
     def model(self) -> PeftModel:
         torch.manual_seed(self.seed)
