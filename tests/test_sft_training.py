@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from tiny_models import SIZES, adapted, tokens
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
+from torch.func import functional_call, grad, jvp, vmap
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -239,10 +240,10 @@ def test_clipping_by_torch(foreach):
     norms = []
 
     def clip_by_hand():
-        grads = [p.grad for p in twin.parameters() if p.requires_grad]
-        norms.append(math.sqrt(sum(grad.square().sum().item() for grad in grads)))
-        for grad in grads:
-            grad.mul_(min(1.0, 0.1 / (norms[-1] + 1e-6)))
+        gradients = [p.grad for p in twin.parameters() if p.requires_grad]
+        norms.append(math.sqrt(sum(each.square().sum().item() for each in gradients)))
+        for each in gradients:
+            each.mul_(min(1.0, 0.1 / (norms[-1] + 1e-6)))
 
     clipped = train(model, batches, max_norm=0.1, foreach=foreach)
     assert_same(clipped, train(twin, batches, between=clip_by_hand), rtol=1e-7)
@@ -413,6 +414,9 @@ KINDS = {
 }
 
 
+SMALL = {"sft": {"num_tunable_weights": 30, "dtype": "auto"}, "lora": {"r": 2}}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "auto"])
 def test_training_of_every_kind_of_layer(kind, dtype):
@@ -443,3 +447,43 @@ def test_training_of_every_kind_of_layer(kind, dtype):
     assert torch.equal(delta.indices, delta.indices.unique())
     unloaded = model.unload()
     assert all(torch.equal(before[name], p) for name, p in unloaded.named_parameters())
+
+
+# ---- torch.func ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@methods
+def test_transforms_of_torch_func(method, kind):
+    """Gradients of each row by vmap and grad, against one backward pass per row; a directional derivative by jvp."""
+    net = KINDS[kind]().double()
+    x = net.example()[:5]
+    x = x.double() if x.is_floating_point() else x
+    model = adapted(net, method=method, target_modules=list(net.targets), **SMALL[method]).double()
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(values, rows):
+        return functional_call(model, {**frozen, **values}, (rows,)).square().sum()
+
+    each = vmap(grad(lambda values, row: loss(values, row[None])), in_dims=(None, 0))(trained, x)
+    for n, row in enumerate(x):
+        model.zero_grad()
+        model(row[None]).square().sum().backward()
+        for name in trained:
+            torch.testing.assert_close(each[name][n], model.get_parameter(name).grad, rtol=1e-9, atol=1e-12)
+    direction = {name: torch.randn_like(p) for name, p in trained.items()}
+    _, slope = jvp(lambda values: loss(values, x), (trained,), (direction,))
+    expected = sum((each[name].sum(0) * direction[name]).sum() for name in trained)
+    torch.testing.assert_close(slope, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_what_cannot_be_differentiated_is_refused():
+    model = adapted(Rows(), method="sft", target_modules=["first"])
+    (delta,) = deltas_of(model).values()
+    delta.start_gathering()
+    with pytest.raises(RuntimeError, match="Gradients taken by torch.func cannot be gathered for a reselection"):
+        vmap(lambda row: model(row[None]))(torch.randn(3, 12))
+    (slope,) = torch.autograd.grad(model(torch.randn(3, 12)).square().sum(), delta.values, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.square().sum().backward()
