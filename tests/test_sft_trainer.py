@@ -282,6 +282,35 @@ def test_resuming_is_exact(algorithm, stops, base_model, data, tmp_path):
         assert torch.equal(model.get_parameter(head), other.get_parameter(head))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bf16": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1},
+    ],
+    ids=["bf16", "reentrant checkpointing", "checkpointing", "best model"],
+)
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_resuming_is_exact_under(settings, base_model, data, tmp_path):
+    """Stopped in a gathering window; checkpointing gives the plain run's weights besides, autocast does not."""
+    model = adapt(base_model)
+    other, plain = copy.deepcopy(model), copy.deepcopy(model)
+    more = {"train_dataset": data, "eval_dataset": data[:6]}
+    settings = {"save_steps": 3, **settings}
+    SftTrainer(Trainer)(model=model, args=arguments(tmp_path, **settings), **more).train()
+    resumed = SftTrainer(Trainer)(model=other, args=arguments(tmp_path, **settings), **more)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert_same(adapter_state(model), adapter_state(other))
+    SftTrainer(Trainer)(model=plain, args=arguments(tmp_path, save_strategy="no"), **more).train()
+    same = all(torch.equal(tensor, adapter_state(model)[name]) for name, tensor in adapter_state(plain).items())
+    if "bf16" in settings:
+        assert not same
+    elif "gradient_checkpointing" in settings:
+        assert same
+
+
 def test_a_trainer_can_train_again(base_model, data, tmp_path):
     """The optimiser is kept between two runs, so the adapter must be loaded into the parameters that it holds."""
     model = adapt(base_model)
