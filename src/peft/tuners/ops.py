@@ -364,5 +364,11 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def no_global_hooks() -> bool:
-    """Whether no hook is registered for all modules at once."""
+    """Whether nothing wants to see the calls of all modules: no hook for all of them, no transform of torch.func.
+
+    Transforms (grad, vmap, jvp) see through modules and torch's operations, but not through autograd functions like
+    ours.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return False
     return not any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)

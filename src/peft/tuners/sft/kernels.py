@@ -297,8 +297,7 @@ class _ScatterAdd(torch.autograd.Function):
     def forward(ctx, flat, values, indices, delta):
         ctx.save_for_backward(indices)
         ctx.delta, ctx.dtype = delta, values.dtype
-        position = indices.long()
-        return flat.index_copy(0, position, _sum(flat[position], values))
+        return _added(flat, values, indices)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -313,6 +312,23 @@ class _ScatterAdd(torch.autograd.Function):
         return gradient if ctx.needs_input_grad[0] else None, gradient[indices.long()].to(ctx.dtype), None, None
 
 
+def _added(flat: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    position = indices.long()
+    return flat.index_copy(0, position, _sum(flat[position], values))
+
+
 def scatter_add(flat: torch.Tensor, delta) -> torch.Tensor:
-    """A copy of the flattened weight (n,) with the delta added, differentiable."""
+    """A copy of the flattened weight (n,) with the delta added, differentiable.
+
+    Raises:
+        RuntimeError: A transform of torch.func is active while gradients are gathered: it runs no backward pass in
+            which they could be.
+    """
+    if torch._C._are_functorch_transforms_active():
+        if delta.is_gathering:
+            raise RuntimeError(
+                "Gradients taken by torch.func cannot be gathered for a reselection. Train with loss.backward(), or "
+                "close the SftSelector, which keeps the positions as they are"
+            )
+        return _added(flat, delta.values, delta.indices)
     return _ScatterAdd.apply(flat, delta.values, delta.indices, delta)

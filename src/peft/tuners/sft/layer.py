@@ -170,6 +170,8 @@ class SftLayer(AdditiveLayer, nn.Module):
 
     def _apply_adapters(self, names, x, *args, **kwargs):
         base, op = self.base_layer, self.op
+        if torch._C._are_functorch_transforms_active():  # torch.func cannot see through the kernels
+            return op.op(x, *self.folded(names))
         callable_only = args or kwargs or not no_global_hooks() or is_quantized(self.get_base_layer())
         writable = (
             not callable_only

@@ -20,12 +20,12 @@ from torch import nn
 from ...config import write_atomically
 from ...utils.warning import PeftWarning
 from .config import SftConfig
-from .optimizer import SftAdamW, SftSM3
+from .optimizer import SftAdamW, SftOptimizer, SftSM3
 from .parallel import THREADS, refusal
 from .selector import SftSelector, named_deltas
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
 SELECTOR_NAME = "sft_selector.safetensors"
 """File of the selector's state in a checkpoint folder."""
@@ -92,10 +92,14 @@ class SftTrainerMixin:
 
     # ---- Optimiser ----
 
+    @property
+    def _sft_optimizer_cls(self) -> type[SftOptimizer]:
+        return SftSM3 if self.sft_config.selection_algorithm == "sm3" else SftAdamW
+
     def _check_optimizer_settings(self) -> None:
         """Refuse, before anything is spent on training, what would be ignored or could not work."""
         algorithm = self.sft_config.selection_algorithm
-        needed = SftSM3 if algorithm == "sm3" else SftAdamW
+        needed = self._sft_optimizer_cls
         given = type(self.optimizer) if self.optimizer is not None else None
         if self.optimizer_cls_and_kwargs is not None:
             given = self.optimizer_cls_and_kwargs[0]
@@ -124,32 +128,34 @@ class SftTrainerMixin:
             )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimiser that the selection algorithm needs, unless the user brought one."""
-        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
-            return super().create_optimizer(model)
-        model = self.model if model is None else model
-        decaying = set(self.get_decay_parameter_names(model))
-        trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
-        groups = [
-            {
-                "params": [param for name, param in trained.items() if name in decaying],
-                "weight_decay": self.args.weight_decay,
-            },
-            {"params": [param for name, param in trained.items() if name not in decaying], "weight_decay": 0.0},
-        ]
-        args = self.args
-        if self.sft_config.selection_algorithm == "sm3":
-            deltas = {delta.values: delta for delta in named_deltas(model).values()}
-            self.optimizer = SftSM3(groups, deltas, lr=args.learning_rate, eps=args.adam_epsilon)
-        else:
-            self.optimizer = SftAdamW(
-                groups,
-                lr=args.learning_rate,
-                betas=(args.adam_beta1, args.adam_beta2),
-                eps=args.adam_epsilon,
-                momentum_dtype=torch.float32,
+        """Make the optimiser as the base class does, with what `get_optimizer_cls_and_kwargs` gives.
+
+        Raises:
+            TypeError: The base class overrides this method and makes another optimiser than the selection needs.
+        """
+        is_made_here = self.optimizer is None  # else brought by the user, or left, wrapped, by an earlier training
+        # A user's override often lacks the argument, which the Trainer passes under FSDP only.
+        super().create_optimizer() if model is None else super().create_optimizer(model)
+        if is_made_here and not isinstance(self.optimizer, self._sft_optimizer_cls):
+            needed = self._sft_optimizer_cls.__name__
+            raise TypeError(
+                f"create_optimizer of {self.sft_base.__name__} made {type(self.optimizer).__name__}, but "
+                f"selection_algorithm={self.sft_config.selection_algorithm!r} needs {needed}; make that, or take the "
+                f"class from self.get_optimizer_cls_and_kwargs(self.args)"
             )
         return self.optimizer
+
+    def get_optimizer_cls_and_kwargs(
+        self, args: TrainingArguments, model: nn.Module | None = None
+    ) -> tuple[type[SftOptimizer], dict[str, Any]]:
+        """The optimiser that the selection algorithm needs, with its settings from `args`."""
+        kwargs: dict[str, Any] = {"lr": args.learning_rate, "eps": args.adam_epsilon}
+        if self._sft_optimizer_cls is SftSM3:
+            deltas = named_deltas(self.model if model is None else model)
+            kwargs["deltas"] = {delta.values: delta for delta in deltas.values()}
+        else:
+            kwargs |= {"betas": (args.adam_beta1, args.adam_beta2), "momentum_dtype": torch.float32}
+        return self._sft_optimizer_cls, kwargs
 
     # ---- Selection ----
 
