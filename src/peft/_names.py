@@ -16,7 +16,7 @@ EXPORTS: dict[str, tuple[str, ...]] = {
         "AutoPeftModelForSequenceClassification",
         "AutoPeftModelForTokenClassification",
     ),
-    ".config": ("PeftConfig", "PromptLearningConfig"),
+    ".config": ("PeftConfig", "PrefixTuningConfig", "PromptLearningConfig"),
     ".mapping": (
         "PEFT_TYPE_TO_CONFIG_MAPPING",
         "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
@@ -122,7 +122,6 @@ MISSING: dict[str, tuple[str, ...]] = {
     "Poly": ("PolyConfig", "PolyModel"),
     "Prefix tuning": (
         "PrefixEncoder",
-        "PrefixTuningConfig",
         "bloom_model_postprocess_past_key_value",
         "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     ),

@@ -18,7 +18,7 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .utils.constants import CONFIG_NAME
 from .utils.peft_types import PeftType, TaskType
@@ -294,6 +294,23 @@ class PromptLearningConfig(PeftConfig):
     @property
     def is_prompt_learning(self) -> bool:
         return True
+
+
+@documented
+@dataclass
+class PrefixTuningConfig(PromptLearningConfig):
+    """Configuration of prefix tuning. (The method is not in this version; trainers ask whether they have one.)"""
+
+    init_weights: Literal["zero"] | None = None
+    """"zero": the prefix starts at zero. None: at random."""
+    encoder_hidden_size: int | None = None
+    """Hidden size of the encoder of the prefix, with prefix_projection."""
+    prefix_projection: bool = False
+    """Compute the prefix from an embedding by an encoder of two layers."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.PREFIX_TUNING
 
 
 def _to_json(value):

@@ -11,6 +11,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+import trl
 from datasets import Dataset
 from tiny_models import adapted, llama, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -23,15 +24,6 @@ BETA = 0.3
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 methods = pytest.mark.parametrize("method", ["sft", "lora"])
 references = pytest.mark.parametrize("reference", ["copy", "disabled"])
-
-
-@pytest.fixture
-def trl(monkeypatch):
-    library = pytest.importorskip("trl")
-    if not hasattr(peft, "PrefixTuningConfig"):
-        # TRL's trainers import the name to recognise such configs, of which there are none as long as it is missing.
-        monkeypatch.setattr(peft, "PrefixTuningConfig", type("PrefixTuningConfig", (), {}), raising=False)
-    return library
 
 
 def copy_as_trl_does(model: peft.PeftModel) -> None:
@@ -128,7 +120,7 @@ def preferences(rows: int = 24) -> Dataset:
     return Dataset.from_list([{"prompt": write(4), "chosen": write(3), "rejected": write(3)} for _ in range(rows)])
 
 
-def arguments(trl, folder, **kw):
+def arguments(folder, **kw):
     settings = {"save_strategy": "no", "learning_rate": 0.02, **kw}
     return trl.DPOConfig(
         output_dir=str(folder),
@@ -157,7 +149,7 @@ def adapter_tensors(model, name: str) -> dict[str, torch.Tensor]:
 
 @methods
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["plain", "reentrant", "not reentrant"])
-def test_the_trainer_with_a_copy_as_reference(method, checkpointing, trl, tokenizer, tmp_path):
+def test_the_trainer_with_a_copy_as_reference(method, checkpointing, tokenizer, tmp_path):
     model = policy(method)
     start = adapter_tensors(model, "default")
     base = {name: p.clone() for name, p in model.get_base_model().named_parameters() if "default" not in name}
@@ -170,7 +162,7 @@ def test_the_trainer_with_a_copy_as_reference(method, checkpointing, trl, tokeni
         settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
     trainer = cls(
         model=model,
-        args=arguments(trl, tmp_path, **settings),
+        args=arguments(tmp_path, **settings),
         train_dataset=preferences(),
         processing_class=tokenizer,
     )
@@ -196,7 +188,7 @@ def test_the_trainer_with_a_copy_as_reference(method, checkpointing, trl, tokeni
 
 
 @methods
-def test_the_trainer_with_the_base_model_as_reference(method, trl, tokenizer, tmp_path):
+def test_the_trainer_with_the_base_model_as_reference(method, tokenizer, tmp_path):
     """The loss of every micro-batch equals the one of the merged policy and of the base model, two plain models."""
     base = llama()
     plain = copy.deepcopy(base)
@@ -224,7 +216,7 @@ def test_the_trainer_with_the_base_model_as_reference(method, trl, tokenizer, tm
             return loss
 
     cls = SftTrainer(Watched) if method == "sft" else Watched
-    args = arguments(trl, tmp_path, gradient_checkpointing=False)
+    args = arguments(tmp_path, gradient_checkpointing=False)
     trainer = cls(model=base, args=args, peft_config=config, train_dataset=preferences(), processing_class=tokenizer)
     trainer.train()
     assert "ref" not in trainer.model.peft_config
@@ -233,11 +225,11 @@ def test_the_trainer_with_the_base_model_as_reference(method, trl, tokenizer, tm
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_with_a_reference_adapter_resumes(trl, tokenizer, tmp_path):
+def test_a_run_with_a_reference_adapter_resumes(tokenizer, tmp_path):
     model, data = policy("sft"), preferences()
     other = copy.deepcopy(model)
     train = {"train_dataset": data, "processing_class": tokenizer}
-    args = arguments(trl, tmp_path, gradient_checkpointing=False, save_strategy="steps", save_steps=5)
+    args = arguments(tmp_path, gradient_checkpointing=False, save_strategy="steps", save_steps=5)
     SftTrainer(trl.DPOTrainer)(model=model, args=args, **train).train()
     resumed = SftTrainer(trl.DPOTrainer)(model=other, args=args, **train)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
