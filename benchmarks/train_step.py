@@ -20,6 +20,7 @@ Upstream's package takes part if there is an interpreter that has it: `--upstrea
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -62,11 +63,13 @@ def lora(model: nn.Module, rank: int) -> nn.Module:
     return get_peft_model(model, config)
 
 
-def sft(model: nn.Module, rank: int) -> nn.Module:
+def sft(model: nn.Module, rank: int, granularity: str = "element") -> nn.Module:
     from peft import SftConfig, get_peft_model
 
     budget = lora_parameters(model, rank)
-    config = SftConfig(task_type="CAUSAL_LM", num_tunable_weights=budget, target_modules="all-linear")
+    config = SftConfig(
+        task_type="CAUSAL_LM", num_tunable_weights=budget, target_modules="all-linear", granularity=granularity
+    )
     return get_peft_model(model, config)
 
 
@@ -108,6 +111,9 @@ CONTESTANTS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
     "lora": lora,
     "sft-reference": sft_reference,
     "sft": sft,
+    "sft-row": functools.partial(sft, granularity="row"),
+    "sft-column": functools.partial(sft, granularity="column"),
+    "sft-block": functools.partial(sft, granularity="block"),
     "ssf": ssf,
 }
 LABELS = {
@@ -117,6 +123,9 @@ LABELS = {
     "lora": "LoRA",
     "sft-reference": "SFT, dense formulation",
     "sft": "SFT",
+    "sft-row": "SFT, rows",
+    "sft-column": "SFT, columns",
+    "sft-block": "SFT, blocks of 16",
     "ssf": "SSF",
 }
 
@@ -150,7 +159,7 @@ class Step:
         self.optimizer = self._optimizer(args.worker) if args.with_optimizer and self.trained else None
 
     def _optimizer(self, contestant: str) -> torch.optim.Optimizer:
-        if contestant == "sft":
+        if contestant.startswith("sft") and contestant != "sft-reference":
             from peft import SftAdamW
 
             return SftAdamW(self.trained, lr=1e-5)
