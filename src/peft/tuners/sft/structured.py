@@ -181,10 +181,18 @@ class Blocks(Layout):
         inner = torch.arange(self.b, device=groups.device)
         return (row[:, None] * self.b + inner)[:, :, None], (column[:, None] * self.b + inner)[:, None, :]
 
+    def _step(self, t: Tensor) -> int:
+        """Tiles at a time, so that what is gathered of (N, channels) for them stays bounded: N * b numbers each."""
+        return max(1, kernels.WORKSPACE_BYTES // max(1, len(t) * self.b * t.element_size()))
+
     def gradient(self, gy, inputs, groups):
-        row, column = self._places(groups)
-        left = self._tiled(gy).index_select(1, row).permute(1, 2, 0)  # (g, b, N)
-        return torch.bmm(left, self._tiled(inputs).index_select(1, column).transpose(0, 1)).flatten(1)
+        left, right = self._tiled(gy), self._tiled(inputs)
+        parts = []
+        for some in groups.split(self._step(gy)):
+            row, column = self._places(some)
+            tall = left.index_select(1, row).permute(1, 2, 0)  # (g, b, N)
+            parts.append(torch.bmm(tall, right.index_select(1, column).transpose(0, 1)).flatten(1))
+        return torch.cat(parts)
 
     def add_product(self, y, x, groups, values):
         self._add_tiles(y, x, *self._places(groups), values.unflatten(1, (self.b, self.b)).mT)
@@ -197,8 +205,10 @@ class Blocks(Layout):
 
     def _add_tiles(self, y: Tensor, x: Tensor, to: Tensor, source: Tensor, tiles: Tensor) -> None:
         """`y[:, tile to[n]] += x[:, tile source[n]] @ tiles[n]` for every n."""
-        products = torch.bmm(self._tiled(x).index_select(1, source).transpose(0, 1), tiles)  # (g, N, b)
-        self._tiled(y).index_add_(1, to, products.transpose(0, 1))
+        step = self._step(x)
+        for some, other, factors in zip(to.split(step), source.split(step), tiles.split(step)):
+            products = torch.bmm(self._tiled(x).index_select(1, other).transpose(0, 1), factors)  # (g, N, b)
+            self._tiled(y).index_add_(1, some, products.transpose(0, 1))
 
     def add_squares(self, squares, block, start):
         whole = len(block) // self.b
