@@ -27,8 +27,9 @@ in each, b the side of a block.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,14 @@ class Layout:
         """Output channel, and input channel with kernel (0..I*K-1), of every number: broadcast together, (g, ...)."""
         raise NotImplementedError
 
+    def read(self, W: Tensor, groups: Tensor) -> Tensor:
+        """(g, s) the groups' numbers in the matrix `W` (O, I)."""
+        raise NotImplementedError
+
+    def write(self, W: Tensor, groups: Tensor, numbers: Tensor) -> None:
+        """Put the groups' numbers (g, s) into the matrix `W` (O, I)."""
+        raise NotImplementedError
+
     def inputs(self, x: Tensor, groups: Tensor) -> Tensor:
         """What of the input `x` (N, I) the groups' gradients depend on."""
         return x
@@ -110,6 +119,12 @@ class Rows(Layout):
     def _coordinates(self, groups):
         return groups[:, None], torch.arange(self.size, device=groups.device)
 
+    def read(self, W, groups):
+        return W.index_select(0, groups)
+
+    def write(self, W, groups, numbers):
+        W.index_copy_(0, groups.long(), numbers)
+
     def gradient(self, gy, inputs, groups):
         return gy.index_select(1, groups).T @ inputs
 
@@ -132,6 +147,12 @@ class Columns(Layout):
     def _coordinates(self, groups):
         o, k = (torch.arange(n, device=groups.device) for n in (self.out_features, self.kernel))
         return o[:, None], groups[:, None, None] * self.kernel + k
+
+    def read(self, W, groups):
+        return W.index_select(1, groups).T
+
+    def write(self, W, groups, numbers):
+        W.index_copy_(1, groups.long(), numbers.T)
 
     def inputs(self, x, groups):
         return x.index_select(1, groups)
@@ -181,6 +202,19 @@ class Blocks(Layout):
         inner = torch.arange(self.b, device=groups.device)
         return (row[:, None] * self.b + inner)[:, :, None], (column[:, None] * self.b + inner)[:, None, :]
 
+    def _grid(self, W: Tensor) -> Tensor:
+        """`W` (O, I) -> (whole tiles, b, whole tiles, b), a view."""
+        whole = len(W) // self.b
+        return self._tiled(W[: whole * self.b]).unflatten(0, (whole, self.b))
+
+    def read(self, W, groups):
+        row, column = self._places(groups)
+        return self._grid(W)[row, :, column].flatten(1)
+
+    def write(self, W, groups, numbers):
+        row, column = self._places(groups)
+        self._grid(W)[row, :, column] = numbers.unflatten(1, (self.b, self.b))
+
     def _step(self, t: Tensor) -> int:
         """Tiles at a time, so that what is gathered of (N, channels) for them stays bounded: N * b numbers each."""
         return max(1, kernels.WORKSPACE_BYTES // max(1, len(t) * self.b * t.element_size()))
@@ -211,10 +245,9 @@ class Blocks(Layout):
             self._tiled(y).index_add_(1, some, products.transpose(0, 1))
 
     def add_squares(self, squares, block, start):
-        whole = len(block) // self.b
-        tiles = self._tiled(block[: whole * self.b]).unflatten(0, (whole, self.b))  # (whole, b, across, b)
+        found = _squared_norm(self._grid(block), (1, 3)).flatten()
         first = start // self.b * self._across
-        squares[first : first + whole * self._across] += _squared_norm(tiles, (1, 3)).flatten()
+        squares[first : first + len(found)] += found
 
     def _factors(self, o, i):
         return tuple(t[: len(t) // self.b * self.b].unflatten(0, (-1, self.b)).sum(1) for t in (o, i))
@@ -308,7 +341,7 @@ class _StructuredLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, transposed, deltas, dtype, *values_and_indices):
         n = len(deltas)
         values, indices = values_and_indices[:n], values_and_indices[n:]
-        with _written(weight, deltas, values, indices), torch.autocast(x.device.type, enabled=False):
+        with _written(weight, transposed, deltas, values, indices):
             W = weight.data.to(dtype)
             y = F.linear(x, W.T if transposed else W, None if bias is None else bias.to(dtype))
         ctx.inputs, kept = [], []
@@ -333,7 +366,7 @@ class _StructuredLinear(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * n
         with torch.autocast(gy.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                with _written(weight, deltas, values, indices):
+                with _written(weight, ctx.transposed, deltas, values, indices):
                     W = weight.data.to(gy.dtype)
                     gx = gy @ (W.T if ctx.transposed else W)
             g = gy.reshape(-1, gy.shape[-1])
@@ -352,18 +385,31 @@ class _StructuredLinear(torch.autograd.Function):
         return gx, None, gb, None, None, None, *grads, *([None] * n)
 
 
-def _written(weight, deltas, values, indices):
-    positions = [d.layout.positions(i).flatten() for d, i in zip(deltas, indices)]
-    return kernels._written(weight, [v.flatten() for v in values], positions)
+@contextlib.contextmanager
+def _written(weight: Tensor, transposed: bool, deltas, values, indices) -> Iterator[None]:
+    """While this lasts the weight has the deltas in it, as with `kernels._written`."""
+    W = weight.data.T if transposed else weight.data
+    base: list[Tensor] = []
+    with kernels._writing:
+        try:
+            for delta, v, i in zip(deltas, values, indices):
+                base.append(delta.layout.read(W, i))
+                delta.layout.write(W, i, kernels._sum(base[-1], v))
+            yield
+        finally:
+            for numbers, delta, i in zip(reversed(base), reversed(deltas[: len(base)]), reversed(indices[: len(base)])):
+                delta.layout.write(W, i, numbers)
 
 
 def structured_linear(x: Tensor, weight: Tensor, bias: Tensor | None, deltas, transposed: bool) -> Tensor:
     """The linear layer with structured deltas added to its weight; see `kernels.sparse_linear`."""
     device = x.device.type
-    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else weight.dtype
     tensors = [d.values for d in deltas] + [d.indices for d in deltas]
-    return _StructuredLinear.apply(x.to(dtype) if autocast else x, weight, bias, transposed, deltas, dtype, *tensors)
+    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+        x = x.to(dtype) if autocast else x
+        return _StructuredLinear.apply(x, weight, bias, transposed, deltas, dtype, *tensors)
 
 
 class _AddProduct(torch.autograd.Function):
