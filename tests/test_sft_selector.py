@@ -576,13 +576,14 @@ def data_parallel_worker(rank, port, results):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_do_what_one_does(tmp_path):
+@pytest.mark.parametrize("granularity", ["element", "column"])
+def test_two_processes_do_what_one_does(granularity, tmp_path):
     import socket
 
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    model, optimizer, selector = make(total=20)
+    model, optimizer, selector = make(total=20, granularity=granularity)
     batches = random_batches(10)
     twin = copy.deepcopy(model)
     for _, _, delta in twin.active_deltas():
