@@ -17,9 +17,10 @@ Measured on the CPU (float32, one thread, N = 512, as many trained numbers as Lo
     576 x 576           0.01     0.14            0.04    0.10           0.08    0.21   0.39
     1536 x 576          0.02     0.24            0.08    0.17           0.10    0.49   0.90
 
-"written" is what writing and restoring adds to one product; "thin" is the product of the delta alone, added to the frozen layer's output. It is what happens beside layers that
-cannot be written (packed, with hooks), and beside weights of half precision, in which a sum `W + value` would lose
-what the delta has learnt until that is larger than the rounding of W.
+"written" is what writing and restoring adds to one product; "thin" is the product of the delta alone, added to the
+frozen layer's output. The latter is what happens beside layers that cannot be written (packed, with hooks), and beside
+weights of half precision, in which a sum `W + value` would lose what the delta has learnt until that is larger than the
+rounding of W.
 
 Letters: N rows of the input, O, I, K the weight's output and input channels and its kernel's size, g groups, s numbers
 in each, b the side of a block.
