@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib.util
 import json
 import os
@@ -66,11 +67,13 @@ def lora(model: nn.Module, rank: int) -> nn.Module:
     return get_peft_model(model, config)
 
 
-def sft(model: nn.Module, rank: int) -> nn.Module:
+def sft(model: nn.Module, rank: int, granularity: str = "element") -> nn.Module:
     from peft import SftConfig, get_peft_model
 
     budget = lora_parameters(model, rank)
-    config = SftConfig(task_type="CAUSAL_LM", num_tunable_weights=budget, target_modules="all-linear")
+    config = SftConfig(
+        task_type="CAUSAL_LM", num_tunable_weights=budget, target_modules="all-linear", granularity=granularity
+    )
     return get_peft_model(model, config)
 
 
@@ -112,6 +115,9 @@ CONTESTANTS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
     "lora": lora,
     "sft-reference": sft_reference,
     "sft": sft,
+    "sft-row": functools.partial(sft, granularity="row"),
+    "sft-column": functools.partial(sft, granularity="column"),
+    "sft-block": functools.partial(sft, granularity="block"),
     "ssf": ssf,
 }
 LABELS = {
@@ -121,6 +127,9 @@ LABELS = {
     "lora": "LoRA",
     "sft-reference": "SFT, dense formulation",
     "sft": "SFT",
+    "sft-row": "SFT, rows",
+    "sft-column": "SFT, columns",
+    "sft-block": "SFT, blocks of 16",
     "ssf": "SSF",
 }
 

@@ -114,6 +114,7 @@ OPS: dict[str, OpCase] = {
     ),
 }
 NORMS = ("LayerNorm", "RMSNorm", "OffsetRMSNorm")
+MATRICES = tuple(op for op in OPS if op not in NORMS)
 
 
 # Each method's formula: (op, stored weight, bias, parameters by their path in the layer, x) -> output
@@ -135,6 +136,27 @@ def sft_formula(op: OpCase, W, b, parameters, x):
         0, parameters["sft_delta.indices"].long(), parameters["sft_delta.values"]
     )
     return op.function(x, W + flat.view(W.shape), b)
+
+
+def sft_groups_formula(granularity: str, b: int = 2):
+    """`W` with whole output channels, input channels or b x b tiles of `W[O, I, ...]` added."""
+
+    def formula(op: OpCase, W, b_, parameters, x):
+        view = W.T if op.stored_transposed else W
+        delta = torch.zeros_like(view)
+        for number, values in zip(parameters["sft_delta.indices"].tolist(), parameters["sft_delta.values"]):
+            one = torch.zeros_like(view)
+            if granularity == "row":
+                one[number] = 1
+            elif granularity == "column":
+                one[:, number] = 1
+            else:
+                row, column = divmod(number, view.shape[1] // b)
+                one[row * b : (row + 1) * b, column * b : (column + 1) * b] = 1
+            delta = delta.masked_scatter(one.bool(), values)
+        return op.function(x, W + (delta.T if op.stored_transposed else delta), b_)
+
+    return formula
 
 
 def ssf_formula(op: OpCase, W, b, parameters, x):
@@ -161,7 +183,7 @@ METHODS: dict[str, MethodCase] = {
     "lora": MethodCase(
         lambda **kw: LoraConfig(r=4, lora_alpha=8, **kw),
         lora_formula,
-        ops=tuple(op for op in OPS if op not in NORMS),
+        ops=MATRICES,
         bad=(
             ({"r": 0}, "rank must be a positive whole number, got r=0"),
             ({"r": -3}, "got r=-3"),
@@ -190,6 +212,35 @@ METHODS: dict[str, MethodCase] = {
             ({"selection_accumulation_steps": 0}, "got 0"),
             ({"reselection_steps": 1}, "reselection_steps must be at least 2, got 1"),
             ({"initial_reselection_rate": 1.1}, r"initial_reselection_rate must be in \[0, 1\], got 1.1"),
+        ),
+    ),
+    "sft_row": MethodCase(
+        lambda **kw: SftConfig(**{"density": 0.3, "granularity": "row", **kw}),
+        sft_groups_formula("row"),
+        ops=MATRICES,
+        unmerges_exactly=True,
+        wide={"dtype": "auto"},
+        bad=(
+            ({"granularity": "rows"}, "granularity must be one of .* got 'rows'"),
+            ({"block_size": 8}, "block_size=8 has no meaning with granularity='row'"),
+        ),
+    ),
+    "sft_column": MethodCase(
+        lambda **kw: SftConfig(**{"density": 0.3, "granularity": "column", **kw}),
+        sft_groups_formula("column"),
+        ops=MATRICES,
+        unmerges_exactly=True,
+        wide={"dtype": "auto"},
+    ),
+    "sft_block": MethodCase(
+        lambda **kw: SftConfig(**{"num_tunable_weights": 12, "granularity": "block", "block_size": 2, **kw}),
+        sft_groups_formula("block"),
+        ops=("linear", "linear_no_bias", "Conv1D", "embedding"),
+        unmerges_exactly=True,
+        wide={"dtype": "auto"},
+        bad=(
+            ({"block_size": 0}, "block_size must be a positive whole number, got 0"),
+            ({"block_size": 2.0}, "got 2.0"),
         ),
     ),
     "ssf": MethodCase(

@@ -250,7 +250,9 @@ def random_delta(shape, k, dtype=torch.float64, index_dtype=torch.int64):
     numel = math.prod(shape)
     indices = torch.randperm(numel)[:k].sort().values.to(index_dtype)
     values = torch.nn.Parameter(torch.randn(k, dtype=dtype))
-    return SimpleNamespace(values=values, indices=indices, shape=torch.Size(shape), dense_numel=numel)
+    return SimpleNamespace(
+        values=values, indices=indices, positions=indices.long, shape=torch.Size(shape), dense_numel=numel
+    )
 
 
 class TestSM3:

@@ -24,6 +24,11 @@ class SftArguments:
     """Share of the number of parameters of the whole base model that is trained."""
     num_tunable_weights: int | None = None
     """Number of weights that are trained, in all; overrides density."""
+    granularity: Literal["element", "row", "column", "block"] = "element"
+    """What is chosen as one: single weights; all weights of one output channel ("row") or of one input channel
+    ("column"); or tiles of block_size x block_size ("block")."""
+    block_size: int = 16
+    """Side of the tiles that granularity="block" chooses."""
     selection_algorithm: Literal["rigl", "sm3"] = "rigl"
     """How weights are re-chosen: "rigl" by accumulated gradients (SpIEL-AG), "sm3" by the accumulators of the SM3
     optimiser (SpIEL-MA)."""
@@ -64,6 +69,11 @@ class SftConfig(PeftConfig):
     num_deltas: dict[str, int] | None = None
     """Number of trained weights per module, {module name: k}; overrides the others. Filled in when the adapter is made,
     so that loading does not derive it again."""
+    granularity: Literal["element", "row", "column", "block"] = "element"
+    """What is chosen as one: single weights; all weights of one output channel ("row") or of one input channel
+    ("column"); or tiles of block_size x block_size ("block")."""
+    block_size: int = 16
+    """Side of the tiles that granularity="block" chooses."""
     selection_algorithm: Literal["rigl", "sm3"] = "rigl"
     """How weights are re-chosen: "rigl" by accumulated gradients (SpIEL-AG), "sm3" by the accumulators of the SM3
     optimiser (SpIEL-MA)."""
@@ -95,12 +105,20 @@ class SftConfig(PeftConfig):
         check_layer_selection(self)
         self._check_budget()
         for name, allowed in (
+            ("granularity", ("element", "row", "column", "block")),
             ("selection_algorithm", ("rigl", "sm3")),
             ("reselection_rate_policy", ("linear", "cosine")),
             ("dtype", tuple(DTYPES)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if not isinstance(self.block_size, int) or self.block_size < 1:
+            raise ValueError(f"block_size must be a positive whole number, got {self.block_size!r}")
+        if self.granularity != "block" and self.block_size != type(self).block_size:
+            raise ValueError(
+                f"block_size={self.block_size} has no meaning with granularity={self.granularity!r}; set "
+                f"granularity='block', or leave it out"
+            )
         if self.reselection_steps < 2:
             raise ValueError(f"reselection_steps must be at least 2, got {self.reselection_steps!r}")
         if not 1 <= self.selection_accumulation_steps <= self.reselection_steps - 1:

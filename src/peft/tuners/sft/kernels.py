@@ -47,14 +47,14 @@ def _written(weight: torch.Tensor, values: Sequence[torch.Tensor], indices: Sequ
         try:
             for v, i in zip(values, indices):
                 base.append(flat.index_select(0, i))
-                flat.scatter_(0, i.long(), _sum(base[-1], v))
+                flat.scatter_(0, i.long(), wide_sum(base[-1], v))
             yield weight
         finally:
             for numbers, i in zip(reversed(base), reversed(indices[: len(base)])):
                 flat.scatter_(0, i.long(), numbers)
 
 
-def _sum(base: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def wide_sum(base: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """`base + values`, added in the wider of their types and rounded once."""
     wide = torch.promote_types(base.dtype, values.dtype)
     return (base.to(wide) + values.to(wide)).to(base.dtype)
@@ -71,9 +71,9 @@ class Candidates:
     def see(self, gradient: torch.Tensor, start: int) -> None:
         """Take in this process's dense gradient (n,) of the positions from `start` on."""
         ranks, gradient = self.delta.ranks, gradient.float()
-        self.see_sum(gradient if ranks is None else ranks.sum(self.delta, gradient, start), start)
+        self.seewide_sum(gradient if ranks is None else ranks.sum(self.delta, gradient, start), start)
 
-    def see_sum(self, gradient: torch.Tensor, start: int) -> None:
+    def seewide_sum(self, gradient: torch.Tensor, start: int) -> None:
         """Take in the gradient (n,) of the positions from `start` on, summed over all processes."""
         k = self.delta.values.numel()
         size, position = gradient.abs().topk(min(k, gradient.numel()))
@@ -86,11 +86,12 @@ class Candidates:
         self.delta.candidates = self.position.sort().values.to(self.delta.indices.dtype)
 
 
-def _new_candidates(deltas) -> list[Candidates]:
+def new_candidates(deltas) -> list:
+    """What will choose the candidates of those gathering deltas that have none; a backward pass has come to them."""
     for delta in deltas:
         if delta.is_gathering and delta.ranks is not None:
             delta.ranks.enter(delta)
-    return [Candidates(d) for d in deltas if d.is_gathering and d.candidates is None]
+    return [d.new_candidates() for d in deltas if d.is_gathering and d.candidates is None]
 
 
 class _Factor:
@@ -118,7 +119,7 @@ def _weight_gradient(left: _Factor, right: _Factor, deltas, indices) -> list[tor
 
     Gathering deltas observe the same gradient.
     """
-    new = _new_candidates(deltas)
+    new = new_candidates(deltas)
     old = [d for d in deltas if d.is_gathering and d.candidates is not None]
     samples = _entries(left, right, [*indices, *(d.candidates for d in old)], deltas[0].shape, new)
     for delta, sample in zip(old, samples[len(indices) :]):
@@ -297,14 +298,14 @@ class _ScatterAdd(torch.autograd.Function):
     def forward(ctx, flat, values, indices, delta):
         ctx.save_for_backward(indices)
         ctx.delta, ctx.dtype = delta, values.dtype
-        return _added(flat, values, indices)
+        return added(flat, values, indices)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         (indices,) = ctx.saved_tensors
         delta = ctx.delta
-        for candidates in _new_candidates([delta]):
+        for candidates in new_candidates([delta]):
             candidates.see(gradient, 0)
             candidates.choose()
         if delta.is_gathering:
@@ -312,23 +313,12 @@ class _ScatterAdd(torch.autograd.Function):
         return gradient if ctx.needs_input_grad[0] else None, gradient[indices.long()].to(ctx.dtype), None, None
 
 
-def _added(flat: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+def added(flat: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """A copy of `flat` (n,) with values (k,) added at the positions `indices` (k,)."""
     position = indices.long()
-    return flat.index_copy(0, position, _sum(flat[position], values))
+    return flat.index_copy(0, position, wide_sum(flat[position], values))
 
 
 def scatter_add(flat: torch.Tensor, delta) -> torch.Tensor:
-    """A copy of the flattened weight (n,) with the delta added, differentiable.
-
-    Raises:
-        RuntimeError: A transform of torch.func is active while gradients are gathered: it runs no backward pass in
-            which they could be.
-    """
-    if torch._C._are_functorch_transforms_active():
-        if delta.is_gathering:
-            raise RuntimeError(
-                "Gradients taken by torch.func cannot be gathered for a reselection. Train with loss.backward(), or "
-                "close the SftSelector, which keeps the positions as they are"
-            )
-        return _added(flat, delta.values, delta.indices)
+    """A copy of the flattened weight (n,) with the delta added, differentiable."""
     return _ScatterAdd.apply(flat, delta.values, delta.indices, delta)

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .kernels import Candidates
-
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from .kernels import Candidates
     from .layer import SparseDelta
+    from .structured import GroupCandidates
 
 THREADS = (
     "This process drives {} devices through nn.DataParallel, whose replicas cannot gather gradients; start one process "
@@ -64,7 +64,9 @@ class Ranks:
         self._tasks: set[int] = set()  # backward passes under way that will announce their end
         self._latest_task = -1
         self._added_zeros: dict[SparseDelta, int] = {}  # the backward pass in which this process did not use the delta
-        self._choices: dict[SparseDelta, Candidates] = {}  # of deltas that others use, until they are complete
+        self._choices: dict[
+            SparseDelta, Candidates | GroupCandidates
+        ] = {}  # of deltas that others use, until they are complete
 
     def __reduce__(self) -> Any:
         return _nobody, ()  # a copy of the model does not take part in the run
@@ -130,7 +132,7 @@ class Ranks:
     def _add_zeros(self, number: int, start: int, stop: int) -> None:
         """Take part in a sum to which this process has nothing to add, and in the choice that follows from it."""
         delta = self.deltas[number]
-        choice = self._choices.setdefault(delta, Candidates(delta))
+        choice = self._choices.setdefault(delta, delta.new_candidates())
         choice.see_sum(self._all_reduce(torch.zeros(stop - start, device=delta.indices.device)), start)
         if stop == delta.dense_numel:
             self._choices.pop(delta).choose()

@@ -4,7 +4,11 @@ Every `reselection_steps` update steps the positions whose values are nearest to
 promise more: by gradients gathered beforehand ("rigl": accumulated gradients, SpIEL-AG) or by the optimiser's row and
 column accumulators ("sm3": moment approximation, SpIEL-MA). arXiv 2401.16405, section 3, algorithm 1.
 
-Letters: k trained positions of a weight, m of them exchanged, t completed update steps, T their total number,
+A position is a slot of one number; in a structured delta (`structured`) a slot is a group of s numbers, ranked by the
+L2 norm of its values or gradients where a position is ranked by their absolute value. Statistics and optimiser state
+stay per number.
+
+Letters: k trained slots of a weight, m of them exchanged, t completed update steps, T their total number,
 R rows and C columns of a weight seen as a matrix.
 
 Left out: gradient clipping is not applied to the gathered gradients; they are what the optimiser would see without it.
@@ -37,8 +41,8 @@ if TYPE_CHECKING:
 class _Statistics:
     """What a gathering window knows so far about the candidates of one delta."""
 
-    total: Tensor  # (k,) float32, sum of the gradients of the update steps
-    squares: Tensor  # (k,) float32, sum of their squares
+    total: Tensor  # (k,) or (k, s) float32, sum of the gradients of the update steps
+    squares: Tensor  # likewise, sum of their squares
     updates: int  # number of update steps in the sums
 
     def add(self, grad: Tensor) -> None:
@@ -76,7 +80,8 @@ class SftSelector:
             it has to be said ("sm3" need not know: its accumulators are the same in all processes).
 
     Attributes:
-        last_report: One dict per delta for the latest reselection: `name`, `moved` (positions exchanged), `total` (k).
+        last_report: One dict per delta for the latest reselection: `name`, `moved` (trained weights exchanged), `total`
+            (trained weights).
         history: One dict per reselection so far: `step` (t), `share` aimed at, `moved`, `total`.
         discarded_updates: Update steps inside gathering windows that did not count.
 
@@ -211,13 +216,13 @@ class SftSelector:
         share = self.share(step)
         self.last_report = []
         for name, delta in self.deltas.items():
-            total = delta.indices.numel()
-            count = math.floor(total * share)
+            count = math.floor(delta.slots * share)
             if self.config.selection_algorithm == "rigl":
                 moved = self._grow_by_gradient(delta, self._statistics[name], count)
             else:
                 moved = self._grow_by_accumulators(delta, count)
-            self.last_report.append({"name": name, "moved": moved, "total": total})
+            moved *= delta.slot_size
+            self.last_report.append({"name": name, "moved": moved, "total": delta.values.numel()})
         if self._statistics and not any(statistics.updates for statistics in self._statistics.values()):
             warnings.warn(
                 f"No position was reselected after update step {step}: the optimizer took no step with finite "
@@ -241,7 +246,7 @@ class SftSelector:
 
         stays = is_active & ~dropped[slots]
         eligible = (~stays).nonzero().squeeze(1)
-        chosen = eligible[largest(statistics.total[eligible].abs(), min(count, eligible.numel()))]
+        chosen = eligible[largest(_slot_norm(statistics.total[eligible]), min(count, eligible.numel()))]
         # What is dropped and grown at once stays as it is; of the rest, give up no more than comes in.
         dropped[slots[chosen[is_active[chosen]]]] = False
         grown = chosen[~is_active[chosen]]
@@ -255,12 +260,15 @@ class SftSelector:
         return grown.numel()
 
     def _grow_by_accumulators(self, delta: SparseDelta, count: int) -> int:
-        """Drop the `count` smallest values for the inactive positions of largest accumulator product."""
-        count = min(count, delta.dense_numel - delta.indices.numel())
+        """Drop the `count` smallest values for the inactive slots of largest (sum of) accumulator products."""
+        count = min(count, delta.choices - delta.slots)
         if count == 0:
             return 0
         given_up = largest(_magnitude(delta).neg(), count).nonzero().squeeze(1)
-        grown = largest_products(*self.optimizer.accumulators(delta.values), delta.indices.detach().long(), count)
+        factors = self.optimizer.accumulators(delta.values)
+        if delta.layout is not None:
+            factors = delta.layout.factors(*factors)
+        grown = largest_products(*factors, delta.indices.detach().long(), count)
         self.optimizer.reset_elements(delta.values, given_up)
         self.optimizer.permute_elements(delta.values, delta.replace(given_up, grown))
         return count
@@ -272,7 +280,7 @@ class SftSelector:
 
         `completed_steps`: int64 scalar. While a gathering window is open, for each delta (by its name) that has
         chosen its candidates: `<delta>.candidates` (k,) of the type of its indices, `<delta>.total` and
-        `<delta>.squares` (k,) float32, `<delta>.updates` int64 scalar. Take it between update steps: what the
+        `<delta>.squares` (k,) or (k, s) float32, `<delta>.updates` int64 scalar. Take it between update steps: what the
         micro-batches of an unfinished step have gathered is as little part of it as their gradients are of the
         optimiser's state.
         """
@@ -302,8 +310,9 @@ class SftSelector:
                 f"load it into the model that it was saved with"
             )
         for name in saved:
-            for entry in ("candidates", "total", "squares"):
-                found, expected = state[f"{name}.{entry}"].shape, self.deltas[name].indices.shape
+            delta = self.deltas[name]
+            for entry, like in (("candidates", delta.indices), ("total", delta.values), ("squares", delta.values)):
+                found, expected = state[f"{name}.{entry}"].shape, like.shape
                 if found != expected:
                     raise ValueError(f"{name}.{entry} has shape {tuple(found)}, but the delta {tuple(expected)}")
         self._close_window()
@@ -385,7 +394,7 @@ def _scale_getter(optimizer: torch.optim.Optimizer) -> Callable[[], float]:
 
 
 def _empty_statistics(delta: SparseDelta) -> _Statistics:
-    total, squares = torch.zeros(2, delta.indices.numel(), device=delta.indices.device)
+    total, squares = torch.zeros(2, *delta.values.shape, device=delta.values.device)
     return _Statistics(total, squares, updates=0)
 
 
@@ -398,9 +407,15 @@ def _all_finite(tensors: Any) -> bool:
 
 
 def _magnitude(delta: SparseDelta) -> Tensor:
-    """|values| in float32 or wider; NaN counts as infinite, so that a ranking of all elements exists."""
+    """Size of each slot's values, (k,), float32 or wider; NaN counts as infinite, so that a ranking of all exists."""
     values = delta.values.detach()
-    return values.abs().to(torch.promote_types(values.dtype, torch.float32)).nan_to_num(nan=math.inf, posinf=math.inf)
+    sizes = _slot_norm(values.to(torch.promote_types(values.dtype, torch.float32)))
+    return sizes.nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def _slot_norm(numbers: Tensor) -> Tensor:
+    """Score of each slot, (k,), from a number for each of its elements: (k,) or (k, s)."""
+    return numbers.abs() if numbers.dim() == 1 else torch.linalg.vector_norm(numbers, dim=1)
 
 
 def _find(wanted: Tensor, ordered: Tensor) -> tuple[Tensor, Tensor]:
