@@ -138,10 +138,10 @@ def fix_candidates(model: PeftModel, seed: int) -> None:
     """Let every window have random candidates, drawn from the seed, instead of those of its first micro-batch."""
     generator = torch.Generator().manual_seed(seed)
     for delta in deltas_of(model).values():
-        pool = torch.randperm(delta.dense_numel, generator=generator)[: delta.indices.numel()].sort().values
+        pool = torch.randperm(delta.dense_numel, generator=generator)[: delta.indices.numel()].sort().values.int()
 
-        def start(delta=delta, pool=pool):
-            type(delta).start_gathering(delta)
+        def start(ranks=None, delta=delta, pool=pool):
+            type(delta).start_gathering(delta, ranks)
             delta.candidates = pool.clone()
 
         delta.start_gathering = start
