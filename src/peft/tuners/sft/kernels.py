@@ -88,7 +88,7 @@ class _Candidates:
 
 
 def _new_candidates(deltas) -> list[tuple[object, _Candidates]]:
-    return [(d, _Candidates(d.values.numel())) for d in deltas if d.is_gathering and d.candidates is None]
+    return [(d, _Candidates(d.candidate_count)) for d in deltas if d.is_gathering and d.candidates is None]
 
 
 def _weight_gradient(left: torch.Tensor, right: torch.Tensor, deltas, indices) -> list[torch.Tensor]:

@@ -8,6 +8,7 @@ it is a product with the folded weight or a sparse product beside the layer.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -39,15 +40,23 @@ class SparseDelta(nn.Module):
             has fewer than 2**31 elements, else int64. A frozen parameter, not a buffer: DDP would broadcast a buffer on
             every forward, and who copies an adapter through `named_parameters()` (TRL's DPO) would forget it.
         shape: of the weight as stored.
+        elastic: k may change, under a global budget.
+        candidate_count: how many candidates are chosen when gradients are gathered.
+        is_selected: the positions were chosen (`select_static`) or loaded, not just drawn.
+        observer: while set, the layer computes with `observer(W)`, W as stored, in place of W. `select_static` sees
+            the gradients of whole weights by it.
     """
 
-    def __init__(self, shape: torch.Size, k: int, dtype: torch.dtype):
+    def __init__(self, shape: torch.Size, k: int, dtype: torch.dtype, elastic: bool = False):
         super().__init__()
+        self.elastic = elastic
         self.shape = torch.Size(shape)
         index_dtype = torch.int32 if self.dense_numel < 2**31 else torch.int64
         self.values = nn.Parameter(torch.zeros(k, dtype=dtype))
         positions = torch.zeros(k) if self.values.is_meta else random_positions(self.dense_numel, k)
         self.indices = nn.Parameter(positions.to(index_dtype), requires_grad=False)
+        self.is_selected = False
+        self.observer: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.stop_gathering()
 
     @property
@@ -57,26 +66,77 @@ class SparseDelta(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.values.numel()} of {'x'.join(map(str, self.shape))}, dtype={self.values.dtype}"
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if prefix + "values" in state_dict:
+            self.resize(state_dict[prefix + "values"].shape[0])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.is_selected |= prefix + "indices" in state_dict
+
+    @torch.no_grad()
+    def choose(self, positions: torch.Tensor) -> None:
+        """Start at `positions` (k,), sorted and distinct, with values 0."""
+        self.resize(positions.numel())
+        self.indices.copy_(positions)
+        self.values.zero_()
+        self.is_selected = True
+
+    @torch.no_grad()
+    def resize(self, k: int) -> None:
+        """Make room for k positions if it may; all are to be set afterwards."""
+        if self.elastic and k != self.values.shape[0]:
+            _put(self.values, self.values.new_zeros(k, *self.values.shape[1:]))
+            _put(self.indices, self.indices.new_zeros(k))
+
+    @torch.no_grad()
+    def exchange(self, given_up: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Give up slots and take up positions with value 0, not necessarily as many. `values` and `indices` stay the
+        same parameters, but lose their `.grad` if k changes.
+
+        Args:
+            given_up: (m,) slots.
+            positions: (n,) that are not there yet.
+
+        Returns:
+            (k - m + n,) the slot in which every position was before, -1 for the new ones.
+        """
+        kept = torch.ones(self.indices.numel(), dtype=torch.bool, device=self.indices.device)
+        kept[given_up] = False
+        slots = kept.nonzero().squeeze(1)
+        indices = torch.cat([self.indices[slots], positions.to(self.indices.dtype)])
+        order = indices.argsort()
+        source = torch.cat([slots, slots.new_full((positions.numel(),), -1)])[order]
+        values = self.values.new_zeros(source.numel(), *self.values.shape[1:])
+        values[source >= 0] = self.values[source[source >= 0]]
+        _put(self.indices, indices[order])
+        _put(self.values, values)
+        return source
+
     # Gathering of gradients for a reselection ("rigl")
 
-    def start_gathering(self) -> None:
-        """From now on: choose candidates in the next backward pass, and sum up their gradients in every one."""
+    def start_gathering(self, count: int | None = None) -> None:
+        """From now on: choose candidates in the next backward pass, and sum up their gradients in every one.
+
+        Args:
+            count: Number of candidates c; None: k.
+        """
         self.is_gathering = True
-        self.candidates: torch.Tensor | None = None  # (k,) int64, sorted
-        self.candidate_grad: torch.Tensor | None = None  # (k,) float32, summed over micro-batches
+        self.candidate_count = self.indices.numel() if count is None else count
+        self.candidates: torch.Tensor | None = None  # (c,) int64, sorted
+        self.candidate_grad: torch.Tensor | None = None  # (c,) float32, summed over micro-batches
 
     def stop_gathering(self) -> None:
         self.is_gathering = False
+        self.candidate_count = 0
         self.candidates = None
         self.candidate_grad = None
 
     def take_candidate_grad(self) -> torch.Tensor | None:
-        """The candidates' gradient since the last call, (k,) float32, as `.grad` would have it; None: there is none."""
+        """The candidates' gradient since the last call, (c,) float32, as `.grad` would have it; None: there is none."""
         taken, self.candidate_grad = self.candidate_grad, None
         return taken
 
     def observe(self, gradient: torch.Tensor) -> None:
-        """Add the gradient at the candidates, (k,), of one backward pass."""
+        """Add the gradient at the candidates, (c,), of one backward pass."""
         gradient = gradient.detach().float()
         self.candidate_grad = gradient if self.candidate_grad is None else self.candidate_grad + gradient
 
@@ -117,6 +177,21 @@ class SparseDelta(nn.Module):
             raise ValueError("Delta positions must be distinct, but the file has some of them twice")
 
 
+def _put(parameter: nn.Parameter, data: torch.Tensor) -> None:
+    """Give a parameter data of another length. What holds the parameter, such as an optimiser, holds it still.
+
+    A graph that is still alive keeps the parameter's gradient accumulator, which knows the old length. torch makes a
+    new one only when the type of the data changes.
+    """
+    if parameter.shape == data.shape:
+        parameter.copy_(data)
+        return
+    parameter.grad = None
+    other = torch.float64 if data.dtype != torch.float64 else torch.float32
+    parameter.data = parameter.data.new_empty(0, dtype=other)
+    parameter.data = data
+
+
 class SftLayer(AdditiveLayer, nn.Module):
     """SFT on any layer with a weight."""
 
@@ -131,7 +206,12 @@ class SftLayer(AdditiveLayer, nn.Module):
     def update_layer(self, name, config, *, k: int):
         weight = self.get_base_layer().weight
         dtype = DTYPES[config.dtype] or (weight.dtype if weight.is_floating_point() else torch.float32)
-        self.sft_delta[name] = SparseDelta(self.op.stored_shape, k, dtype)
+        self.sft_delta[name] = SparseDelta(self.op.stored_shape, k, dtype, elastic=config.budget == "global")
+
+    def before_load(self, name, path, tensors):
+        values = tensors.get(f"{path}.sft_delta.{name}.values")
+        if values is not None:
+            self.sft_delta[name].resize(values.shape[0])
 
     def after_load(self, name):
         self.sft_delta[name].sort()
@@ -144,6 +224,8 @@ class SftLayer(AdditiveLayer, nn.Module):
     def fold(self, name, W, b):
         delta = self.sft_delta[name]
         stored = self.op.to_view(W)
+        if delta.observer is not None:  # its values are all 0 then
+            return self.op.to_view(delta.observer(stored)), b
         return self.op.to_view(scatter_add(stored.reshape(-1), delta).view(stored.shape)), b
 
     def remember(self, name, W, b):
@@ -160,6 +242,8 @@ class SftLayer(AdditiveLayer, nn.Module):
 
     def _apply_adapters(self, names, x, *args, **kwargs):
         base, op = self.base_layer, self.op
+        if any(self.sft_delta[name].observer is not None for name in names):
+            return op.op(x, *self.folded(names))
         callable_only = args or kwargs or not no_global_hooks() or is_quantized(self.get_base_layer())
         writable = (
             not callable_only and is_plain(base) and not base.weight.requires_grad and base.weight.is_contiguous()

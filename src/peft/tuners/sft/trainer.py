@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import itertools
 import os
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,8 @@ from ...config import write_atomically
 from ...utils.warning import PeftWarning
 from .config import SftConfig
 from .optimizer import SftAdamW, SftSM3
-from .selector import SftSelector, named_deltas
+from .selector import OPTIMIZERS, SftSelector, named_deltas, unselected
+from .static import select_static, undisturbed_randomness
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -38,7 +40,9 @@ def SftTrainer(base: type[Trainer]) -> type[Trainer]:
     """Make a Trainer class for sparse fine-tuning.
 
     The class is called `Sft<base>`, is made once per base class, can be pickled, and takes one more keyword argument:
-    `sft_config`, by default the configuration of the model's active adapter. Learning rate, weight decay, and for
+    `sft_config`, by default the configuration of the model's active adapter. With "static" selection the positions are
+    chosen when training begins, from the first `calibration_batches` of the training data, and the optimiser is what
+    the base class makes of the TrainingArguments. Otherwise learning rate, weight decay, and for
     "rigl" the betas and epsilon of AdamW, come from the TrainingArguments; the moments are kept in float32. To set
     anything else, pass an optimiser: `optimizers=(SftSM3(...), None)`.
 
@@ -74,6 +78,12 @@ class SftTrainerMixin:
         _check_config(self.sft_config)
         named_deltas(self.model)
         self._check_optimizer_settings()
+        if self.sft_config.budget == "global" and self.args.world_size > 1:
+            raise ValueError(
+                f"budget='global' changes the sizes of parameters after they were handed to data parallelism, which "
+                f"needs them fixed, and there are {self.args.world_size} processes; use budget='per_layer', or one "
+                f"process"
+            )
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"This process drives {self.args.n_gpu} devices through nn.DataParallel, whose replicas cannot gather "
@@ -86,7 +96,9 @@ class SftTrainerMixin:
     def _check_optimizer_settings(self) -> None:
         """Refuse, before anything is spent on training, what would be ignored or could not work."""
         algorithm = self.sft_config.selection_algorithm
-        needed = SftSM3 if algorithm == "sm3" else SftAdamW
+        if algorithm == "static":
+            return  # nothing moves, so any optimiser will do, and the base class makes what `optim` asks for
+        needed = OPTIMIZERS[algorithm]
         given = type(self.optimizer) if self.optimizer is not None else None
         if self.optimizer_cls_and_kwargs is not None:
             given = self.optimizer_cls_and_kwargs[0]
@@ -115,8 +127,9 @@ class SftTrainerMixin:
             )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimiser that the selection algorithm needs, unless the user brought one."""
-        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
+        """Make the optimiser that the selection algorithm needs, unless it needs none or the user brought one."""
+        brought = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
+        if brought or self.sft_config.selection_algorithm == "static":
             return super().create_optimizer(model)
         model = self.model if model is None else model
         decaying = set(self.get_decay_parameter_names(model))
@@ -147,6 +160,7 @@ class SftTrainerMixin:
     def start_sft_selection(self) -> None:
         """Make the selector of the coming training, in the state of the checkpoint that is being resumed, if any."""
         self.stop_sft_selection()
+        self._select_static()
         self.sft_selector = SftSelector(
             self.model,
             self.optimizer,
@@ -159,6 +173,36 @@ class SftTrainerMixin:
         checkpoint, self._sft_checkpoint = self._sft_checkpoint, None
         if checkpoint is not None:
             self._load_selector(checkpoint)
+
+    def _select_static(self) -> None:
+        """Choose the positions of a "static" adapter, unless it has been done, in the run that is resumed perhaps."""
+        config = self.sft_config
+        if not unselected(named_deltas(self.model), config):
+            return
+        batches = self._calibration_batches() if config.static_criterion != "magnitude" else None
+        select_static(
+            self.model,
+            batches,
+            self._calibration_loss,
+            criterion=config.static_criterion,
+            progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+        )
+
+    def _calibration_batches(self) -> list[Any]:
+        """The first batches of this rank, of a data loader of their own and without a trace in the training's."""
+        known = list(self.accelerator._dataloaders)
+        loader = self.get_train_dataloader()
+        self.accelerator._dataloaders[:] = known
+        # Not through accelerate's shell, which takes a loader that was not read to its end for the one that is current.
+        with undisturbed_randomness():
+            return list(
+                itertools.islice(getattr(loader, "base_dataloader", loader), self.sft_config.calibration_batches)
+            )
+
+    def _calibration_loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        batch = self._prepare_inputs(batch)
+        with self.compute_loss_context_manager():
+            return self.compute_loss(model, batch)
 
     def stop_sft_selection(self) -> None:
         """Stop gathering gradients; the report of the last selector stays readable."""
