@@ -2,7 +2,6 @@
 
 import copy
 import random
-import socket
 
 import numpy as np
 import pytest
@@ -420,27 +419,3 @@ def test_gradient_checkpointing_changes_nothing(reentrant, base_model, data):
         results.append(adapter_state(model))
     assert_same(*results)
     assert chosen(start) != chosen(model)
-
-
-def data_parallel_worker(rank, port, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
-    models, batches = torch.load(f"{folder}/start.pt", weights_only=False)
-    for model in models:
-        parallel = nn.parallel.DistributedDataParallel(model)
-        select_static(parallel, batches[rank::2], loss_of, progress=False)
-    torch.save([chosen(model) for model in models], f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_all_ranks_choose_what_one_process_does(tmp_path):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    models, batches = [make("gradient"), make("fisher")], random_batches(4)
-    torch.save((models, batches), tmp_path / "start.pt")
-    torch.multiprocessing.spawn(data_parallel_worker, (port, str(tmp_path)), nprocs=2)
-    for model in models:
-        select_static(model, batches, loss_of, progress=False)
-    for rank in range(2):
-        assert torch.load(tmp_path / f"{rank}.pt") == [chosen(model) for model in models]
