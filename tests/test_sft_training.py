@@ -140,8 +140,8 @@ def fix_candidates(model: PeftModel, seed: int) -> None:
     for delta in deltas_of(model).values():
         pool = torch.randperm(delta.dense_numel, generator=generator)[: delta.indices.numel()].sort().values.int()
 
-        def start(ranks=None, delta=delta, pool=pool):
-            type(delta).start_gathering(delta, ranks)
+        def start(*args, delta=delta, pool=pool):
+            type(delta).start_gathering(delta, *args)
             delta.candidates = pool.clone()
 
         delta.start_gathering = start

@@ -68,6 +68,9 @@ if TYPE_CHECKING:
     from .tuners.sft.selector import (
         SftSelector as SftSelector,
     )
+    from .tuners.sft.static import (
+        select_static as select_static,
+    )
     from .tuners.sft.trainer import (
         SftTrainer as SftTrainer,
     )

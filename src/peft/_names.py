@@ -42,6 +42,7 @@ EXPORTS: dict[str, tuple[str, ...]] = {
     ".tuners.sft.model": ("SftModel",),
     ".tuners.sft.optimizer": ("SftAdamW", "SftSM3"),
     ".tuners.sft.selector": ("SftSelector",),
+    ".tuners.sft.static": ("select_static",),
     ".tuners.sft.trainer": ("SftTrainer",),
     ".tuners.ssf": ("SSFConfig", "SsfConfig", "SsfModel"),
     ".utils.error": ("NoMatchingPeftModuleError", "PeftError"),

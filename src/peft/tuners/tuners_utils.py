@@ -11,7 +11,7 @@ Several active adapters compose in the order in which they are listed: layer `F_
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -81,6 +81,14 @@ class BaseTunerLayer(AdapterParts):
     def unfold(self, name: str, W: torch.Tensor, b: torch.Tensor | None, memory):
         """Undo `fold`."""
         return memory
+
+    def before_load(self, name: str, path: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Called before tensors are loaded into adapter `name`; a method whose sizes may change adapts them here.
+
+        Args:
+            path: of this layer in the model.
+            tensors: by their names in the model, those of all layers.
+        """
 
     def after_load(self, name: str) -> None:
         """Called when tensors were loaded into adapter `name`: bring them into the form that the method relies on."""

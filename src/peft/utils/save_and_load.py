@@ -206,6 +206,10 @@ def set_peft_model_state_dict(
     # Of the base model a file may bring the embeddings, nothing else.
     embeddings = {file: name for name, file in _embedding_keys(model, True, config, adapter_name).items()}
     renamed = {_file_key(key): tensor for key, tensor in peft_model_state_dict.items()}
+    incoming = {expected[key]: tensor for key, tensor in renamed.items() if key in expected}
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and adapter_name in module._available_adapters:
+            module.before_load(adapter_name, path, incoming)
     found: dict[str, torch.Tensor] = {}
     unexpected: list[str] = []
     current = model.state_dict()

@@ -12,6 +12,8 @@ from ...config import PeftConfig, documented
 from ...utils.peft_types import PeftType
 from ..common_config import check_layer_selection
 
+ALGORITHMS = ("rigl", "sm3", "static")
+CRITERIA = ("gradient", "fisher", "magnitude", "random")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
 
 
@@ -29,9 +31,19 @@ class SftArguments:
     ("column"); or tiles of block_size x block_size ("block")."""
     block_size: int = 16
     """Side of the tiles that granularity="block" chooses."""
-    selection_algorithm: Literal["rigl", "sm3"] = "rigl"
-    """How weights are re-chosen: "rigl" by accumulated gradients (SpIEL-AG), "sm3" by the accumulators of the SM3
-    optimiser (SpIEL-MA)."""
+    selection_algorithm: Literal["rigl", "sm3", "static"] = "rigl"
+    """How weights are chosen: "rigl": again and again, by accumulated gradients (SpIEL-AG); "sm3": again and again, by
+    the accumulators of the SM3 optimiser (SpIEL-MA); "static": once, before training, by static_criterion (then the
+    fields about reselection have no meaning)."""
+    static_criterion: Literal["gradient", "fisher", "magnitude", "random"] | None = None
+    """Which weights "static" chooses: of largest summed "gradient" or of largest sum of squared gradients ("fisher",
+    arXiv 2111.09839) over the calibration batches, of largest "magnitude", or "random" ones. None: "gradient" with
+    "static"; with the other algorithms it has to be None."""
+    calibration_batches: int = 8
+    """Batches of the training data that `SftTrainer` calibrates "gradient" and "fisher" on."""
+    budget: Literal["per_layer", "global"] = "per_layer"
+    """Whether every layer keeps its number of trained weights, or the layers compete for them ("global"): what is
+    dropped and what grows is then the smallest and the best over all of them. Not with data parallelism."""
     reselection_steps: int = 20
     """Update steps from one reselection to the next."""
     selection_accumulation_steps: int = 5
@@ -74,9 +86,19 @@ class SftConfig(PeftConfig):
     ("column"); or tiles of block_size x block_size ("block")."""
     block_size: int = 16
     """Side of the tiles that granularity="block" chooses."""
-    selection_algorithm: Literal["rigl", "sm3"] = "rigl"
-    """How weights are re-chosen: "rigl" by accumulated gradients (SpIEL-AG), "sm3" by the accumulators of the SM3
-    optimiser (SpIEL-MA)."""
+    selection_algorithm: Literal["rigl", "sm3", "static"] = "rigl"
+    """How weights are chosen: "rigl": again and again, by accumulated gradients (SpIEL-AG); "sm3": again and again, by
+    the accumulators of the SM3 optimiser (SpIEL-MA); "static": once, before training, by static_criterion (then the
+    fields about reselection have no meaning)."""
+    static_criterion: Literal["gradient", "fisher", "magnitude", "random"] | None = None
+    """Which weights "static" chooses: of largest summed "gradient" or of largest sum of squared gradients ("fisher",
+    arXiv 2111.09839) over the calibration batches, of largest "magnitude", or "random" ones. None: "gradient" with
+    "static"; with the other algorithms it has to be None."""
+    calibration_batches: int = 8
+    """Batches of the training data that `SftTrainer` calibrates "gradient" and "fisher" on."""
+    budget: Literal["per_layer", "global"] = "per_layer"
+    """Whether every layer keeps its number of trained weights, or the layers compete for them ("global"): what is
+    dropped and what grows is then the smallest and the best over all of them. Not with data parallelism."""
     reselection_steps: int = 20
     """Update steps from one reselection to the next."""
     selection_accumulation_steps: int = 5
@@ -106,7 +128,8 @@ class SftConfig(PeftConfig):
         self._check_budget()
         for name, allowed in (
             ("granularity", ("element", "row", "column", "block")),
-            ("selection_algorithm", ("rigl", "sm3")),
+            ("selection_algorithm", ALGORITHMS),
+            ("budget", ("per_layer", "global")),
             ("reselection_rate_policy", ("linear", "cosine")),
             ("dtype", tuple(DTYPES)),
         ):
@@ -119,6 +142,12 @@ class SftConfig(PeftConfig):
                 f"block_size={self.block_size} has no meaning with granularity={self.granularity!r}; set "
                 f"granularity='block', or leave it out"
             )
+        if self.budget == "global" and self.granularity != "element":
+            raise ValueError(
+                f"budget='global' compares single weights of different layers, so it cannot be combined with "
+                f"granularity={self.granularity!r}; use budget='per_layer', or granularity='element'"
+            )
+        self._check_static()
         if self.reselection_steps < 2:
             raise ValueError(f"reselection_steps must be at least 2, got {self.reselection_steps!r}")
         if not 1 <= self.selection_accumulation_steps <= self.reselection_steps - 1:
@@ -128,6 +157,19 @@ class SftConfig(PeftConfig):
             )
         if not 0 <= self.initial_reselection_rate <= 1:
             raise ValueError(f"initial_reselection_rate must be in [0, 1], got {self.initial_reselection_rate!r}")
+
+    def _check_static(self):
+        if self.selection_algorithm == "static" and self.static_criterion is None:
+            self.static_criterion = "gradient"
+        if self.static_criterion not in (None, *CRITERIA):
+            raise ValueError(f"static_criterion must be one of {CRITERIA}, got {self.static_criterion!r}")
+        if self.static_criterion is not None and self.selection_algorithm != "static":
+            raise ValueError(
+                f"static_criterion={self.static_criterion!r} has no meaning with selection_algorithm="
+                f"{self.selection_algorithm!r}; set selection_algorithm='static', or leave it at None"
+            )
+        if self.calibration_batches < 1:
+            raise ValueError(f"calibration_batches must be at least 1, got {self.calibration_batches!r}")
 
     def _check_budget(self):
         if not 0 < self.density <= 1:

@@ -61,7 +61,7 @@ def wide_sum(base: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 class Candidates:
-    """Running choice of the k positions of largest absolute gradient of one delta."""
+    """Running choice of the positions of largest absolute gradient, `candidate_count` of them, for one delta."""
 
     def __init__(self, delta):
         self.delta = delta
@@ -71,11 +71,11 @@ class Candidates:
     def see(self, gradient: torch.Tensor, start: int) -> None:
         """Take in this process's dense gradient (n,) of the positions from `start` on."""
         ranks, gradient = self.delta.ranks, gradient.float()
-        self.seewide_sum(gradient if ranks is None else ranks.sum(self.delta, gradient, start), start)
+        self.see_sum(gradient if ranks is None else ranks.sum(self.delta, gradient, start), start)
 
-    def seewide_sum(self, gradient: torch.Tensor, start: int) -> None:
+    def see_sum(self, gradient: torch.Tensor, start: int) -> None:
         """Take in the gradient (n,) of the positions from `start` on, summed over all processes."""
-        k = self.delta.values.numel()
+        k = self.delta.candidate_count
         size, position = gradient.abs().topk(min(k, gradient.numel()))
         size, position = torch.cat([self.size, size]), torch.cat([self.position, position + start])
         self.size, best = size.topk(min(k, size.numel()))

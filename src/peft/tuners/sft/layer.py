@@ -9,6 +9,7 @@ have kernels of their own (`structured`).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,10 +48,18 @@ class SparseDelta(nn.Module):
             `named_parameters()` (TRL's DPO) would forget it.
         shape: of the weight as stored.
         layout: how the weight is cut into groups; None: into single numbers.
+        elastic: the number of slots may change, under a global budget.
+        candidate_count: how many candidates are chosen when gradients are gathered.
+        is_selected: the positions were chosen (`select_static`) or loaded, not just drawn.
+        observer: while set, the layer computes with `observer(W)`, W as stored, in place of W. `select_static` sees
+            the gradients of whole weights by it.
     """
 
-    def __init__(self, shape: torch.Size, k: int, dtype: torch.dtype, layout: Layout | None = None):
+    def __init__(
+        self, shape: torch.Size, k: int, dtype: torch.dtype, layout: Layout | None = None, elastic: bool = False
+    ):
         super().__init__()
+        self.elastic = elastic
         self.shape = torch.Size(shape)
         self.layout = layout
         index_dtype = torch.int32 if self.choices < 2**31 else torch.int64
@@ -58,6 +67,8 @@ class SparseDelta(nn.Module):
         self.values = nn.Parameter(torch.zeros(slots if layout is None else (slots, self.slot_size), dtype=dtype))
         chosen = torch.zeros(slots) if self.values.is_meta else random_positions(self.choices, slots)
         self.indices = nn.Parameter(chosen.to(index_dtype), requires_grad=False)
+        self.is_selected = False
+        self.observer: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.stop_gathering()
 
     @property
@@ -87,18 +98,65 @@ class SparseDelta(nn.Module):
         what = "" if self.layout is None else f" in {type(self.layout).__name__.lower()} of {self.slot_size}"
         return f"{self.values.numel()} of {'x'.join(map(str, self.shape))}{what}, dtype={self.values.dtype}"
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if prefix + "values" in state_dict:
+            self.resize(state_dict[prefix + "values"].shape[0])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.is_selected |= prefix + "indices" in state_dict
+
+    @torch.no_grad()
+    def choose(self, positions: torch.Tensor) -> None:
+        """Start at `positions` (k,), sorted and distinct, with values 0."""
+        self.resize(positions.numel())
+        self.indices.copy_(positions)
+        self.values.zero_()
+        self.is_selected = True
+
+    @torch.no_grad()
+    def resize(self, k: int) -> None:
+        """Make room for k positions if it may; all are to be set afterwards."""
+        if self.elastic and k != self.values.shape[0]:
+            _put(self.values, self.values.new_zeros(k, *self.values.shape[1:]))
+            _put(self.indices, self.indices.new_zeros(k))
+
+    @torch.no_grad()
+    def exchange(self, given_up: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Give up slots and take up positions with value 0, not necessarily as many. `values` and `indices` stay the
+        same parameters, but lose their `.grad` if k changes.
+
+        Args:
+            given_up: (m,) slots.
+            positions: (n,) that are not there yet.
+
+        Returns:
+            (k - m + n,) the slot in which every position was before, -1 for the new ones.
+        """
+        kept = torch.ones(self.indices.numel(), dtype=torch.bool, device=self.indices.device)
+        kept[given_up] = False
+        slots = kept.nonzero().squeeze(1)
+        indices = torch.cat([self.indices[slots], positions.to(self.indices.dtype)])
+        order = indices.argsort()
+        source = torch.cat([slots, slots.new_full((positions.numel(),), -1)])[order]
+        values = self.values.new_zeros(source.numel(), *self.values.shape[1:])
+        values[source >= 0] = self.values[source[source >= 0]]
+        _put(self.indices, indices[order])
+        _put(self.values, values)
+        return source
+
     # Gathering of gradients for a reselection ("rigl")
 
-    def start_gathering(self, ranks: Ranks | None = None) -> None:
+    def start_gathering(self, ranks: Ranks | None = None, count: int | None = None) -> None:
         """From now on: choose candidates in the next backward pass, and sum up their gradients in every one.
 
         Args:
             ranks: The processes that choose together; None: this one alone.
+            count: Number of candidates c; None: as many as there are slots.
         """
         self.is_gathering = True
         self.ranks = ranks
-        self.candidates: torch.Tensor | None = None  # like indices, sorted
-        self.candidate_grad: torch.Tensor | None = None  # like values, float32, summed over micro-batches
+        self.candidate_count = self.slots if count is None else count
+        self.candidates: torch.Tensor | None = None  # (c,) of the type of indices, sorted
+        self.candidate_grad: torch.Tensor | None = None  # (c,) or (c, s) float32, summed over micro-batches
 
     def new_candidates(self) -> Candidates | GroupCandidates:
         """What sees the dense gradient and then chooses the candidates."""
@@ -107,17 +165,18 @@ class SparseDelta(nn.Module):
     def stop_gathering(self) -> None:
         self.is_gathering = False
         self.ranks: Ranks | None = None
+        self.candidate_count = 0
         self.candidates = None
         self.candidate_grad = None
 
     def take_candidate_grad(self) -> torch.Tensor | None:
-        """The candidates' gradient since the last call, float32 in the shape of values, as `.grad` would have it; None:
-        there is none."""
+        """The candidates' gradient since the last call, (c,) or (c, s) float32, as `.grad` would have it; None: there
+        is none."""
         taken, self.candidate_grad = self.candidate_grad, None
         return taken
 
     def observe(self, gradient: torch.Tensor) -> None:
-        """Add the gradient at the candidates, in the shape of values, of one backward pass."""
+        """Add the gradient at the candidates, (c,) or (c, s), of one backward pass."""
         gradient = gradient.detach().float()
         self.candidate_grad = gradient if self.candidate_grad is None else self.candidate_grad + gradient
 
@@ -159,6 +218,21 @@ class SparseDelta(nn.Module):
             raise ValueError(f"{what} must be distinct, but the file has some of them twice")
 
 
+def _put(parameter: nn.Parameter, data: torch.Tensor) -> None:
+    """Give a parameter data of another length. What holds the parameter, such as an optimiser, holds it still.
+
+    A graph that is still alive keeps the parameter's gradient accumulator, which knows the old length. torch makes a
+    new one only when the type of the data changes.
+    """
+    if parameter.shape == data.shape:
+        parameter.copy_(data)
+        return
+    parameter.grad = None
+    other = torch.float64 if data.dtype != torch.float64 else torch.float32
+    parameter.data = parameter.data.new_empty(0, dtype=other)
+    parameter.data = data
+
+
 class SftLayer(AdditiveLayer, nn.Module):
     """SFT on any layer with a weight."""
 
@@ -174,7 +248,13 @@ class SftLayer(AdditiveLayer, nn.Module):
         weight = self.get_base_layer().weight
         dtype = DTYPES[config.dtype] or (weight.dtype if weight.is_floating_point() else torch.float32)
         layout = make_layout(self.op, config, type(self.get_base_layer()).__name__)
-        self.sft_delta[name] = SparseDelta(self.op.stored_shape, k, dtype, layout)
+        elastic = config.budget == "global"
+        self.sft_delta[name] = SparseDelta(self.op.stored_shape, k, dtype, layout, elastic)
+
+    def before_load(self, name, path, tensors):
+        values = tensors.get(f"{path}.sft_delta.{name}.values")
+        if values is not None:
+            self.sft_delta[name].resize(values.shape[0])
 
     def after_load(self, name):
         self.sft_delta[name].sort()
@@ -186,7 +266,10 @@ class SftLayer(AdditiveLayer, nn.Module):
 
     def fold(self, name, W, b):
         stored = self.op.to_view(W)
-        return self.op.to_view(_added(stored.reshape(-1), self.sft_delta[name]).view(stored.shape)), b
+        delta = self.sft_delta[name]
+        if delta.observer is not None:  # its values are all 0 then
+            return self.op.to_view(delta.observer(stored)), b
+        return self.op.to_view(_added(stored.reshape(-1), delta).view(stored.shape)), b
 
     def remember(self, name, W, b):
         """The base weight's numbers at the delta's positions: with them unmerging is exact."""
@@ -205,7 +288,8 @@ class SftLayer(AdditiveLayer, nn.Module):
 
     def _apply_adapters(self, names, x, *args, **kwargs):
         base, op = self.base_layer, self.op
-        if op.kind != "Linear" or torch._C._are_functorch_transforms_active():  # they cannot see through the kernels
+        observed = any(self.sft_delta[name].observer is not None for name in names)
+        if op.kind != "Linear" or observed or torch._C._are_functorch_transforms_active():  # they need the whole weight
             return op.op(x, *self.folded(names))
         callable_only = args or kwargs or not no_global_hooks() or is_quantized(self.get_base_layer())
         writable = (

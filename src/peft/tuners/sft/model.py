@@ -109,6 +109,17 @@ class SftModel(BaseTuner):
     def layer_kwargs(self, config, key):
         return {"k": config.num_deltas[key]}
 
+    def record_budget(self) -> None:
+        """Note in the configurations how many positions the layers have now, where that may have changed."""
+        counts: dict[str, dict[str, int]] = {}
+        for key, layer in self.model.named_modules():
+            if isinstance(layer, SftLayer):
+                for name, delta in layer.sft_delta.items():
+                    if delta.elastic:
+                        counts.setdefault(name, {})[key] = delta.indices.numel()
+        for name, num_deltas in counts.items():
+            self.peft_config[name].num_deltas = num_deltas
+
     def active_deltas(self) -> Iterator[tuple[BaseTunerLayer, str, SparseDelta]]:
         """`(layer, name of the delta in the base model, delta)` for the deltas of the active adapters."""
         for key, layer in self.model.named_modules():

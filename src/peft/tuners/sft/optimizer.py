@@ -30,6 +30,9 @@ class SftOptimizer(torch.optim.Optimizer):
     element_state: tuple[str, ...]
     """The state entries that hold one number per element of the parameter."""
 
+    initial_state: dict[str, float] = {}
+    """What these entries start at, where it is not 0."""
+
     known_state: tuple[str, ...]
     """Prefixes of every state entry, to recognise the state of a foreign optimiser."""
 
@@ -94,6 +97,22 @@ class SftOptimizer(torch.optim.Optimizer):
             if name in state:
                 state[name].copy_(state[name][permutation])
 
+    @torch.no_grad()
+    def resize_elements(self, param: nn.Parameter, source: Tensor) -> None:
+        """Move the state along with a parameter that has changed its size.
+
+        Args:
+            param: A flat parameter, (k,).
+            source: (k,) int64; new element i is the old element source[i], or one that starts afresh if that is -1.
+        """
+        state = self.state[param]
+        kept = source >= 0
+        for name in self.element_state:
+            if name in state:
+                old, start = state[name], self.initial_state.get(name, 0.0)
+                state[name] = old.new_full((source.numel(), *old.shape[1:]), start)
+                state[name][kept] = old[source[kept]]
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict()` returned, every state in the dtype in which it was saved.
 
@@ -137,6 +156,7 @@ class SftAdamW(SftOptimizer):
     """
 
     element_state = ("age", "exp_avg", "exp_avg_sq")
+    initial_state = {"age": 1.0}
     known_state = element_state
 
     def __init__(

@@ -2,14 +2,15 @@
 
 Every `reselection_steps` update steps the positions whose values are nearest to zero are given up for positions that
 promise more: by gradients gathered beforehand ("rigl": accumulated gradients, SpIEL-AG) or by the optimiser's row and
-column accumulators ("sm3": moment approximation, SpIEL-MA). arXiv 2401.16405, section 3, algorithm 1.
+column accumulators ("sm3": moment approximation, SpIEL-MA). arXiv 2401.16405, section 3, algorithm 1. With "static"
+selection nothing moves (`static.py` chooses before training); the selector sees to it that this was done.
 
 A position is a slot of one number; in a structured delta (`structured`) a slot is a group of s numbers, ranked by the
 L2 norm of its values or gradients where a position is ranked by their absolute value. Statistics and optimiser state
 stay per number.
 
-Letters: k trained slots of a weight, m of them exchanged, t completed update steps, T their total number,
-R rows and C columns of a weight seen as a matrix.
+Letters: k trained slots of a weight, m of them exchanged, c candidates (as many as k, but under a global budget see
+`candidate_counts`), t completed update steps, T their total number, R rows and C columns of a weight seen as a matrix.
 
 Left out: gradient clipping is not applied to the gathered gradients; they are what the optimiser would see without it.
 """
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ...utils.warning import PeftWarning
+from .budget import best_anywhere, candidate_counts, exchange, exchange_anywhere, find, largest, smallest_anywhere
 from .optimizer import SftAdamW, SftOptimizer, SftSM3
 from .parallel import Ranks, check_whole, find_group
 
@@ -36,12 +38,15 @@ if TYPE_CHECKING:
     from .config import SftConfig
     from .layer import SparseDelta
 
+OPTIMIZERS = {"rigl": SftAdamW, "sm3": SftSM3, "static": torch.optim.Optimizer}
+"""The optimiser that each selection algorithm needs."""
+
 
 @dataclass
 class _Statistics:
     """What a gathering window knows so far about the candidates of one delta."""
 
-    total: Tensor  # (k,) or (k, s) float32, sum of the gradients of the update steps
+    total: Tensor  # (c,) or (c, s) float32, sum of the gradients of the update steps
     squares: Tensor  # likewise, sum of their squares
     updates: int  # number of update steps in the sums
 
@@ -67,7 +72,7 @@ class SftSelector:
     Args:
         model: The model with the SFT adapter: PeftModel, tuner, or a wrapper that has either as `module`, such as
             DistributedDataParallel.
-        optimizer: `SftAdamW` for "rigl", `SftSM3` for "sm3"; also as wrapped by accelerate.
+        optimizer: `SftAdamW` for "rigl", `SftSM3` for "sm3", any for "static"; also as wrapped by accelerate.
         sft_config: Algorithm and schedule.
         total_update_steps: T, update steps that the whole training will take.
         grad_accumulation_steps: Micro-batches per update step. Statistics are sums over the micro-batches of a step,
@@ -89,7 +94,8 @@ class SftSelector:
         TypeError: The optimiser is not the one that the selection algorithm needs.
         ValueError: No active SFT adapter, a delta that the optimiser does not train or that is partitioned over
             processes (FSDP, DeepSpeed), step counts out of their range, "sm3" selection without column accumulators,
-            or several processes of which it is not known whether they share their batches.
+            "static" positions that were not chosen yet, or several processes of which it is not known whether they
+            share their batches.
     """
 
     def __init__(
@@ -118,8 +124,15 @@ class SftSelector:
         check_whole(model, self.deltas)
         self.optimizer = _unwrapped_optimizer(optimizer, sft_config.selection_algorithm)
         _check_trained(self.deltas, self.optimizer)
+        _check_selected(self.deltas, sft_config)
+        self._model = sft_model(model)
         self._grad_scale = grad_scale or _scale_getter(optimizer)
-        group = find_group(model, process_group) if sft_config.selection_algorithm == "rigl" else None
+        competes = sft_config.budget == "global" and sft_config.selection_algorithm != "static"
+        needs_group = competes or sft_config.selection_algorithm == "rigl"
+        group = find_group(model, process_group) if needs_group else None
+        if sft_config.budget == "global":
+            _check_elastic(self.deltas, group)
+            self._model.record_budget()
         self._ranks = None if group is None else Ranks(group, list(self.deltas.values()))
 
         self.last_report: list[dict[str, Any]] = []
@@ -161,6 +174,8 @@ class SftSelector:
     # ---- Schedule ----
 
     def _reselects_at(self, step: int) -> bool:
+        if self.config.selection_algorithm == "static":
+            return False
         in_phase = step % self.config.reselection_steps == self.config.selection_accumulation_steps
         return in_phase and step <= self.total_update_steps and self.share(step) > 0.0
 
@@ -175,9 +190,16 @@ class SftSelector:
     # ---- Gathering ----
 
     def _open_window(self) -> None:
+        counts = self._candidate_counts()
         for name, delta in self.deltas.items():
-            delta.start_gathering(self._ranks)
+            delta.start_gathering(self._ranks, counts[name])
             self._statistics[name] = _empty_statistics(delta)
+
+    def _candidate_counts(self) -> dict[str, int]:
+        active = [delta.indices.numel() for delta in self.deltas.values()]
+        if self.config.budget == "global":
+            active = candidate_counts(active, [delta.dense_numel for delta in self.deltas.values()])
+        return dict(zip(self.deltas, active))
 
     def _close_window(self) -> None:
         for delta in self.deltas.values():
@@ -206,7 +228,7 @@ class SftSelector:
         for name, delta in self.deltas.items():
             # Candidates chosen by gradients that overflowed are arbitrary: choose again at the next backward pass.
             if self._statistics[name].updates == 0:
-                delta.start_gathering(self._ranks)
+                delta.start_gathering(self._ranks, delta.candidate_count)
 
     # ---- Reselection ----
 
@@ -214,15 +236,11 @@ class SftSelector:
     def _reselect(self) -> None:
         step = self.completed_steps
         share = self.share(step)
-        self.last_report = []
-        for name, delta in self.deltas.items():
-            count = math.floor(delta.slots * share)
-            if self.config.selection_algorithm == "rigl":
-                moved = self._grow_by_gradient(delta, self._statistics[name], count)
-            else:
-                moved = self._grow_by_accumulators(delta, count)
-            moved *= delta.slot_size
-            self.last_report.append({"name": name, "moved": moved, "total": delta.values.numel()})
+        moved = self._exchange_anywhere(share) if self.config.budget == "global" else self._exchange_per_layer(share)
+        self.last_report = [
+            {"name": name, "moved": moved[name] * delta.slot_size, "total": delta.values.numel()}
+            for name, delta in self.deltas.items()
+        ]
         if self._statistics and not any(statistics.updates for statistics in self._statistics.values()):
             warnings.warn(
                 f"No position was reselected after update step {step}: the optimizer took no step with finite "
@@ -239,21 +257,8 @@ class SftSelector:
         """Drop the `count` smallest values for the candidates of largest summed gradient; return how many moved."""
         if count == 0 or statistics.updates == 0:
             return 0
-        candidates = delta.candidates
-        slots, is_active = _find(candidates, delta.indices.detach())
-        magnitude = _magnitude(delta)
-        dropped = largest(magnitude.neg(), count)
-
-        stays = is_active & ~dropped[slots]
-        eligible = (~stays).nonzero().squeeze(1)
-        chosen = eligible[largest(_slot_norm(statistics.total[eligible]), min(count, eligible.numel()))]
-        # What is dropped and grown at once stays as it is; of the rest, give up no more than comes in.
-        dropped[slots[chosen[is_active[chosen]]]] = False
-        grown = chosen[~is_active[chosen]]
-        given_up = dropped.nonzero().squeeze(1)
-        given_up = given_up[largest(magnitude[given_up].neg(), grown.numel())]
-
-        values = delta.values
+        given_up, grown = exchange(*_offer(delta, statistics), count)
+        values, candidates = delta.values, delta.candidates
         mean, mean_square = (sums[grown] / statistics.updates for sums in (statistics.total, statistics.squares))
         self.optimizer.seed_elements(values, given_up, mean, mean_square, statistics.updates)
         self.optimizer.permute_elements(values, delta.replace(given_up, candidates[grown]))
@@ -273,14 +278,73 @@ class SftSelector:
         self.optimizer.permute_elements(delta.values, delta.replace(given_up, grown))
         return count
 
+    def _exchange_per_layer(self, share: float) -> dict[str, int]:
+        """Exchange positions within every layer; return how many moved."""
+        moved = {}
+        for name, delta in self.deltas.items():
+            count = math.floor(delta.indices.numel() * share)
+            if self.config.selection_algorithm == "rigl":
+                moved[name] = self._grow_by_gradient(delta, self._statistics[name], count)
+            else:
+                moved[name] = self._grow_by_accumulators(delta, count)
+        return moved
+
+    def _exchange_anywhere(self, share: float) -> dict[str, int]:
+        """Exchange positions of all layers for those of all layers; return how many came into each."""
+        deltas = list(self.deltas.values())
+        count = math.floor(sum(delta.indices.numel() for delta in deltas) * share)
+        if self.config.selection_algorithm == "rigl":
+            moves = self._moves_by_gradient(deltas, count)
+        else:
+            moves = self._moves_by_accumulators(deltas, count)
+        for delta, (given_up, positions, seed) in zip(deltas, moves):
+            if not given_up.numel() and not positions.numel():
+                continue
+            device = delta.indices.device
+            source = delta.exchange(given_up.to(device), positions.to(device))
+            self.optimizer.resize_elements(delta.values, source)
+            if seed is not None:
+                self.optimizer.seed_elements(delta.values, (source < 0).nonzero().squeeze(1), *seed)
+        self._model.record_budget()
+        return {name: positions.numel() for name, (_, positions, _) in zip(self.deltas, moves)}
+
+    def _moves_by_gradient(self, deltas: list[SparseDelta], count: int) -> list[tuple[Tensor, Tensor, tuple | None]]:
+        """For each delta the slots it gives up, the sorted positions it takes up, and what is known about these."""
+        statistics = [self._statistics[name] for name in self.deltas]
+        plan = exchange_anywhere([_offer(delta, known) for delta, known in zip(deltas, statistics)], count)
+        moves = []
+        for delta, known, (given_up, grown) in zip(deltas, statistics, plan):
+            if not grown.numel():
+                moves.append((given_up, delta.indices[:0].long(), None))
+                continue
+            grown = grown.to(delta.indices.device)
+            mean, mean_square = (sums[grown] / known.updates for sums in (known.total, known.squares))
+            moves.append((given_up, delta.candidates[grown], (mean, mean_square, known.updates)))
+        return moves
+
+    def _moves_by_accumulators(self, deltas: list[SparseDelta], count: int) -> list[tuple[Tensor, Tensor, None]]:
+        """As `_moves_by_gradient`; the positions are the inactive ones of largest accumulator product."""
+        rooms = [delta.dense_numel - delta.indices.numel() for delta in deltas]
+        count = min(count, sum(rooms))
+        given_up = smallest_anywhere([_magnitude(delta) for delta in deltas], count)
+
+        def offer(layer: int, wanted: int) -> tuple[Tensor, Tensor]:
+            delta = deltas[layer]
+            rows, columns = self.optimizer.accumulators(delta.values)
+            best = largest_products(rows, columns, delta.indices.detach().long(), wanted)
+            return best.cpu(), _RankOne.of(rows, columns).at(best.cpu())
+
+        grown = best_anywhere(offer, rooms, count)
+        return [(slots, positions, None) for slots, positions in zip(given_up, grown)]
+
     # ---- State ----
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, as a flat dict of tensors that safetensors can write.
 
         `completed_steps`: int64 scalar. While a gathering window is open, for each delta (by its name) that has
-        chosen its candidates: `<delta>.candidates` (k,) of the type of its indices, `<delta>.total` and
-        `<delta>.squares` (k,) or (k, s) float32, `<delta>.updates` int64 scalar. Take it between update steps: what the
+        chosen its candidates: `<delta>.candidates` (c,) of the type of its indices, `<delta>.total` and
+        `<delta>.squares` (c,) or (c, s) float32, `<delta>.updates` int64 scalar. Take it between update steps: what the
         micro-batches of an unfinished step have gathered is as little part of it as their gradients are of the
         optimiser's state.
         """
@@ -309,12 +373,13 @@ class SftSelector:
                 f"The selector state holds {len(unknown)} deltas that this model has not, such as {unknown[:3]}; "
                 f"load it into the model that it was saved with"
             )
+        counts = self._candidate_counts()
         for name in saved:
-            delta = self.deltas[name]
-            for entry, like in (("candidates", delta.indices), ("total", delta.values), ("squares", delta.values)):
-                found, expected = state[f"{name}.{entry}"].shape, like.shape
+            numbers = (counts[name], *self.deltas[name].values.shape[1:])
+            for entry, expected in (("candidates", numbers[:1]), ("total", numbers), ("squares", numbers)):
+                found = tuple(state[f"{name}.{entry}"].shape)
                 if found != expected:
-                    raise ValueError(f"{name}.{entry} has shape {tuple(found)}, but the delta {tuple(expected)}")
+                    raise ValueError(f"{name}.{entry} has shape {found}, but the delta {expected}")
         self._close_window()
         self.completed_steps = int(state["completed_steps"])
         if self._window_is_open():
@@ -345,19 +410,27 @@ def named_deltas(model: nn.Module) -> dict[str, SparseDelta]:
     Raises:
         ValueError: There is none.
     """
+    return {name: delta for _, name, delta in sft_model(model).active_deltas()}
+
+
+def sft_model(model: nn.Module) -> nn.Module:
+    """The PeftModel or tuner with an active SFT adapter that `model` is or has inside (as `module`).
+
+    Raises:
+        ValueError: There is none.
+    """
     while not hasattr(model, "active_deltas") and isinstance(getattr(model, "module", None), nn.Module):
         model = model.module
-    deltas = {name: delta for _, name, delta in model.active_deltas()} if hasattr(model, "active_deltas") else {}
-    if not deltas:
+    if not hasattr(model, "active_deltas") or not any(model.active_deltas()):
         raise ValueError(
             f"{type(model).__name__} has no active SFT adapter; make one with get_peft_model(model, SftConfig(...)), "
             f"or activate it with set_adapter"
         )
-    return deltas
+    return model
 
 
-def _unwrapped_optimizer(optimizer: torch.optim.Optimizer, algorithm: str) -> SftOptimizer:
-    needed = SftAdamW if algorithm == "rigl" else SftSM3
+def _unwrapped_optimizer(optimizer: torch.optim.Optimizer, algorithm: str) -> torch.optim.Optimizer:
+    needed = OPTIMIZERS[algorithm]
     inner = optimizer
     while not isinstance(inner, SftOptimizer) and hasattr(inner, "optimizer"):
         inner = inner.optimizer
@@ -373,7 +446,37 @@ def _unwrapped_optimizer(optimizer: torch.optim.Optimizer, algorithm: str) -> Sf
     return inner
 
 
-def _check_trained(deltas: dict[str, SparseDelta], optimizer: SftOptimizer) -> None:
+def unselected(deltas: dict[str, SparseDelta], config: SftConfig) -> list[str]:
+    """Names of the deltas whose positions `select_static` has yet to choose under this configuration."""
+    if config.static_criterion in (None, "random"):
+        return []
+    return [name for name, delta in deltas.items() if not delta.is_selected]
+
+
+def _check_selected(deltas: dict[str, SparseDelta], config: SftConfig) -> None:
+    pending = unselected(deltas, config)
+    if pending:
+        raise ValueError(
+            f"The positions of {len(pending)} deltas, such as {pending[0]}, were drawn, not chosen by static_criterion="
+            f"{config.static_criterion!r}: call select_static(model, batches) before SftSelector"
+        )
+
+
+def _check_elastic(deltas: dict[str, SparseDelta], group: ProcessGroup | None) -> None:
+    rigid = [name for name, delta in deltas.items() if not delta.elastic]
+    if rigid:
+        raise ValueError(
+            f"budget='global' moves positions between layers, but {rigid[0]} was made with budget='per_layer'; make "
+            f"the adapter with the same SftConfig"
+        )
+    if group is not None:
+        raise ValueError(
+            "budget='global' changes the sizes of parameters while training, and data parallelism (the buckets of "
+            "DistributedDataParallel) needs them fixed; use budget='per_layer', or one process"
+        )
+
+
+def _check_trained(deltas: dict[str, SparseDelta], optimizer: torch.optim.Optimizer) -> None:
     trained = {id(param) for group in optimizer.param_groups for param in group["params"]}
     for name, delta in deltas.items():
         if id(delta.values) not in trained:
@@ -394,7 +497,8 @@ def _scale_getter(optimizer: torch.optim.Optimizer) -> Callable[[], float]:
 
 
 def _empty_statistics(delta: SparseDelta) -> _Statistics:
-    total, squares = torch.zeros(2, *delta.values.shape, device=delta.values.device)
+    shape = (delta.candidate_count, *delta.values.shape[1:])
+    total, squares = torch.zeros(2, *shape, device=delta.indices.device)
     return _Statistics(total, squares, updates=0)
 
 
@@ -404,6 +508,13 @@ def _all_finite(tensors: Any) -> bool:
 
 
 # ---- Ranking ----
+
+
+def _offer(delta: SparseDelta, statistics: _Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `exchange` takes: `(magnitude, slots, is_active, score)`; no candidates if nothing was gathered."""
+    indices = delta.indices.detach()
+    candidates, total = (delta.candidates, statistics.total) if statistics.updates else (indices[:0],) * 2
+    return _magnitude(delta), *find(candidates, indices), _slot_norm(total.float())
 
 
 def _magnitude(delta: SparseDelta) -> Tensor:
@@ -416,33 +527,6 @@ def _magnitude(delta: SparseDelta) -> Tensor:
 def _slot_norm(numbers: Tensor) -> Tensor:
     """Score of each slot, (k,), from a number for each of its elements: (k,) or (k, s)."""
     return numbers.abs() if numbers.dim() == 1 else torch.linalg.vector_norm(numbers, dim=1)
-
-
-def _find(wanted: Tensor, ordered: Tensor) -> tuple[Tensor, Tensor]:
-    """Slot of each wanted number in the sorted, non-empty `ordered`, and whether it is there at all."""
-    slots = torch.searchsorted(ordered, wanted).clamp_(max=ordered.numel() - 1)
-    return slots, ordered[slots] == wanted
-
-
-def largest(scores: Tensor, count: int) -> Tensor:
-    """Mask of the `count` largest scores; among equal ones the first come first. No score may be NaN.
-
-    Args:
-        scores: (n,) numbers.
-        count: At most n.
-
-    Returns:
-        (n,) bool, true `count` times.
-    """
-    if count == scores.numel():
-        return torch.ones_like(scores, dtype=torch.bool)
-    if count == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(scores.numel() - count + 1).values
-    mask = scores > threshold
-    ties = (scores == threshold).nonzero().squeeze(1)
-    mask[ties[: count - int(mask.sum())]] = True
-    return mask
 
 
 def largest_products(rows: Tensor, columns: Tensor, active: Tensor, count: int) -> Tensor:
@@ -465,7 +549,7 @@ def largest_products(rows: Tensor, columns: Tensor, active: Tensor, count: int) 
     device, active = active.device, active.cpu()
     if count == 0:
         return active[:0].to(device)
-    products = _RankOne(*(factor.detach().cpu().nan_to_num(nan=0.0).double() for factor in (rows, columns)))
+    products = _RankOne.of(rows, columns)
     active_products = products.at(active)
     ascending = active_products.sort().values
 
@@ -506,6 +590,11 @@ class _RankOne:
         self.width = columns.numel()
         self.row_offsets = torch.arange(rows.numel()) * self.width  # (R,) flat position of the first of each row
 
+    @classmethod
+    def of(cls, rows: Tensor, columns: Tensor) -> _RankOne:
+        """On the CPU, NaN as 0."""
+        return cls(*(factor.detach().cpu().nan_to_num(nan=0.0).double() for factor in (rows, columns)))
+
     def at(self, positions: Tensor) -> Tensor:
         """The products at flat positions."""
         columns = self.columns[positions.remainder(self.width)]
@@ -533,7 +622,7 @@ class _RankOne:
 
 
 def _without(positions: Tensor, active: Tensor) -> Tensor:
-    return positions[~_find(positions, active)[1]] if active.numel() else positions
+    return positions[~find(positions, active)[1]] if active.numel() else positions
 
 
 def _to_bits(number: float) -> int:

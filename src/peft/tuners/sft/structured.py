@@ -101,6 +101,14 @@ class Layout:
         """Add to `squares` (count,) the squared norms of the groups in `block` (n, I * K), rows `start`... of W."""
         raise NotImplementedError
 
+    def squares(self, stored: Tensor) -> Tensor:
+        """(count,) squared norms of the groups of numbers (n,) that are laid out like the weight as it is stored."""
+        across = self.in_features * self.kernel
+        matrix = stored.view(across, -1).T if self.transposed else stored.view(-1, across)
+        squares = torch.zeros(self.count, dtype=_wide(stored.dtype), device=stored.device)
+        self.add_squares(squares, matrix, 0)
+        return squares
+
     def factors(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Two vectors whose outer product, flattened, is the sum over every group of rows[o] * columns[i].
 
@@ -296,7 +304,7 @@ def make_layout(op: Op, config: SftConfig, name: str) -> Layout | None:
 
 
 class GroupCandidates:
-    """Choice of the g groups whose gradient has the largest norm, for one delta."""
+    """Choice of the groups whose gradient has the largest norm, `candidate_count` of them, for one delta."""
 
     def __init__(self, delta: SparseDelta):
         self.delta = delta
@@ -318,7 +326,7 @@ class GroupCandidates:
 
     def choose(self) -> None:
         """All has been seen: the delta gets its candidates."""
-        best = self._squares.topk(min(self.delta.slots, self._squares.numel())).indices
+        best = self._squares.topk(min(self.delta.candidate_count, self._squares.numel())).indices
         self.delta.candidates = best.sort().values.to(self.delta.indices.dtype)
 
 

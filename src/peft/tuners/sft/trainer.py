@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import itertools
 import os
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,10 @@ from torch import nn
 from ...config import write_atomically
 from ...utils.warning import PeftWarning
 from .config import SftConfig
-from .optimizer import SftAdamW, SftOptimizer, SftSM3
+from .optimizer import SftSM3
 from .parallel import THREADS, refusal
-from .selector import SftSelector, named_deltas
+from .selector import OPTIMIZERS, SftSelector, named_deltas, unselected
+from .static import select_static, undisturbed_randomness
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -39,7 +41,9 @@ def SftTrainer(base: type[Trainer]) -> type[Trainer]:
     """Make a Trainer class for sparse fine-tuning.
 
     The class is called `Sft<base>`, is made once per base class, can be pickled, and takes one more keyword argument:
-    `sft_config`, by default the configuration of the model's active adapter. Learning rate, weight decay, and for
+    `sft_config`, by default the configuration of the model's active adapter. With "static" selection the positions are
+    chosen when training begins, from the first `calibration_batches` of the training data, and the optimiser is what
+    the base class makes of the TrainingArguments. Otherwise learning rate, weight decay, and for
     "rigl" the betas and epsilon of AdamW, come from the TrainingArguments; the moments are kept in float32. To set
     anything else, pass an optimiser: `optimizers=(SftSM3(...), None)`.
 
@@ -89,17 +93,21 @@ class SftTrainerMixin:
                 raise ValueError(refusal(strategy))
         if self.args.n_gpu > 1:
             raise ValueError(THREADS.format(self.args.n_gpu))
+        if self.sft_config.budget == "global" and self.args.world_size > 1:
+            raise ValueError(
+                f"budget='global' changes the sizes of parameters after they were handed to data parallelism, which "
+                f"needs them fixed, and there are {self.args.world_size} processes; use budget='per_layer', or one "
+                f"process"
+            )
 
     # ---- Optimiser ----
-
-    @property
-    def _sft_optimizer_cls(self) -> type[SftOptimizer]:
-        return SftSM3 if self.sft_config.selection_algorithm == "sm3" else SftAdamW
 
     def _check_optimizer_settings(self) -> None:
         """Refuse, before anything is spent on training, what would be ignored or could not work."""
         algorithm = self.sft_config.selection_algorithm
-        needed = self._sft_optimizer_cls
+        if algorithm == "static":
+            return  # nothing moves, so any optimiser will do, and the base class makes what `optim` asks for
+        needed = OPTIMIZERS[algorithm]
         given = type(self.optimizer) if self.optimizer is not None else None
         if self.optimizer_cls_and_kwargs is not None:
             given = self.optimizer_cls_and_kwargs[0]
@@ -136,32 +144,36 @@ class SftTrainerMixin:
         is_made_here = self.optimizer is None  # else brought by the user, or left, wrapped, by an earlier training
         # A user's override often lacks the argument, which the Trainer passes under FSDP only.
         super().create_optimizer() if model is None else super().create_optimizer(model)
-        if is_made_here and not isinstance(self.optimizer, self._sft_optimizer_cls):
-            needed = self._sft_optimizer_cls.__name__
+        needed = OPTIMIZERS[self.sft_config.selection_algorithm]
+        if is_made_here and not isinstance(self.optimizer, needed):
             raise TypeError(
                 f"create_optimizer of {self.sft_base.__name__} made {type(self.optimizer).__name__}, but "
-                f"selection_algorithm={self.sft_config.selection_algorithm!r} needs {needed}; make that, or take the "
-                f"class from self.get_optimizer_cls_and_kwargs(self.args)"
+                f"selection_algorithm={self.sft_config.selection_algorithm!r} needs {needed.__name__}; make that, or "
+                f"take the class from self.get_optimizer_cls_and_kwargs(self.args)"
             )
         return self.optimizer
 
     def get_optimizer_cls_and_kwargs(
         self, args: TrainingArguments, model: nn.Module | None = None
-    ) -> tuple[type[SftOptimizer], dict[str, Any]]:
+    ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
         """The optimiser that the selection algorithm needs, with its settings from `args`."""
+        if self.sft_config.selection_algorithm == "static":
+            return super().get_optimizer_cls_and_kwargs(args, model)
+        needed = OPTIMIZERS[self.sft_config.selection_algorithm]
         kwargs: dict[str, Any] = {"lr": args.learning_rate, "eps": args.adam_epsilon}
-        if self._sft_optimizer_cls is SftSM3:
+        if needed is SftSM3:
             deltas = named_deltas(self.model if model is None else model)
             kwargs["deltas"] = {delta.values: delta for delta in deltas.values()}
         else:
             kwargs |= {"betas": (args.adam_beta1, args.adam_beta2), "momentum_dtype": torch.float32}
-        return self._sft_optimizer_cls, kwargs
+        return needed, kwargs
 
     # ---- Selection ----
 
     def start_sft_selection(self) -> None:
         """Make the selector of the coming training, in the state of the checkpoint that is being resumed, if any."""
         self.stop_sft_selection()
+        self._select_static()
         self.sft_selector = SftSelector(
             self.model_wrapped,  # by which the selector sees the data parallelism
             self.optimizer,
@@ -174,6 +186,36 @@ class SftTrainerMixin:
         checkpoint, self._sft_checkpoint = self._sft_checkpoint, None
         if checkpoint is not None:
             self._load_selector(checkpoint)
+
+    def _select_static(self) -> None:
+        """Choose the positions of a "static" adapter, unless it has been done, in the run that is resumed perhaps."""
+        config = self.sft_config
+        if not unselected(named_deltas(self.model), config):
+            return
+        batches = self._calibration_batches() if config.static_criterion != "magnitude" else None
+        select_static(
+            self.model_wrapped,  # by which it sees the data parallelism
+            batches,
+            self._calibration_loss,
+            criterion=config.static_criterion,
+            progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+        )
+
+    def _calibration_batches(self) -> list[Any]:
+        """The first batches of this rank, of a data loader of their own and without a trace in the training's."""
+        known = list(self.accelerator._dataloaders)
+        loader = self.get_train_dataloader()
+        self.accelerator._dataloaders[:] = known
+        # Not through accelerate's shell, which takes a loader that was not read to its end for the one that is current.
+        with undisturbed_randomness():
+            return list(
+                itertools.islice(getattr(loader, "base_dataloader", loader), self.sft_config.calibration_batches)
+            )
+
+    def _calibration_loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        batch = self._prepare_inputs(batch)
+        with self.compute_loss_context_manager():
+            return self.compute_loss(model, batch)
 
     def stop_sft_selection(self) -> None:
         """Stop gathering gradients; the report of the last selector stays readable."""
