@@ -8,62 +8,22 @@ from typing import Literal
 
 import torch
 
-from ...config import PeftConfig, documented
+from ...config import documented
+from ...utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ...utils.peft_types import PeftType
-from ..common_config import check_layer_selection
+from ..common_config import TargetedConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
 
 
-@documented
 @dataclass
-class SftArguments:
-    """The fields of `SftConfig` that scripts set; for `transformers.HfArgumentParser`."""
-
-    density: float = 0.01
-    """Share of the number of parameters of the whole base model that is trained."""
-    num_tunable_weights: int | None = None
-    """Number of weights that are trained, in all; overrides density."""
-    selection_algorithm: Literal["rigl", "sm3"] = "rigl"
-    """How weights are re-chosen: "rigl" by accumulated gradients (SpIEL-AG), "sm3" by the accumulators of the SM3
-    optimiser (SpIEL-MA)."""
-    reselection_steps: int = 20
-    """Update steps from one reselection to the next."""
-    selection_accumulation_steps: int = 5
-    """Update steps before a reselection in which gradients are gathered for it ("rigl")."""
-    reselection_rate_policy: Literal["linear", "cosine"] = "linear"
-    """How the share of weights that is re-chosen falls over the training."""
-    initial_reselection_rate: float = 0.2
-    """That share at the beginning, in [0, 1]."""
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    """Data type of the trained numbers; "auto": that of the weight they belong to."""
-    target_modules: list[str] | None = None
-    """Modules to adapt: names (matched at the end of a module's name), or "all-linear". Default: every linear layer of
-    the backbone."""
-
-    def to_config(self, **fields) -> SftConfig:
-        """The configuration with these values; `fields` gives any others."""
-        return SftConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | fields)
-
-
-@documented
-@dataclass
-class SftConfig(PeftConfig):
-    """Sparse fine-tuning: `W` with k trained numbers added at k chosen positions (arXiv 2401.16405, section 3).
-
-    The budget is `num_deltas`, else `num_tunable_weights`, else `density`.
-
-    Raises:
-        ValueError: a value outside its range; it is named with the rule.
-    """
+class _SftOptions:
+    """The fields that a program and a command line both set."""
 
     density: float = 0.01
     """Share of the number of parameters of the whole base model that is trained, in (0, 1]."""
     num_tunable_weights: int | None = None
     """Number of weights that are trained, in all; overrides density."""
-    num_deltas: dict[str, int] | None = None
-    """Number of trained weights per module, {module name: k}; overrides the others. Filled in when the adapter is made,
-    so that loading does not derive it again."""
     selection_algorithm: Literal["rigl", "sm3"] = "rigl"
     """How weights are re-chosen: "rigl" by accumulated gradients (SpIEL-AG), "sm3" by the accumulators of the SM3
     optimiser (SpIEL-MA)."""
@@ -77,22 +37,43 @@ class SftConfig(PeftConfig):
     """That share at the beginning, in [0, 1]."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Data type of the trained numbers; "auto": that of the weight they belong to."""
-    target_modules: list[str] | str | None = None
-    """Modules to adapt: a list of names (matched at the end of a module's name), a regular expression for the whole
-    name, or "all-linear". None: every linear layer of the backbone, the head left out."""
-    exclude_modules: list[str] | str | None = None
-    """Modules not to adapt, given like target_modules."""
-    modules_to_save: list[str] | None = None
-    """Modules that are trained and saved whole beside the adapter, such as a new classification head."""
-    layers_to_transform: list[int] | int | None = None
-    """Numbers of the layers to adapt; None: all."""
-    layers_pattern: list[str] | str | None = None
-    """Name of the list that the layer numbers count in, such as "layers" or "h"; None: the first number in a name."""
+
+
+@documented
+@dataclass
+class SftArguments(_SftOptions):
+    """What scripts set of an `SftConfig`; for `transformers.HfArgumentParser`."""
+
+    target_modules: list[str] | None = None
+    """Modules to adapt: names (matched at the end of a module's name), or "all-linear". Default: every linear layer of
+    the backbone."""
+
+    def to_config(self, **fields) -> SftConfig:
+        """The configuration with these values; `fields` gives any others."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.target_modules == [INCLUDE_LINEAR_LAYERS_SHORTHAND]:  # the only word that is no name
+            values["target_modules"] = INCLUDE_LINEAR_LAYERS_SHORTHAND
+        return SftConfig(**values | fields)
+
+
+@documented
+@dataclass
+class SftConfig(_SftOptions, TargetedConfig):
+    """Sparse fine-tuning: `W` with k trained numbers added at k chosen positions (arXiv 2401.16405, section 3).
+
+    The budget is `num_deltas`, else `num_tunable_weights`, else `density`.
+
+    Raises:
+        ValueError: a value outside its range; it is named with the rule.
+    """
+
+    num_deltas: dict[str, int] | None = None
+    """Number of trained weights per module, {module name: k}; overrides the others. Filled in when the adapter is made,
+    so that loading does not derive it again."""
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.SFT
-        check_layer_selection(self)
         self._check_budget()
         for name, allowed in (
             ("selection_algorithm", ("rigl", "sm3")),
