@@ -26,6 +26,7 @@ from ..utils.other import (
     replace_module,
     shared_parameters,
 )
+from ..utils.quantization_utils import keep_trainable
 from ..utils.warning import PeftWarning
 from .ops import make_op
 from .targeting import is_target, resolve_all_linear
@@ -169,6 +170,8 @@ class BaseTuner(nn.Module):
 
             warn_of_single_experts(model, config.target_modules)
         self.shared_state(config, targets)
+        if not config.inference_mode:
+            keep_trainable(model)
         shared = shared_parameters(model)
         try:
             for key in targets:
