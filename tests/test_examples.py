@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import random
@@ -13,7 +14,7 @@ import pytest
 import torch
 from tiny_models import make_tokenizer, save_llama
 
-from peft import PeftModel, load_peft_weights
+from peft import PeftModel, SftArguments, load_peft_weights
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 QA_OPTIONS = (
@@ -110,7 +111,7 @@ def test_question_answering_from_end_to_end(quantization, run_qa, tiny_bert, tmp
         run_qa.main(["--adapter", str(folder)])
 
 
-def test_question_answering_takes_sft_arguments(run_qa, tmp_path, monkeypatch):
+def test_question_answering_takes_sft_arguments(run_qa, tmp_path, monkeypatch, capsys):
     """Every field of SftArguments is an option, and reaches the adapter's configuration."""
     seen = []
     monkeypatch.setattr(run_qa, "train", lambda qa, sft, training: seen.append((qa, sft.to_config(), training)))
@@ -122,6 +123,13 @@ def test_question_answering_takes_sft_arguments(run_qa, tmp_path, monkeypatch):
     assert (config.target_modules, config.selection_algorithm, config.density) == ("all-linear", "sm3", 0.02)
     assert (config.dtype, config.reselection_steps) == ("bfloat16", 20)
     assert training.learning_rate == 1 and training.max_steps == run_qa.DEFAULTS["max_steps"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run_qa.main(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for cls in (SftArguments, run_qa.QaArguments):
+        for field in dataclasses.fields(cls):
+            assert field.metadata["help"] and " ".join(field.metadata["help"].split()[:3]) in printed, field.name
     with pytest.raises(ValueError, match="quantization must be 4, got 8"):
         run_qa.main(["--quantization", "8"])
 
