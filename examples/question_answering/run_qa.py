@@ -194,7 +194,8 @@ def check(folder: Path) -> None:
     results = json.loads((folder / RESULTS_FILE).read_text())
     qa = QaArguments(**results["settings"])
     model, tokenizer = load(qa.model, qa.quantization)
-    model = PeftModel.from_pretrained(model, folder)
+    # As in training: for inference only, bitsandbytes takes another kernel on the CPU, which computes in bfloat16.
+    model = PeftModel.from_pretrained(model, folder, is_trainable=True)
     again = measure(model, tokenizer, make_problems(qa.eval_size, HELD_OUT_SEED, held_out=True))
     show("reloaded", again)
     if again != results["after"]:
