@@ -270,7 +270,8 @@ def test_reports_what_moved():
         assert entry["moved"] == len(set(delta.indices.tolist()) - before[entry["name"]]) > 0
         assert entry["total"] == delta.indices.numel()
     moved, total = (sum(entry[key] for entry in selector.last_report) for key in ("moved", "total"))
-    assert selector.history == [{"step": 3, "share": 1.0, "moved": moved, "total": total}]
+    layers = {entry["name"]: entry["moved"] for entry in selector.last_report}
+    assert selector.history == [{"step": 3, "share": 1.0, "moved": moved, "total": total, "layers": layers}]
 
 
 def test_micro_batches_give_what_one_batch_gives():

@@ -351,7 +351,8 @@ def test_a_checkpoint_without_selector_is_reported(base_model, data, tmp_path):
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
-def test_reselections_are_logged(base_model, data, tmp_path):
+@pytest.mark.parametrize("layers", [False, True])
+def test_reselections_are_logged(layers, base_model, data, tmp_path):
     seen = []
 
     class Listener(TrainerCallback):
@@ -360,13 +361,18 @@ def test_reselections_are_logged(base_model, data, tmp_path):
 
     args = arguments(tmp_path, eval_strategy="steps", eval_steps=3, save_strategy="no")
     trainer = SftTrainer(Trainer)(
-        model=adapt(base_model), args=args, train_dataset=data, eval_dataset=data[:4], callbacks=[Listener()]
-    )
+        model=adapt(base_model), args=args, train_dataset=data, eval_dataset=data[:4], callbacks=[Listener()],
+        log_sft_layers=layers,
+    )  # fmt: skip
     output = trainer.train()
     history = trainer.sft_selector.history
     assert [entry["step"] for entry in history] == [3, 8]
-    logged = {entry["step"]: entry["sft_moved"] for entry in seen if "sft_moved" in entry}
-    assert logged == {4: history[0]["moved"], 8: history[1]["moved"]}
+    logged = {entry["step"]: {key: n for key, n in entry.items() if "sft" in key} for entry in seen}
+    for entry, step in zip(history, (4, 8)):
+        expected = {f"sft_moved/{name.removesuffix('.sft_delta.default')}": n for name, n in entry["layers"].items()}
+        assert len(expected) == 7 and sum(expected.values()) == entry["moved"]
+        assert logged.pop(step) == {"sft_moved": entry["moved"], **(expected if layers else {})}
+    assert not any(logged.values())
     assert sum("loss" in entry for entry in seen) == 3  # and no training log has been lost
     assert sum("eval_loss" in entry for entry in seen) == 4
     assert output.metrics["epoch"] > 0

@@ -72,7 +72,7 @@ class _BaseAutoPeftModel:
         base_kwargs = {key: value for key, value in kwargs.items() if key not in ("subfolder", "revision")}
         if adapter.revision is not None:
             base_kwargs["revision"] = adapter.revision
-        base = cls._base_class(adapter).from_pretrained(name, **base_kwargs)
+        base = cls.base_class(adapter).from_pretrained(name, **base_kwargs)
         cls._fit_vocabulary(base, pretrained_model_name_or_path, adapter_hub)
         kind = cls._peft_class if cls._task else MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(adapter.task_type, PeftModel)
         return kind.from_pretrained(
@@ -80,7 +80,12 @@ class _BaseAutoPeftModel:
         )
 
     @classmethod
-    def _base_class(cls, adapter: PeftConfig):
+    def base_class(cls, adapter: PeftConfig) -> type:
+        """transformers' class for the base model of an adapter.
+
+        Raises:
+            ValueError: the adapter is for another task, or was made for a class that is not one of transformers'.
+        """
         import transformers
 
         task = adapter.task_type

@@ -16,7 +16,7 @@ import os
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -83,30 +83,30 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-class _LazyHelp(dict):
-    """A field's metadata whose `help` is read from the class's source when somebody asks (a command line does)."""
+class _LazyHelp(Mapping):
+    """A field's metadata whose `help` is read from the class's source when somebody asks (a command line does).
 
-    def __init__(self, cls: type, name: str, metadata):
-        super().__init__(metadata)
-        self._cls, self._name = cls, name
+    Not a dict: `dict(metadata)`, which HfArgumentParser calls, copies the contents of one without asking for them.
+    """
 
-    def _fill(self) -> None:
-        super().setdefault("help", _cached_docs(self._cls).get(self._name, ""))
+    def __init__(self, cls: type, name: str, metadata: Mapping):
+        self._cls, self._name, self._given = cls, name, metadata
+
+    @functools.cached_property
+    def _filled(self) -> dict:
+        return {"help": _cached_docs(self._cls).get(self._name, ""), **self._given}
 
     def __getitem__(self, key):
-        self._fill()
-        return super().__getitem__(key)
+        return self._filled[key]
 
-    def get(self, key, default=None):
-        self._fill()
-        return super().get(key, default)
+    def __iter__(self):
+        return iter(self._filled)
 
-    def __contains__(self, key) -> bool:
-        return key == "help" or super().__contains__(key)
+    def __len__(self) -> int:
+        return len(self._filled)
 
-    def copy(self) -> dict:
-        self._fill()
-        return dict(self)
+    def copy(self) -> dict:  # which the metadata of ordinary fields have too
+        return dict(self._filled)
 
 
 _cached_docs = functools.lru_cache(maxsize=None)(field_docs)

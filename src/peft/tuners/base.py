@@ -24,6 +24,7 @@ from ..utils.other import (
     shared_parameters,
 )
 from ..utils.placement import home_device, offload_hook, own_tensor, reshard
+from ..utils.quantization_utils import keep_trainable
 from ..utils.warning import PeftWarning
 from .ops import make_op
 from .parts import (
@@ -190,6 +191,8 @@ class BaseTuner(nn.Module):
         self._warn_of_names_without_use(config, given, targets)
         self.shared_state(config, targets)
         active, disabled = self.active_adapters, self._adapters_disabled
+        if not config.inference_mode:
+            keep_trainable(model)
         shared = shared_parameters(model)
         try:
             for key in targets:

@@ -84,4 +84,16 @@ def logical_numel(parameter: nn.Parameter) -> int:
     return parameter.numel() if shape is None else math.prod(shape)
 
 
+def keep_trainable(model: nn.Module) -> None:
+    """See to it that gradients pass through packed weights after a forward pass in eval mode, too.
+
+    On CPUs with AVX512-BF16, bitsandbytes repacks a 4-bit weight in the first forward pass in eval mode, for a kernel
+    that has no backward pass, and leaves it so: training after an evaluation fails, or gradients go missing silently.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.state_dict()  # by which bitsandbytes undoes the repacking
+            module.support_avx512bf16_for_cpu = False
+
+
 explain_missing(__name__)

@@ -239,7 +239,7 @@ def set_peft_model_state_dict(
         )
     if low_cpu_mem_usage:
         # Assigned tensors keep their dtype, so they have to be given the one that the adapter should have.
-        found = {name: t.to(current[name].dtype).to(_device_of(model, name)) for name, t in found.items()}
+        found = {name: t.to(current[name].dtype).to(_device_of(model, name, t.device)) for name, t in found.items()}
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     model.load_state_dict(found, strict=False, assign=low_cpu_mem_usage)
     for name, parameter in model.named_parameters() if low_cpu_mem_usage else ():
@@ -268,8 +268,8 @@ def _write_elsewhere(model: nn.Module, name: str, value: torch.Tensor) -> None:
         OffloadedTensor(module, attribute).write(value.to(tensor.dtype))
 
 
-def _device_of(model: nn.Module, name: str) -> torch.device:
-    """Where the tensor `name` of an adapter has to be: with the base layer that it adapts."""
+def _device_of(model: nn.Module, name: str, current: torch.device) -> torch.device:
+    """Where the tensor `name` of an adapter has to be: with the base layer, or where it is if that is empty."""
     from ..tuners.tuners_utils import BaseTunerLayer
 
     path = name.split(".")
@@ -279,10 +279,14 @@ def _device_of(model: nn.Module, name: str) -> torch.device:
         except AttributeError:
             continue
         if isinstance(module, BaseTunerLayer):
-            return home_device(module.get_base_layer())
+            home = home_device(module.get_base_layer())
+            break
         if isinstance(module, AuxiliaryTrainingWrapper):
-            return home_device(module.original_module)
-    return torch.device("cpu")
+            home = home_device(module.original_module)
+            break
+    else:
+        return torch.device("cpu")
+    return current if home.type == "meta" else home
 
 
 def _file_key(key: str) -> str:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..._lazy import explain_missing
-from ...config import PeftConfig, documented
+from ...config import documented
 from ...utils.peft_types import PeftType
-from ..common_config import check_layer_selection
+from ..common_config import TargetedConfig
 
 INIT_NAMES = ("gaussian", "orthogonal")
 # Initialisations of upstream's that are not in this version. An adapter's file brings its tensors, whatever they were
@@ -49,7 +49,7 @@ class LoraRuntimeConfig:
 
 @documented
 @dataclass
-class LoraConfig(PeftConfig):
+class LoraConfig(TargetedConfig):
     """LoRA: a delta `scaling * B A` of rank `r` beside every target (arXiv 2106.09685, eq. 3).
 
     Raises:
@@ -59,11 +59,6 @@ class LoraConfig(PeftConfig):
 
     r: int = 8
     """Rank of the delta."""
-    target_modules: list[str] | str | None = None
-    """Modules to adapt: a list of names (matched at the end of a module's name), a regular expression for the whole
-    name, or "all-linear". None: the default of the architecture."""
-    exclude_modules: list[str] | str | None = None
-    """Modules not to adapt, given like target_modules."""
     lora_alpha: int = 8
     """The delta is scaled by lora_alpha / r (lora_alpha / sqrt(r) with use_rslora)."""
     lora_dropout: float = 0.0
@@ -74,16 +69,10 @@ class LoraConfig(PeftConfig):
     """Which biases of the base model train: none, all, or those of adapted layers."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) (rank-stabilised LoRA, arXiv 2312.03732, eq. 4)."""
-    modules_to_save: list[str] | None = None
-    """Modules that are trained and saved whole beside the adapter, such as a new classification head."""
     init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
     """True: A Kaiming-uniform, B zero. "gaussian": A normal with deviation 1/r, B zero. "orthogonal": A and B with
     orthogonal factors whose product is zero. False: both random, so that the delta is not zero (for tests).
     Files of adapters that were initialised in another way are read; see the compatibility page."""
-    layers_to_transform: list[int] | int | None = None
-    """Numbers of the layers to adapt; None: all."""
-    layers_pattern: list[str] | str | None = None
-    """Name of the list that the layer numbers count in, such as "layers" or "h"; None: the first number in a name."""
     rank_pattern: dict | None = field(default_factory=dict)
     """Ranks of single layers: {regular expression for the end of a module's name: rank}."""
     alpha_pattern: dict | None = field(default_factory=dict)
@@ -137,7 +126,6 @@ class LoraConfig(PeftConfig):
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         self.loftq_config = self.loftq_config or {}
-        check_layer_selection(self)
         self._check_numbers()
         for name, what in NOT_YET.items():
             if getattr(self, name) and not (self.inference_mode and name in INIT_FIELDS):

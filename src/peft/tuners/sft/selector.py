@@ -87,7 +87,8 @@ class SftSelector:
     Attributes:
         last_report: One dict per delta for the latest reselection: `name`, `moved` (trained weights exchanged), `total`
             (trained weights).
-        history: One dict per reselection so far: `step` (t), `share` aimed at, `moved`, `total`.
+        history: One dict per reselection so far: `step` (t), `share` aimed at, `moved`, `total`, and `layers`, the
+            trained weights that moved in each delta by its name.
         discarded_updates: Update steps inside gathering windows that did not count.
 
     Raises:
@@ -251,7 +252,8 @@ class SftSelector:
             )
         self._close_window()
         summary = {key: sum(entry[key] for entry in self.last_report) for key in ("moved", "total")}
-        self.history.append({"step": step, "share": share, **summary})
+        layers = {entry["name"]: entry["moved"] for entry in self.last_report}
+        self.history.append({"step": step, "share": share, **summary, "layers": layers})
 
     def _grow_by_gradient(self, delta: SparseDelta, statistics: _Statistics, count: int) -> int:
         """Drop the `count` smallest values for the candidates of largest summed gradient; return how many moved."""

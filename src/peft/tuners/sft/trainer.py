@@ -40,14 +40,15 @@ PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 def SftTrainer(base: type[Trainer]) -> type[Trainer]:
     """Make a Trainer class for sparse fine-tuning.
 
-    The class is called `Sft<base>`, is made once per base class, can be pickled, and takes one more keyword argument:
-    `sft_config`, by default the configuration of the model's active adapter. With "static" selection the positions are
-    chosen when training begins, from the first `calibration_batches` of the training data, and the optimiser is what
-    the base class makes of the TrainingArguments. Otherwise learning rate, weight decay, and for
-    "rigl" the betas and epsilon of AdamW, come from the TrainingArguments; the moments are kept in float32. To set
+    The class is called `Sft<base>`, is made once per base class, can be pickled, and takes two more keyword arguments:
+    `sft_config`, by default the configuration of the model's active adapter, and `log_sft_layers`. With "static"
+    selection the positions are chosen when training begins, from the first `calibration_batches` of the training data,
+    and the optimiser is what the base class makes of the TrainingArguments. Otherwise learning rate, weight decay, and
+    for "rigl" the betas and epsilon of AdamW, come from the TrainingArguments; the moments are kept in float32. To set
     anything else, pass an optimiser: `optimizers=(SftSM3(...), None)`.
 
-    Reselections are logged with the next training log: `sft_moved`, the positions exchanged since the previous one.
+    Reselections are logged with the next training log, so every logger of the Trainer gets them: `sft_moved`, the
+    positions exchanged since the previous log, and with `log_sft_layers=True` also `sft_moved/<layer>` for each layer.
 
     Args:
         base: `transformers.Trainer` or a subclass.
@@ -70,11 +71,14 @@ class SftTrainerMixin:
     sft_base: type[Trainer]
     """The class that was handed to `SftTrainer`."""
 
-    def __init__(self, *args: Any, sft_config: SftConfig | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, sft_config: SftConfig | None = None, log_sft_layers: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.sft_config = _resolve_config(self.model) if sft_config is None else sft_config
         self.sft_selector: SftSelector | None = None
         self._sft_checkpoint: str | None = None
+        self.log_sft_layers = log_sft_layers
         self._sft_logged = 0
         _check_config(self.sft_config)
         named_deltas(self.model)
@@ -230,6 +234,10 @@ class SftTrainerMixin:
                 self._sft_logged += len(pending)
                 # In place, as the Trainer adds the epoch: it returns some of these dicts to the user.
                 logs["sft_moved"] = sum(entry["moved"] for entry in pending)
+                for name, moved in (item for entry in pending for item in entry["layers"].items()):
+                    if self.log_sft_layers:
+                        key = f"sft_moved/{name.rpartition('.sft_delta.')[0]}"
+                        logs[key] = logs.get(key, 0) + moved
         super().log(logs, *args, **kwargs)
 
     # ---- Checkpoints ----
