@@ -35,6 +35,7 @@ setup(
         "bitsandbytes>=0.46",
         "huggingface_hub>=1.0",
         "tqdm>=4.60",
+        "numpy>=1.26",
         "packaging>=21",
     ],
     extras_require={
