@@ -77,7 +77,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, N = {args.tokens}, {args.dtype}, ms\n")
-    print("| O × I | density | frozen product | + written | + sparse beside | + dense copy | gradient: sampled | dense |")
+    print(
+        "| O × I | density | frozen product | + written | + sparse beside | + dense copy | gradient: sampled | dense |"
+    )
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for shape in SHAPES:
         for density in DENSITIES:
