@@ -2,8 +2,8 @@
 
 For the forward product (and its like, the gradient of the input): the delta written into the weight and taken out
 again, a sparse product beside the frozen one, or a dense copy of the weight with the delta in it; given is what each
-adds to the frozen product. For the gradient of the values: the sampled product, or the dense product of which the entries are
-taken. N rows of input, float32 unless asked otherwise; minima of interleaved rounds.
+adds to the frozen product. For the gradient of the values: the sampled product, or the dense product of which the
+entries are taken. N rows of input, float32 unless asked otherwise; minima of interleaved rounds.
 
     python benchmarks/sft_kernels.py --rounds 30
 """
