@@ -291,6 +291,14 @@ def test_refuses_bad_settings(settings, message):
         SftConfig(**{"selection_algorithm": "static", **settings})
 
 
+def test_a_failed_choice_does_not_count_as_one():
+    model = make()
+    free = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ValueError, match="depends on none of the adapted layers"):
+        select_static(model, random_batches(), lambda model, batch: free * 2, progress=False)
+    assert not any(delta.is_selected for _, _, delta in model.active_deltas())
+
+
 def test_the_selector_wants_chosen_positions():
     model = make("fisher")
     config = model.peft_config["default"]
