@@ -18,8 +18,8 @@ from torch import nn
 from ...utils.quantization_utils import is_quantized
 from ..ops import is_plain, no_global_hooks
 from ..tuners_utils import AdditiveLayer
-from .kernels import Candidates, added, scatter_add, sparse_linear, sparse_product
-from .structured import GroupCandidates, Layout, add, add_product, make_layout, structured_linear
+from .kernels import Candidates, add, added, sparse_linear, sparse_product
+from .structured import GroupCandidates, Layout, add_product, make_layout
 
 if TYPE_CHECKING:
     from .parallel import Ranks
@@ -89,9 +89,17 @@ class SparseDelta(nn.Module):
         """Number of positions or groups that there are."""
         return self.dense_numel if self.layout is None else self.layout.count
 
-    def positions(self) -> torch.Tensor:
-        """Flat row-major position of every trained number in the weight as it is stored; int64, shaped like values."""
-        return self.indices.detach().long() if self.layout is None else self.layout.positions(self.indices)
+    def positions(self, slots: torch.Tensor | None = None) -> torch.Tensor:
+        """Flat row-major positions of all numbers of some slots in the weight as it is stored, int64.
+
+        Args:
+            slots: (m,) as in `indices`; None: those.
+
+        Returns:
+            (m,) or (m, s).
+        """
+        slots = self.indices.detach() if slots is None else slots
+        return slots.long() if self.layout is None else self.layout.positions(slots)
 
     def extra_repr(self) -> str:
         what = "" if self.layout is None else f" in {type(self.layout).__name__.lower()} of {self.slot_size}"
@@ -290,12 +298,10 @@ class SftLayer(AdditiveLayer, nn.Module):
             and (not base.weight.is_inference() or torch.is_inference_mode_enabled())
         )
         deltas = [self.sft_delta[n] for n in names]
-        if writable and all(d.layout is None for d in deltas):
-            return sparse_linear(x, base.weight, base.bias, deltas, op.transposed)
+        structured = {d.layout is not None for d in deltas}
         # Written into weights of half precision, a structured delta would be rounded like them (see `structured`).
-        wide = writable and base.weight.dtype in (torch.float32, torch.float64)
-        if wide and all(d.layout is not None for d in deltas):
-            return structured_linear(x, base.weight, base.bias, deltas, op.transposed)
+        if writable and len(structured) == 1 and (structured == {False} or base.weight.dtype.itemsize >= 4):
+            return sparse_linear(x, base.weight, base.bias, deltas, op.transposed)
         return super()._apply_adapters(names, x, *args, **kwargs)
 
 
@@ -307,7 +313,7 @@ def _added(flat: torch.Tensor, delta: SparseDelta) -> torch.Tensor:
             which they could be.
     """
     if not torch._C._are_functorch_transforms_active():
-        return scatter_add(flat, delta) if delta.layout is None else add(flat, delta)
+        return add(flat, delta)
     if delta.is_gathering:
         raise RuntimeError(
             "Gradients taken by torch.func cannot be gathered for a reselection. Train with loss.backward(), or close "

@@ -162,7 +162,9 @@ def _gradient_scores(tuner, active, batches, loss_fn, criterion, workspace_bytes
             with _observed(tuner, sums), undisturbed_randomness():  # every group sees the same random numbers
                 for batch in batches:
                     with torch.enable_grad():
-                        loss_fn(tuner, batch).backward()
+                        loss = loss_fn(tuner, batch)
+                    if loss.requires_grad:  # else it depends on no layer of this group
+                        loss.backward()
                     for one in sums:
                         one.end_batch()
                     bar.update()
