@@ -19,8 +19,8 @@ from ..utils.error import NoMatchingPeftModuleError
 from ..utils.other import (
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
+    Places,
     _get_submodules,
-    replace_module,
     shared_parameters,
 )
 from ..utils.placement import home_device, offload_hook, own_tensor, reshard
@@ -193,7 +193,7 @@ class BaseTuner(nn.Module):
         active, disabled = self.active_adapters, self._adapters_disabled
         if not config.inference_mode:
             keep_trainable(model)
-        shared = shared_parameters(model)
+        shared, places = shared_parameters(model), Places(model)
         try:
             for key in targets:
                 parent, target, target_name = _get_submodules(model, key)
@@ -202,6 +202,8 @@ class BaseTuner(nn.Module):
                 with torch.device("meta") if on_meta else nullcontext():
                     self._create_and_replace(config, adapter_name, target, target_name, parent, key)
                 layer = model.get_submodule(key)
+                if layer is not target:
+                    places.replace(target, layer)  # a module may stand in more places than the one called `key`
                 layer.op.shared |= id(layer.weight) in shared  # a merged layer has parted from the others for a while
             wrap_modules_to_save(model, getattr(config, "modules_to_save", None) or [], adapter_name)
             _check_biases(model, config, adapter_name)
@@ -328,7 +330,7 @@ class BaseTuner(nn.Module):
             layer._disable_adapters = self._adapters_disabled
             layer._active_adapter = self.active_adapters
             layer.train(target.training)
-            replace_module(self.model, target, layer)
+            setattr(parent, target_name, layer)
         layer.update_layer(adapter_name, config, **self.layer_kwargs(config, current_key))
         self._move_to_base(layer, adapter_name)
 
@@ -467,7 +469,7 @@ class BaseTuner(nn.Module):
             self.merge_adapter(names, safe_merge)  # all of it before any layer goes: an error leaves the model whole
         drop_trained_biases(self.model)
         reshard(self.model)
-        untied = False
+        untied, places = False, Places(self.model)
         targets = [*self.layers(), *self.wrappers()]
         for module in tqdm(targets, disable=not progressbar, desc="Unloading" + (" and merging" if merge else "")):
             if isinstance(module, BaseTunerLayer):
@@ -477,7 +479,7 @@ class BaseTuner(nn.Module):
                 plain = module.base_layer
             else:
                 plain = module.unload(names if merge else [])
-            replace_module(self.model, module, plain)
+            places.replace(module, plain)
         if untied and getattr(getattr(self.model, "config", None), "tie_word_embeddings", False):
             self.model.config.tie_word_embeddings = False
             warnings.warn(
@@ -544,5 +546,5 @@ def _wrap_module_to_save(model: nn.Module, name: str, adapter_name: str) -> bool
         if isinstance(module, ModulesToSaveWrapper):
             module.update(adapter_name)
         else:
-            replace_module(model, module, ModulesToSaveWrapper(module, adapter_name))
+            Places(model).replace(module, ModulesToSaveWrapper(module, adapter_name))
     return bool(found)

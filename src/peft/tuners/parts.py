@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING, is_adapter_key
-from ..utils.other import AdapterParts, AuxiliaryTrainingWrapper, replace_module
+from ..utils.other import AdapterParts, AuxiliaryTrainingWrapper, Places
 from ..utils.placement import reshard
 from ..utils.warning import PeftWarning
 from .tuners_utils import BaseTunerLayer, as_list
@@ -166,11 +166,12 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     """Delete an adapter; modules that have no other one get their old place in the model back."""
+    places = Places(model)
     for part in list(parts(model)):
         part.delete_adapter(adapter_name)
         if isinstance(part, nn.Module) and not part._available_adapters:
             plain = part.base_layer if isinstance(part, BaseTunerLayer) else part.original_module
-            replace_module(model, part, plain)
+            places.replace(part, plain)
 
 
 def _check_method(model: nn.Module, adapter_name: str, prefix: str) -> None:
