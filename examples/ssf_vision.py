@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="how often everything is repeated (default: 3)")
     parser.add_argument("--images", type=int, default=300, help="shifted images to adapt to (default: 300)")
-    parser.add_argument("--base-epochs", type=int, default=40, help="of the base model's training (default: 40)")
+    parser.add_argument("--base-epochs", type=int, default=15, help="of the base model's training (default: 15)")
     parser.add_argument("--epochs", type=int, default=30, help="of each method's training (default: 30)")
     args = parser.parse_args(argv)
     if args.seeds < 1 or not 1 <= args.images < 800:

@@ -2,8 +2,8 @@
 
 The gradient of a scale needs the base layer's output y0, which nobody else keeps: `y = s y0 + t`, `ds = sum_n g y0`.
 
-- `ScaleShift`, for any layer, keeps y0 in its own type. Written in torch's operations the step keeps a float32 copy of a
-  half-precision output.
+- `ScaleShift`, for any layer, keeps y0 in its own type. Written in torch's operations the step keeps a float32 copy of
+  a half-precision output.
 - `ScaledLinear`, for plain linear layers in full precision, keeps y and takes `y0 = (y - t) / s` from it. What comes
   next often keeps y too (an activation its input, a product its factors, attention its values, the next linear layer's
   adapter its input), and the two share the memory. Channels whose scale is too small to divide by are computed again
@@ -58,7 +58,7 @@ class ScaledLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, W, b, s, t):
-        # Not a view: autograd refuses to change views that a function made in place, as Falcon does with an MLP's output.
+        # Not a view: what a function returns as a view cannot be changed in place, and Falcon does that to an MLP's.
         y = x.new_empty(*x.shape[:-1], len(W))
         rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, len(W))
         torch.mm(rows, W.T, out=out) if b is None else torch.addmm(b, rows, W.T, out=out)

@@ -49,8 +49,10 @@ class SsfLayer(BaseTunerLayer, nn.Module):
         return y
 
     def _keeps_output(self, name: str, x: torch.Tensor) -> bool:
-        """Whether `ScaledLinear` computes this layer with this input: a plain one, in full precision, whose saved tensors
-        nobody wants to see."""
+        """Whether `ScaledLinear` computes this layer with this input.
+
+        The layer is plain, all is in full precision, and nobody wants to see the saved tensors.
+        """
         base = self.base_layer
         if not (is_plain(base) and no_global_hooks()) or base.weight.requires_grad:
             return False
