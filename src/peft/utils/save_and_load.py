@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import namedtuple
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 from torch import nn
@@ -202,7 +202,7 @@ def set_peft_model_state_dict(
     expected.update({_plain_name(name): name for name in _bias_keys(model, config, adapter_name)})
     # Of the base model a file may bring the embeddings, nothing else.
     embeddings = {file: name for name, file in _embedding_keys(model, True, config, adapter_name).items()}
-    renamed = {_file_key(key): tensor for key, tensor in peft_model_state_dict.items()}
+    renamed = {_file_key(key, expected): tensor for key, tensor in peft_model_state_dict.items()}
     incoming = {expected[key]: tensor for key, tensor in renamed.items() if key in expected}
     for path, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and adapter_name in module._available_adapters:
@@ -286,9 +286,16 @@ def _device_of(model: nn.Module, name: str, current: torch.device) -> torch.devi
     return current if home.type == "meta" else home
 
 
-def _file_key(key: str) -> str:
-    """A key of a file in today's form; deltatuner's wrapped bases are called `linear_sub`."""
-    return _plain_name(key).replace(".linear_sub.", ".")
+def _file_key(key: str, expected: Container[str]) -> str:
+    """A key of a file in today's form.
+
+    deltatuner calls wrapped bases `linear_sub`, and leaves layers unwrapped that its search switched off: their biases
+    have the plain name.
+    """
+    key = _plain_name(key).replace(".linear_sub.", ".base_layer.")
+    module, _, name = key.rpartition(".")
+    wrapped = f"{module}.base_layer.{name}"
+    return wrapped if key not in expected and wrapped in expected else key
 
 
 def report_incompatible(result: IncompatibleKeys, adapter_name: str, source) -> None:
