@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -298,7 +299,7 @@ def test_half_precision_input_is_never_copied_to_float32(kind, dropout, second):
 # The configuration
 
 
-@pytest.mark.parametrize("method", [LoraConfig, SftConfig, SsfConfig])
+@pytest.mark.parametrize("method", [LoraConfig, partial(SftConfig, num_tunable_weights=20), SsfConfig])
 @pytest.mark.parametrize("shape", [(5, 4), (2, 5, 4)])
 def test_what_follows_a_layer_may_change_its_output_in_place(method, shape):
     """nn.ReLU(inplace=True), or Falcon, which adds attention's output to the MLP's."""

@@ -345,6 +345,20 @@ def make_op(layer: nn.Module) -> Op | None:
     return None
 
 
+def linear(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+    """`x W^T + b`, (..., I) -> (..., O), in memory of its own.
+
+    What a custom autograd function returns as a view, as F.linear's result can be, cannot be changed in place; and the
+    next layer may do that (nn.ReLU(inplace=True), Falcon's MLP).
+    """
+    if torch.compiler.is_compiling():
+        return F.linear(x, W, b)
+    y = x.new_empty(*x.shape[:-1], len(W))
+    rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, len(W))
+    torch.mm(rows, W.T, out=out) if b is None else torch.addmm(b, rows, W.T, out=out)
+    return y
+
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 

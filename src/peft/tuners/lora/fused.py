@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import is_plain, no_global_hooks
+from ..ops import is_plain, linear, no_global_hooks
 from ..recompute import keep
 
 
@@ -34,7 +34,7 @@ class FusedLora(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])  # (N, I)
         dropped = rows if xd is None else xd.reshape(rows.shape)
         hidden = A @ dropped.T  # (r, N)
-        y = F.linear(x, W, b)  # (..., O); returned as it is: a view could not be changed in place (ReLU, Falcon's MLP)
+        y = linear(x, W, b)  # (..., O)
         y.view(-1, y.shape[-1]).addmm_(hidden.T, B.T, alpha=s)
         if bB is not None:
             y.add_(bB, alpha=s)

@@ -23,8 +23,8 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 
+from ..ops import linear
 from ..recompute import keep
 
 WORKSPACE_BYTES = 64 * 2**20
@@ -236,7 +236,7 @@ class _Linear(torch.autograd.Function):
         values, indices = values_and_indices[:n], values_and_indices[n:]
         with _written(weight, transposed, deltas, values, indices), torch.autocast(x.device.type, enabled=False):
             W = weight.data.to(dtype)
-            y = F.linear(x, W.T if transposed else W, None if bias is None else bias.to(dtype))
+            y = linear(x, W.T if transposed else W, None if bias is None else bias.to(dtype))
         ctx.trained = any(ctx.needs_input_grad[6 : 6 + n])
         ctx.recipe, kept = None, []
         if ctx.trained and any(d.layout is None or d.layout.needs_input or d.is_gathering for d in deltas):

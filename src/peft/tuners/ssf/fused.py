@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..ops import linear
 from ..recompute import keep
 
 # With |s| >= MIN_SCALE and |t| <= |s| / MIN_SCALE the division loses at most a factor 1 / (MIN_SCALE |y0|) of
@@ -58,11 +59,9 @@ class ScaledLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, W, b, s, t):
-        # Not a view: what a function returns as a view cannot be changed in place, and Falcon does that to an MLP's.
-        y = x.new_empty(*x.shape[:-1], len(W))
-        rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, len(W))
-        torch.mm(rows, W.T, out=out) if b is None else torch.addmm(b, rows, W.T, out=out)
-        y.mul_(s).add_(t)
+        y = linear(x, W, b).mul_(s).add_(t)
+        if y.is_inference():  # there will be no backward pass
+            return y
         parts, ctx.recipe = keep(x, counted=False) if ctx.needs_input_grad[3] else ([], None)
         # Under a version counter of its own: to autograd a change of y in place would be an error, here it costs a
         # product. `watched` has y's counter and none of its memory.
