@@ -178,10 +178,14 @@ def tables(results: Results) -> str:
 def table(results: Results, task: str) -> str:
     header = ["", "trained", "learning rate", "validation", "test", "seeds", "CPU s/step", "x frozen", "MiB"]
     lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
-    lines += [[LABELS[method], *row(results, task, method)] for method in results.suite.rates]
+    lines += [[LABELS[method], *row(results, task, method)] for method in methods_of(results.suite)]
     majority = {result["majority"] for cell, result in results.cells.items() if cell.task == task}
     lines += [["most frequent answer", "", "", "", percent(share), "", "", "", ""] for share in majority]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def methods_of(suite: Suite) -> list[str]:
+    return [method for method in METHODS if method in suite.rates]
 
 
 def row(results: Results, task: str, method: str) -> list[str]:
@@ -229,7 +233,7 @@ def draw(results: Results, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    tasks, methods = list(results.suite.tasks), list(results.suite.rates)
+    tasks, methods = list(results.suite.tasks), methods_of(results.suite)
     figure = Figure(figsize=(4.5 * len(tasks), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, task in zip(figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks):

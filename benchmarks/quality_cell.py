@@ -94,7 +94,7 @@ class Cell:
 SUITES = {
     "minilm": Suite(
         model="minilm",
-        tasks={"syllogism": {"invalid_ratio": 0.5}, "aiw": {"task_type_weights": [0.5, 0.5, 0.0]}},
+        tasks={"syllogism": {"invalid_ratio": 0.5}, "aiw": {"task_type_weights": [0.5, 0.5, 0.0], "max_entities": 20}},
         rates={
             "full": (5e-5, 1e-4, 2e-4),
             "lora": (1e-3, 2e-3, 5e-3),
@@ -104,7 +104,7 @@ SUITES = {
             "ssf": (2e-3, 5e-3, 1e-2),
             "head": (1e-3, 3e-3, 1e-2),
         },
-        steps=100,
+        steps=75,
         batch=16,
         validation=200,
         test=500,

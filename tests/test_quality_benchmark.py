@@ -96,7 +96,7 @@ def test_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
         return True
 
     monkeypatch.setattr(quality, "run_cell", run_cell)
-    for stop_after in (4, 9, 12):  # noqa: B007: read by run_cell
+    for stop_after in (4, 9, 12):  # noqa: B007 (run_cell reads it)
         with pytest.raises(KeyboardInterrupt):
             quality.run_missing(SUITE, tmp_path, 2, None)
     stop_after = None
