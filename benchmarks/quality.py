@@ -8,7 +8,8 @@ writes one JSON file when it is done, so that the benchmark can be stopped at an
 all learning rates of a method's grid are tried with seed 0. The one of best accuracy on the validation problems is then
 used for the other seeds, and only its cells give the accuracy on the test problems.
 
-Drawing writes the tables into docs/source/quality.md and the plot beside it. What has not been measured is empty there.
+Drawing, also done after each cell, writes the tables into docs/source/quality.md and the plot beside it. What has not
+been measured is empty there.
 """
 
 from __future__ import annotations
@@ -111,20 +112,22 @@ def missing(results: Results, seeds: int) -> Iterator[Cell]:
 # ---- Running ----
 
 
-def run_missing(suite: Suite, folder: Path, seeds: int, pause_file: Path | None) -> list[Cell]:
-    """Run all cells that are missing, and return those that failed; they are not tried twice."""
+def run_missing(suite: Suite, folder: Path, seeds: int, pause_file: Path | None) -> Iterator[tuple[Cell, bool]]:
+    """Run all cells that are missing; yields each with whether it succeeded. What fails is not tried twice."""
     folder.mkdir(parents=True, exist_ok=True)
     failed: list[Cell] = []
     while True:
         results = Results(suite, folder)
         todo = [cell for cell in missing(results, seeds) if cell not in failed]
         if not todo:
-            return failed
-        start = time.monotonic()
-        print(f"{todo[0].file}: started, {len(todo)} to run", file=sys.stderr, flush=True)
-        if not run_cell(suite, todo[0], folder, pause_file):
-            failed.append(todo[0])
-        print(f"{todo[0].file}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+            return
+        cell, start = todo[0], time.monotonic()
+        print(f"{cell.file}: started, {len(todo)} to run", file=sys.stderr, flush=True)
+        succeeded = run_cell(suite, cell, folder, pause_file)
+        if not succeeded:
+            failed.append(cell)
+        print(f"{cell.file}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+        yield cell, succeeded
 
 
 def run_cell(suite: Suite, cell: Cell, folder: Path, pause_file: Path | None) -> bool:
@@ -176,7 +179,7 @@ def tables(results: Results) -> str:
 
 
 def table(results: Results, task: str) -> str:
-    header = ["", "trained", "learning rate", "validation", "test", "seeds", "CPU s/step", "x frozen", "MiB"]
+    header = ["", "trained", "learning rate", "validation", "test", "seeds", "CPU s/step", "× frozen", "MiB"]
     lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
     lines += [[LABELS[method], *row(results, task, method)] for method in methods_of(results.suite)]
     majority = {result["majority"] for cell, result in results.cells.items() if cell.task == task}
@@ -301,21 +304,32 @@ def suite_of(args: argparse.Namespace) -> Suite:
     return dataclasses.replace(suite, rates=rates, tasks=tasks)
 
 
-def main(arguments: Iterable[str] | None = None) -> int:
-    args = parse(arguments)
-    published = RESULTS / args.model
-    folder = args.results or published
-    failed = [] if args.table else run_missing(suite_of(args), folder, args.seeds, args.pause_file)
-    if folder == published:
-        results = Results(SUITES[args.model], folder)
-        PAGE.write_text(fill_page(PAGE.read_text(encoding="utf-8"), args.model, tables(results)), encoding="utf-8")
-        plot = PAGE.with_name("quality.png" if args.model == "minilm" else f"quality-{args.model}.png")
+def publish(args: argparse.Namespace) -> str:
+    """Draw what there is, and return the tables. Only the suite's own cells in their own folder go into the page."""
+    folder = args.results or RESULTS / args.model
+    if folder != RESULTS / args.model:
+        results, plot = Results(suite_of(args), folder), folder / "quality.png"
     else:
-        results = Results(suite_of(args), folder)
-        plot = folder / "quality.png"
-    print(tables(results))
+        results = Results(SUITES[args.model], folder)
+        plot = PAGE.with_name("quality.png" if args.model == "minilm" else f"quality-{args.model}.png")
+        page = fill_page(PAGE.read_text(encoding="utf-8"), args.model, tables(results))
+        PAGE.write_text(page, encoding="utf-8")
     if results.cells:
         draw(results, plot)
+    return tables(results)
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    args = parse(arguments)
+    failed = []
+    if not args.table:
+        folder = args.results or RESULTS / args.model
+        for cell, succeeded in run_missing(suite_of(args), folder, args.seeds, args.pause_file):
+            if succeeded:
+                publish(args)  # after each cell, since nobody knows which is the last before it is stopped
+            else:
+                failed.append(cell)
+    print(publish(args))
     for cell in failed:
         print(f"failed: {cell.file}; what it said stands above", file=sys.stderr)
     return 1 if failed else 0
