@@ -248,9 +248,9 @@ def draw(results: Results, path: Path) -> None:
                 axes.plot(accuracies, [place] * len(accuracies), "o", color=f"C{place}", markersize=4)
         for share in {result["majority"] for cell, result in results.cells.items() if cell.task == task}:
             axes.axvline(100 * share, color="black", linestyle=":", linewidth=1)
-        axes.set(title=task, xlabel="test problems solved, %", xlim=(0, 100))
+        axes.set(title=task, xlabel="test problems solved, %", xlim=(0, 102))
         axes.set_yticks(range(len(methods)), [LABELS[method] for method in methods])
-    axes.invert_yaxis()
+        axes.set_ylim(len(methods) - 0.5, -0.5)  # from top to bottom, with room for those that are not measured
     # Nothing about the program that wrote it: the same figures give the same file.
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
