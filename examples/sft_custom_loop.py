@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from peft import SftAdamW, SftConfig, SftSelector, SftSM3, TaskType, get_peft_model
+from peft import PeftModel, SftAdamW, SftConfig, SftSelector, SftSM3, TaskType, get_peft_model
 
 
 def load(name: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -82,6 +82,22 @@ def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def prepare(
+    arguments: list[str] | None, description: str
+) -> tuple[argparse.Namespace, PeftModel, PreTrainedTokenizerBase, SftConfig]:
+    """The command line's arguments, the model with its adapter, the tokenizer, and the adapter's configuration."""
+    args = parse(arguments, description)
+    torch.manual_seed(0)
+    model, tokenizer = load(args.model)
+    config = SftConfig(
+        task_type=TaskType.CAUSAL_LM,
+        density=args.density,
+        selection_algorithm=args.selection_algorithm,
+        reselection_steps=args.reselection_steps,
+    )
+    return args, get_peft_model(model, config), tokenizer, config
+
+
 def make_optimizer(model: PreTrainedModel, config: SftConfig, learning_rate: float) -> torch.optim.Optimizer:
     """The optimiser that the selection algorithm goes with."""
     params = [param for param in model.parameters() if param.requires_grad]
@@ -92,16 +108,7 @@ def make_optimizer(model: PreTrainedModel, config: SftConfig, learning_rate: flo
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse(arguments, __doc__.splitlines()[0])
-    torch.manual_seed(0)
-    model, tokenizer = load(args.model)
-    config = SftConfig(
-        task_type=TaskType.CAUSAL_LM,
-        density=args.density,
-        selection_algorithm=args.selection_algorithm,
-        reselection_steps=args.reselection_steps,
-    )
-    model = get_peft_model(model, config)
+    args, model, tokenizer, config = prepare(arguments, __doc__.splitlines()[0])
     model.print_trainable_parameters()
     print(f"held-out loss before: {held_out_loss(model, tokenizer):.4f}")
 

@@ -9,24 +9,14 @@ from __future__ import annotations
 
 import tempfile
 
-import torch
-from sft_custom_loop import additions, collate, held_out_loss, load, parse
+from sft_custom_loop import additions, collate, held_out_loss, prepare
 from transformers import Trainer, TrainingArguments
 
-from peft import SftConfig, SftTrainer, TaskType, get_peft_model
+from peft import SftTrainer
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse(arguments, __doc__.splitlines()[0])
-    torch.manual_seed(0)
-    model, tokenizer = load(args.model)
-    config = SftConfig(
-        task_type=TaskType.CAUSAL_LM,
-        density=args.density,
-        selection_algorithm=args.selection_algorithm,
-        reselection_steps=args.reselection_steps,
-    )
-    model = get_peft_model(model, config)
+    args, model, tokenizer, config = prepare(arguments, __doc__.splitlines()[0])
     print(f"held-out loss before: {held_out_loss(model, tokenizer):.4f}")
 
     trainer_cls = SftTrainer(Trainer)  # Trainer or any subclass of it

@@ -85,7 +85,7 @@ def test_a_missing_shard_is_named(tmp_path):
     adapted(llama()).save_pretrained(tmp_path)
     shard(tmp_path)
     (tmp_path / "adapter_model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"shards that are not there: \['adapter_model-00002-of-00002.safetensors'\]"):
+    with pytest.raises(ValueError, match="Can't find a shard .*'adapter_model-00002-of-00002.safetensors'"):
         load_peft_weights(tmp_path)
 
 

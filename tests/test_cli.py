@@ -14,50 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import CHAT_TEMPLATE, make_tokenizer, save_llama
 
 from peft.cli import arguments, common, data, main, tasks
 
 DOCS = Path(__file__).parent.parent / "docs" / "source" / "cli.md"
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SPECIAL = ["<pad>", "<s>", "<|im_start|>", "<|im_end|>"]
-
-
-def make_tokenizer(merges: list[tuple[str, str]] = (), add_bos: bool = False):
-    """A byte-level tokenizer, with the merges that a test wants."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, list(merges)))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(SPECIAL)
-    if add_bos:
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<|im_end|>", bos_token="<s>" if add_bos else None
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> str:
     """A folder with a random two-layer Llama and a tokenizer with a chat template."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    tokenizer = make_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=3,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_llama(tmp_path_factory.mktemp("tiny"), make_tokenizer())
 
 
 @pytest.fixture(autouse=True)

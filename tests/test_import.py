@@ -2,7 +2,9 @@
 
 import ast
 import importlib.metadata
+import importlib.util
 import pickle
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import peft
-from peft import _names
+from peft import _missing, _names
 from peft._lazy import attach
 
 HEAVY = (
@@ -110,10 +112,66 @@ def test_missing_name_names_its_method(name):
     assert "peft==0.21.2" in str(from_import.value)
 
 
+MISSING_BELOW = [
+    f"{module}.{name}" for module, methods in _missing.NAMES.items() for names in methods.values() for name in names
+]
+
+
+def test_missing_names_of_submodules_name_their_method():
+    assert len(MISSING_BELOW) == len(set(MISSING_BELOW)) > 150
+    for fullname in MISSING_BELOW:
+        module, _, name = fullname.rpartition(".")
+        assert not hasattr(importlib.import_module(module), name), f"{fullname} is here: take it out of the table"
+        with pytest.raises(ImportError) as error:
+            exec(f"from {module} import {name}")
+        assert str(error.value).startswith(f"{_missing.method_of(fullname)} ({fullname}) is not part of peft 0.21.2+")
+
+
+@pytest.mark.parametrize("module", _missing.MODULES)
+def test_missing_modules_name_their_method(module):
+    parent, _, name = module.rpartition(".")
+    for statement in (f"import {module}", f"from {module}.layer import Linear", f"from {parent} import {name}"):
+        with pytest.raises(ImportError) as error:
+            exec(statement)
+        assert str(error.value).startswith(f"{_missing.MODULES[module]} ({module}) is not part of peft 0.21.2+")
+    assert not hasattr(importlib.import_module(parent), name)
+    assert module not in sys.modules
+
+
+def test_modules_can_be_walked():
+    """Discovery of modules neither meets the missing ones nor stumbles over plain modules that explain names."""
+    found = {module.name for module in pkgutil.walk_packages(peft.__path__, "peft.")}
+    assert {"peft.tuners.lora.layer", "peft.tuners.tuners_utils", "peft.utils.other"} <= found
+    assert not found & set(_missing.MODULES)
+    assert importlib.util.find_spec("peft.utils.other").submodule_search_locations is None
+
+
+def test_missing_names_cost_nothing_until_asked_for():
+    code = "import peft, sys; peft.LoraConfig, peft.get_peft_model; hasattr(peft, 'AdaLoraConfig')"
+    assert run(f"{code}; print('peft._missing' in sys.modules)").strip() == "False"
+    assert heavy_modules_after("import peft\ntry: import peft.tuners.ia3\nexcept ImportError: pass") == set()
+
+
+def test_names_that_upstream_has_in_several_places():
+    from peft.tuners.tuners_utils import BaseTuner, delete_adapter, get_pattern_key, set_adapter, set_requires_grad
+    from peft.utils.other import get_pattern_key as same
+
+    assert same is get_pattern_key and BaseTuner.__module__ == "peft.tuners.base"
+    assert (set_adapter, delete_adapter, set_requires_grad) == (
+        peft.functional.set_adapter,
+        peft.functional.delete_adapter,
+        peft.functional.set_requires_grad,
+    )
+
+
 def test_unknown_name_is_an_ordinary_error():
     assert not hasattr(peft, "NoSuchThing")
     with pytest.raises(ImportError, match="cannot import name 'NoSuchThing' from 'peft'"):
         exec("from peft import NoSuchThing")
+    with pytest.raises(ImportError, match="cannot import name 'NoSuchThing' from 'peft.tuners.lora.layer'"):
+        exec("from peft.tuners.lora.layer import NoSuchThing")
+    with pytest.raises(ModuleNotFoundError, match="No module named 'peft.tuners.nothing'"):
+        exec("import peft.tuners.nothing")
 
 
 def test_attach_resolves_once(monkeypatch, tmp_path):

@@ -266,30 +266,18 @@ def test_real_cell(tmp_path):
 
 
 def test_real_cell_of_a_language_model(tmp_path):
+    from tiny_models import make_tokenizer, save_llama
+
     suite = dataclasses.replace(
-        quality_cell.SUITES["smollm2"], model=tiny_llama(tmp_path), steps=2, batch=2, validation=2, test=2, rank=2
+        quality_cell.SUITES["smollm2"],
+        model=save_llama(tmp_path, make_tokenizer()),
+        steps=2,
+        batch=2,
+        validation=2,
+        test=2,
+        rank=2,
     )
     result = quality_cell.run_cell(suite, Cell("word_sequence_reversal", "ssf", 1e-2, 1))
     assert result["validation"] == result["test"] == 0.0  # a random model that has seen four examples
     assert result["head"] == 0 and result["settings"]["model"] == suite.model
-    first = result["losses"][0]
-    assert math.isclose(first, math.log(260), rel_tol=0.1)  # of a guess among the tokens
-
-
-def tiny_llama(folder: Path) -> str:
-    """A folder with a random two-layer Llama and a byte-level tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(["<pad>", *alphabet])}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<pad>")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    assert math.isclose(result["losses"][0], math.log(260), rel_tol=0.1)  # a guess among the tokens

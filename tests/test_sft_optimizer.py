@@ -12,7 +12,7 @@ import torch
 from peft.tuners.sft import optimizer as optimizer_module
 from peft.tuners.sft.optimizer import SftAdamW, SftSM3
 
-SHAPES = [(7,), (3, 5), (2, 3, 4), ()]
+SHAPES = [(7,), (3, 5), (2, 3, 4), (), (2, 3, 2, 2)]
 
 
 def random_params(dtype=torch.float64, shapes=SHAPES):
@@ -250,7 +250,9 @@ def random_delta(shape, k, dtype=torch.float64, index_dtype=torch.int64):
     numel = math.prod(shape)
     indices = torch.randperm(numel)[:k].sort().values.to(index_dtype)
     values = torch.nn.Parameter(torch.randn(k, dtype=dtype))
-    return SimpleNamespace(values=values, indices=indices, shape=torch.Size(shape), dense_numel=numel)
+    return SimpleNamespace(
+        values=values, indices=indices, positions=indices.long, shape=torch.Size(shape), dense_numel=numel
+    )
 
 
 class TestSM3:
@@ -390,3 +392,21 @@ def test_runs_under_accelerate_and_a_scheduler(make):
         optimizer.zero_grad()
     assert not torch.equal(before, model.weight)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.025)
+
+
+@pytest.mark.parametrize("make", [SftAdamW, lambda params, lr: SftSM3(params, {}, lr=lr, momentum=0.5)])
+def test_a_group_of_all_kinds_of_parameters_is_each_alone(make):
+    kinds = [torch.bfloat16, torch.float32, torch.float64, torch.float16]
+    params = [torch.nn.Parameter(torch.randn(2, 3, 4, 4).to(dtype)) for dtype in kinds]
+    params.append(torch.nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)))
+    params.append(torch.nn.Parameter(torch.randn(6, 4).T))
+    others = copy.deepcopy(params)
+    together, alone = make(params, lr=0.1), [make([param], lr=0.1) for param in others]
+    for _ in range(3):
+        for param, other in zip(params, others):
+            param.grad = torch.randn_like(param)
+            other.grad = param.grad.clone()
+        for optimizer in (together, *alone):
+            optimizer.step()
+    for param, other in zip(params, others):
+        assert torch.equal(param, other) and param.stride() == other.stride()

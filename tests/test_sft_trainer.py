@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.training_args import OptimizerNames
 
 from peft import (
     LoraConfig,
@@ -185,6 +196,72 @@ def test_equals_the_custom_loop(algorithm, base_model, data, tmp_path):
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5)
 
 
+def test_a_loss_of_ones_own_with_clipping_and_a_dense_module(base_model, data, tmp_path):
+    """A Trainer with its own `compute_loss`, gradients clipped, a module trained whole: against a loop with torch's
+    AdamW for that module."""
+
+    class Peaky(OrderedTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model(input_ids=inputs["input_ids"]).logits.logsumexp(-1).square().mean() / 2
+
+    base_model.model.layers[0].self_attn.attention_dropout = 0.0
+    model = adapt(base_model.double(), dtype="auto", modules_to_save=["lm_head"])
+    other = copy.deepcopy(model)
+    settings = {"max_grad_norm": 0.05, "weight_decay": 0.1, "lr_scheduler_type": "constant", "save_strategy": "no"}
+    args = arguments(tmp_path, adam_epsilon=1e-14, **settings)  # torch adds epsilon at another place
+    trainer = SftTrainer(Peaky)(model=model, args=args, train_dataset=data)
+    trainer.train()
+
+    trained = {name: p for name, p in other.named_parameters() if p.requires_grad}
+    (head,) = (name for name in trained if "lm_head" in name)
+    values = [p for name, p in trained.items() if name != head]
+    dense = torch.optim.AdamW([trained[head]], lr=0.02, eps=1e-14, weight_decay=0.1)
+    sparse = SftAdamW(values, lr=0.02, eps=1e-14, weight_decay=0.1, momentum_dtype=torch.float32)
+    selector = SftSelector(other, sparse, other.peft_config["default"], STEPS, 2)
+    other.train()
+    batches = [torch.stack([row["input_ids"] for row in data[n : n + 3]]) for n in range(0, 40, 3)]
+    for step, batch in enumerate((2 * batches)[: 2 * STEPS]):
+        (other(input_ids=batch).logits.logsumexp(-1).square().mean() / 2).backward()
+        if step % 2:
+            norm = torch.nn.utils.clip_grad_norm_(trained.values(), 0.05)
+            assert norm > 0.05
+            for each in (dense, sparse):
+                each.step()
+                each.zero_grad()
+            selector.step()
+    assert selector.history == trainer.sft_selector.history
+    for name, tensor in adapter_state(model).items():
+        torch.testing.assert_close(tensor, adapter_state(other)[name], rtol=1e-3, atol=1e-5)
+    moved = model.get_parameter(head) - model.get_base_model().lm_head.original_module.weight
+    expected = trained[head] - other.get_base_model().lm_head.original_module.weight
+    torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_seq2seq(data, tmp_path):
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0))
+    settings = {"reselection_steps": 5, "selection_accumulation_steps": 3}
+    model = get_peft_model(base, SftConfig(task_type="SEQ_2_SEQ_LM", density=0.2, **settings))
+    args = Seq2SeqTrainingArguments(
+        str(tmp_path),
+        max_steps=STEPS,
+        learning_rate=0.05,
+        predict_with_generate=True,
+        generation_max_length=5,
+        eval_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = SftTrainer(Seq2SeqTrainer)(model=model, args=args, train_dataset=data, eval_dataset=data[:6])
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before - 0.1
+    assert [entry["step"] for entry in trainer.sft_selector.history] == [3, 8]
+    assert trainer.predict(data[:6]).predictions.shape[0] == 6
+
+
 @pytest.mark.parametrize("algorithm, stops", [("rigl", [1, 3, 5, 7, 9]), ("sm3", [2, 5])])
 def test_resuming_is_exact(algorithm, stops, base_model, data, tmp_path):
     model = adapt(base_model, algorithm, modules_to_save=["lm_head"])
@@ -203,6 +280,35 @@ def test_resuming_is_exact(algorithm, stops, base_model, data, tmp_path):
         assert_same(expected, adapter_state(other))
         head = "base_model.model.lm_head.modules_to_save.default.weight"
         assert torch.equal(model.get_parameter(head), other.get_parameter(head))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bf16": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1},
+    ],
+    ids=["bf16", "reentrant checkpointing", "checkpointing", "best model"],
+)
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_resuming_is_exact_under(settings, base_model, data, tmp_path):
+    """Stopped in a gathering window; checkpointing gives the plain run's weights besides, autocast does not."""
+    model = adapt(base_model)
+    other, plain = copy.deepcopy(model), copy.deepcopy(model)
+    more = {"train_dataset": data, "eval_dataset": data[:6]}
+    settings = {"save_steps": 3, **settings}
+    SftTrainer(Trainer)(model=model, args=arguments(tmp_path, **settings), **more).train()
+    resumed = SftTrainer(Trainer)(model=other, args=arguments(tmp_path, **settings), **more)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert_same(adapter_state(model), adapter_state(other))
+    SftTrainer(Trainer)(model=plain, args=arguments(tmp_path, save_strategy="no"), **more).train()
+    same = all(torch.equal(tensor, adapter_state(model)[name]) for name, tensor in adapter_state(plain).items())
+    if "bf16" in settings:
+        assert not same
+    elif "gradient_checkpointing" in settings:
+        assert same
 
 
 def test_a_trainer_can_train_again(base_model, data, tmp_path):
@@ -245,7 +351,8 @@ def test_a_checkpoint_without_selector_is_reported(base_model, data, tmp_path):
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
-def test_reselections_are_logged(base_model, data, tmp_path):
+@pytest.mark.parametrize("layers", [False, True])
+def test_reselections_are_logged(layers, base_model, data, tmp_path):
     seen = []
 
     class Listener(TrainerCallback):
@@ -254,13 +361,18 @@ def test_reselections_are_logged(base_model, data, tmp_path):
 
     args = arguments(tmp_path, eval_strategy="steps", eval_steps=3, save_strategy="no")
     trainer = SftTrainer(Trainer)(
-        model=adapt(base_model), args=args, train_dataset=data, eval_dataset=data[:4], callbacks=[Listener()]
-    )
+        model=adapt(base_model), args=args, train_dataset=data, eval_dataset=data[:4], callbacks=[Listener()],
+        log_sft_layers=layers,
+    )  # fmt: skip
     output = trainer.train()
     history = trainer.sft_selector.history
     assert [entry["step"] for entry in history] == [3, 8]
-    logged = {entry["step"]: entry["sft_moved"] for entry in seen if "sft_moved" in entry}
-    assert logged == {4: history[0]["moved"], 8: history[1]["moved"]}
+    logged = {entry["step"]: {key: n for key, n in entry.items() if "sft" in key} for entry in seen}
+    for entry, step in zip(history, (4, 8)):
+        expected = {f"sft_moved/{name.removesuffix('.sft_delta.default')}": n for name, n in entry["layers"].items()}
+        assert len(expected) == 7 and sum(expected.values()) == entry["moved"]
+        assert logged.pop(step) == {"sft_moved": entry["moved"], **(expected if layers else {})}
+    assert not any(logged.values())
     assert sum("loss" in entry for entry in seen) == 3  # and no training log has been lost
     assert sum("eval_loss" in entry for entry in seen) == 4
     assert output.metrics["epoch"] > 0
@@ -326,6 +438,62 @@ def test_refuses_settings_without_meaning(algorithm, settings, message, base_mod
         SftTrainer(Trainer)(
             model=adapt(base_model, algorithm), args=arguments(tmp_path, **settings), train_dataset=data
         )
+
+
+class SlowHeadTrainer(OrderedTrainer):
+    """A user's trainer that has its own parameter groups: a tenth of the learning rate for the query projections."""
+
+    def create_optimizer(self):
+        cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
+        slow = {name: p for name, p in self.model.named_parameters() if p.requires_grad and "q_proj" in name}
+        others = [p for name, p in self.model.named_parameters() if p.requires_grad and name not in slow]
+        groups = [{"params": list(slow.values()), "lr": self.args.learning_rate / 10}, {"params": others}]
+        self.optimizer = cls(groups, **kwargs)
+        return self.optimizer
+
+
+class PatientTrainer(OrderedTrainer):
+    """A user's trainer that changes what the Trainer has made."""
+
+    def create_optimizer(self, model=None):
+        super().create_optimizer(model)
+        for group in self.optimizer.param_groups:
+            group["lr"] /= 10
+        return self.optimizer
+
+
+class ForeignTrainer(OrderedTrainer):
+    def create_optimizer(self, model=None):
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad])
+        return self.optimizer
+
+
+@pytest.mark.parametrize("algorithm, needed", [("rigl", SftAdamW), ("sm3", SftSM3)])
+def test_create_optimizer_of_the_base_class_is_respected(algorithm, needed, base_model, data, tmp_path):
+    for cls, rates in ((SlowHeadTrainer, [0.002, 0.02]), (PatientTrainer, [0.002, 0.002])):
+        args = arguments(tmp_path, save_strategy="no", lr_scheduler_type="constant")
+        trainer = SftTrainer(cls)(model=adapt(base_model, algorithm), args=args, train_dataset=data)
+        trainer.train()
+        assert type(trainer.optimizer.optimizer) is needed
+        assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx(rates)
+        assert len(trainer.sft_selector.history) == 2
+    trainer = SftTrainer(ForeignTrainer)(model=adapt(base_model, algorithm), args=args, train_dataset=data)
+    with pytest.raises(TypeError, match=f"of ForeignTrainer made AdamW, but selection_algorithm='{algorithm}' needs"):
+        trainer.train()
+
+
+def test_every_other_optimizer_of_the_arguments_is_refused(base_model, data, tmp_path):
+    model = adapt(base_model)
+    refused = set()
+    for name in OptimizerNames:
+        args = arguments(tmp_path, save_strategy="no")
+        args.optim = name  # not handed to the constructor, which wants some of them to be installed
+        try:
+            SftTrainer(Trainer)(model=model, args=args, train_dataset=data)
+        except ValueError as error:
+            assert f"optim={name.value!r} cannot be combined with sparse fine-tuning" in str(error)
+            refused.add(name)
+    assert set(OptimizerNames) - refused == {OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED}
 
 
 def test_refuses_other_optimizers(base_model, data, tmp_path):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
     BertConfig,
@@ -14,6 +17,7 @@ from transformers import (
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 from peft import LoraConfig, PeftModel, SftConfig, SsfConfig, get_peft_model
@@ -24,6 +28,11 @@ CONFIGS = {
     "sft": lambda **kw: SftConfig(**{"num_tunable_weights": 60, **kw}),
     "ssf": lambda **kw: SsfConfig(**{"init_ssf_weights": "normal", **kw}),
 }
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<pad>", "<s>", "<|im_start|>", "<|im_end|>"]
 methods = pytest.mark.parametrize("method", list(CONFIGS))
 
 
@@ -76,3 +85,30 @@ def trained(model: nn.Module) -> set[str]:
             own = {name for name in model.peft_config if name in parts}
             found |= own or {"base"}
     return found
+
+
+def make_tokenizer(merges: list[tuple[str, str]] = (), add_bos: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with a chat template, and with the merges that a test wants."""
+    tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, list(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(SPECIAL)
+    if add_bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<|im_end|>", bos_token="<s>" if add_bos else None
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def save_llama(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
+    """Write a random two-layer Llama with this tokenizer into a folder, and return its name."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from .config import (
         PeftConfig as PeftConfig,
+        PrefixTuningConfig as PrefixTuningConfig,
         PromptLearningConfig as PromptLearningConfig,
     )
     from .mapping import (
@@ -66,6 +67,9 @@ if TYPE_CHECKING:
     )
     from .tuners.sft.selector import (
         SftSelector as SftSelector,
+    )
+    from .tuners.sft.static import (
+        select_static as select_static,
     )
     from .tuners.sft.trainer import (
         SftTrainer as SftTrainer,

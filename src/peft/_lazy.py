@@ -7,7 +7,9 @@ A package is told twice about a name that is missing, because Python asks in two
 `hasattr(peft, "AdaLoraConfig")` go through the package's `__getattr__`, which must raise AttributeError. `from peft
 import AdaLoraConfig` swallows that error and next looks for a submodule of that name; there a finder, last on
 `sys.meta_path`, raises ImportError. (No single exception can do both: AttributeError and ImportError have different
-memory layouts, so Python refuses a class that is both.) The second way exists for packages only, not for plain modules.
+memory layouts, so Python refuses a class that is both.) The second way exists for packages only, so plain modules get
+an empty `__path__` (`explain_missing`). Modules that are missing as a whole (`import peft.tuners.ia3`) come to the
+finder as well; `importlib.util.find_spec` raises that ImportError for them, too, instead of returning None.
 """
 
 from __future__ import annotations
@@ -17,7 +19,18 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-_methods_of_missing_names: dict[str, str] = {}  # {"peft.AdaLoraConfig": "AdaLoRA"}, of all packages
+_methods_of_missing_names: dict[str, str] = {}  # {"peft.AdaLoraConfig": "AdaLoRA"}, as given to `attach`
+
+
+def _method_of(fullname: str) -> str | None:
+    """The method that a name of upstream's belongs to; None: it is here, or nobody's."""
+    if fullname in _methods_of_missing_names:
+        return _methods_of_missing_names[fullname]
+    if not fullname.startswith("peft."):
+        return None
+    from ._missing import method_of
+
+    return method_of(fullname)
 
 
 def attach(
@@ -41,8 +54,8 @@ def attach(
             value = getattr(importlib.import_module(table[name], package), name)
         elif name in submodules:
             value = importlib.import_module(f"{package}.{name}")
-        elif name in missing:
-            raise AttributeError(_explanation(f"{package}.{name}"))
+        elif not name.startswith("_") and (method := _method_of(f"{package}.{name}")):
+            raise AttributeError(_explanation(f"{package}.{name}", method))
         else:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         setattr(sys.modules[package], name, value)  # the next look-up does not come here
@@ -59,16 +72,28 @@ class _MissingNames:
 
     @staticmethod
     def find_spec(fullname: str, path: Any = None, target: Any = None) -> None:
-        if fullname in _methods_of_missing_names:
-            raise ImportError(_explanation(fullname), name=fullname)
+        if method := _method_of(fullname):
+            raise ImportError(_explanation(fullname, method), name=fullname)
 
 
-def _explanation(fullname: str) -> str:
+def explain_missing(module: str, elsewhere: Mapping[str, str] | None = None) -> None:
+    """Let a module say of upstream's names that it lacks which method they belong to.
+
+    Args:
+        module: its `__name__`; a package that does not use `attach`, or a plain module.
+        elsewhere: name -> module that defines it; these can be imported from here too.
+    """
+    content = vars(sys.modules[module])
+    content["__getattr__"] = attach(module, elsewhere or {})[0]
+    content.setdefault("__path__", [])  # see above
+
+
+def _explanation(fullname: str, method: str) -> str:
     from . import __version__
 
     # Not plain `pip install peft==X`: our version satisfies that requirement, so pip would leave everything as it is.
     upstream = __version__.partition("+")[0]
     return (
-        f"{_methods_of_missing_names[fullname]} ({fullname}) is not part of peft {__version__} yet; upstream's package "
+        f"{method} ({fullname}) is not part of peft {__version__} yet; upstream's package "
         f"has it: pip install --force-reinstall --no-deps peft=={upstream}"
     )

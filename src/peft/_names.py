@@ -16,7 +16,7 @@ EXPORTS: dict[str, tuple[str, ...]] = {
         "AutoPeftModelForSequenceClassification",
         "AutoPeftModelForTokenClassification",
     ),
-    ".config": ("PeftConfig", "PromptLearningConfig"),
+    ".config": ("PeftConfig", "PrefixTuningConfig", "PromptLearningConfig"),
     ".mapping": (
         "PEFT_TYPE_TO_CONFIG_MAPPING",
         "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
@@ -42,6 +42,7 @@ EXPORTS: dict[str, tuple[str, ...]] = {
     ".tuners.sft.model": ("SftModel",),
     ".tuners.sft.optimizer": ("SftAdamW", "SftSM3"),
     ".tuners.sft.selector": ("SftSelector",),
+    ".tuners.sft.static": ("select_static",),
     ".tuners.sft.trainer": ("SftTrainer",),
     ".tuners.ssf": ("SSFConfig", "SsfConfig", "SsfModel"),
     ".utils.error": ("NoMatchingPeftModuleError", "PeftError"),
@@ -122,7 +123,6 @@ MISSING: dict[str, tuple[str, ...]] = {
     "Poly": ("PolyConfig", "PolyModel"),
     "Prefix tuning": (
         "PrefixEncoder",
-        "PrefixTuningConfig",
         "bloom_model_postprocess_past_key_value",
         "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from ._lazy import explain_missing
 from .config import PeftConfig, find_file, split_hub_kwargs
 from .mapping_func import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from .peft_model import (
@@ -71,7 +72,7 @@ class _BaseAutoPeftModel:
         base_kwargs = {key: value for key, value in kwargs.items() if key not in ("subfolder", "revision")}
         if adapter.revision is not None:
             base_kwargs["revision"] = adapter.revision
-        base = cls._base_class(adapter).from_pretrained(name, **base_kwargs)
+        base = cls.base_class(adapter).from_pretrained(name, **base_kwargs)
         cls._fit_vocabulary(base, pretrained_model_name_or_path, adapter_hub)
         kind = cls._peft_class if cls._task else MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(adapter.task_type, PeftModel)
         return kind.from_pretrained(
@@ -79,7 +80,12 @@ class _BaseAutoPeftModel:
         )
 
     @classmethod
-    def _base_class(cls, adapter: PeftConfig):
+    def base_class(cls, adapter: PeftConfig) -> type:
+        """transformers' class for the base model of an adapter.
+
+        Raises:
+            ValueError: the adapter is for another task, or was made for a class that is not one of transformers'.
+        """
         import transformers
 
         task = adapter.task_type
@@ -139,3 +145,6 @@ class AutoPeftModelForQuestionAnswering(_BaseAutoPeftModel):
 
 class AutoPeftModelForFeatureExtraction(_BaseAutoPeftModel):
     _task, _peft_class = "FEATURE_EXTRACTION", PeftModelForFeatureExtraction
+
+
+explain_missing(__name__)

@@ -16,8 +16,9 @@ import os
 import tempfile
 import textwrap
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .utils.constants import CONFIG_NAME
 from .utils.peft_types import PeftType, TaskType
@@ -82,30 +83,30 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-class _LazyHelp(dict):
-    """A field's metadata whose `help` is read from the class's source when somebody asks (a command line does)."""
+class _LazyHelp(Mapping):
+    """A field's metadata whose `help` is read from the class's source when somebody asks (a command line does).
 
-    def __init__(self, cls: type, name: str, metadata):
-        super().__init__(metadata)
-        self._cls, self._name = cls, name
+    Not a dict: `dict(metadata)`, which HfArgumentParser calls, copies the contents of one without asking for them.
+    """
 
-    def _fill(self) -> None:
-        super().setdefault("help", _cached_docs(self._cls).get(self._name, ""))
+    def __init__(self, cls: type, name: str, metadata: Mapping):
+        self._cls, self._name, self._given = cls, name, metadata
+
+    @functools.cached_property
+    def _filled(self) -> dict:
+        return {"help": _cached_docs(self._cls).get(self._name, ""), **self._given}
 
     def __getitem__(self, key):
-        self._fill()
-        return super().__getitem__(key)
+        return self._filled[key]
 
-    def get(self, key, default=None):
-        self._fill()
-        return super().get(key, default)
+    def __iter__(self):
+        return iter(self._filled)
 
-    def __contains__(self, key) -> bool:
-        return key == "help" or super().__contains__(key)
+    def __len__(self) -> int:
+        return len(self._filled)
 
-    def copy(self) -> dict:
-        self._fill()
-        return dict(self)
+    def copy(self) -> dict:  # which the metadata of ordinary fields have too
+        return dict(self._filled)
 
 
 _cached_docs = functools.lru_cache(maxsize=None)(field_docs)
@@ -124,6 +125,8 @@ def documented(cls: type) -> type:
 @dataclass
 class PeftConfigMixin:
     """Reading, writing and converting of configurations."""
+
+    from_file = False  # whether it was read from a file, and so describes an adapter that exists; no field
 
     task_type: str | TaskType | None = None
     """The task, one of `TaskType`; it chooses the `PeftModelFor...` class."""
@@ -216,13 +219,13 @@ class PeftConfigMixin:
             ValueError: there is no such file, or it is not a JSON object.
         """
         hub_kwargs, overrides = split_hub_kwargs(kwargs)
-        path = find_file(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub_kwargs)
-        if path is None:
-            raise ValueError(f"Can't find {CONFIG_NAME!r} at {str(pretrained_model_name_or_path)!r}")
+        path = find_first(pretrained_model_name_or_path, [CONFIG_NAME], subfolder=subfolder, **hub_kwargs)
         content = cls.from_json_file(path)
         if cls.__name__ not in ("PeftConfig", "PeftConfigMixin") and "peft_type" not in content:
             content["peft_type"] = cls().peft_type
-        return cls.from_peft_type(**{**content, **overrides})
+        config = cls.from_peft_type(**{**content, **overrides})
+        config.from_file = True
+        return config
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike, **kwargs) -> dict[str, Any]:
@@ -293,6 +296,23 @@ class PromptLearningConfig(PeftConfig):
         return True
 
 
+@documented
+@dataclass
+class PrefixTuningConfig(PromptLearningConfig):
+    """Configuration of prefix tuning. (The method is not in this version; trainers ask whether they have one.)"""
+
+    init_weights: Literal["zero"] | None = None
+    """"zero": the prefix starts at zero. None: at random."""
+    encoder_hidden_size: int | None = None
+    """Hidden size of the encoder of the prefix, with prefix_projection."""
+    prefix_projection: bool = False
+    """Compute the prefix from an embedding by an encoder of two layers."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.PREFIX_TUNING
+
+
 def _to_json(value):
     if isinstance(value, (set, frozenset)):
         return sorted(value)
@@ -307,18 +327,43 @@ def _to_json(value):
     return value
 
 
-def find_file(repo: str | os.PathLike, filename: str, *, subfolder: str | None = None, **hub_kwargs) -> str | None:
-    """The local path of `filename` in a folder or a hub repository (downloaded if need be); None if it is not there."""
-    folder = os.path.join(repo, subfolder) if subfolder else str(repo)
-    local = os.path.join(folder, filename)
-    if os.path.isfile(local):
-        return local
-    if os.path.isdir(repo):
-        return None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+def find_first(
+    repo: str | os.PathLike, filenames: Sequence[str], what: str = "", *, subfolder: str | None = None, **hub_kwargs
+) -> str:
+    """The local path of the first of `filenames` that a folder or a hub repository has (downloaded if need be).
 
+    Args:
+        what: what they are, for the message.
+
+    Raises:
+        ValueError: it has none of them, or the hub could not be asked; the message tells which.
+    """
+    folder = os.path.join(repo, subfolder) if subfolder else str(repo)
+    for filename in filenames:
+        if os.path.isfile(local := os.path.join(folder, filename)):
+            return local
+    reason = None
+    if not os.path.isdir(repo):
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+
+        for filename in filenames:
+            try:
+                return hf_hub_download(str(repo), filename, subfolder=subfolder, **hub_kwargs)
+            except LocalEntryNotFoundError as error:
+                reason = error  # offline, or no connection: another of the files may be in the cache
+            except (EntryNotFoundError, HFValidationError):
+                continue
+    names = " or ".join(repr(name) for name in filenames)
+    message = f"Can't find {f'{what} ({names})' if what else names} at {folder!r}"
+    if reason is not None:
+        message += f": no such folder, not in the hub's cache, and the hub could not be asked ({reason})"
+    raise ValueError(message) from reason
+
+
+def find_file(repo: str | os.PathLike, filename: str, *, subfolder: str | None = None, **hub_kwargs) -> str | None:
+    """As `find_first` for one file that need not be there: None if it is not, or cannot be got."""
     try:
-        return hf_hub_download(str(repo), filename, subfolder=subfolder, **hub_kwargs)
-    except (EntryNotFoundError, HFValidationError):
+        return find_first(repo, [filename], subfolder=subfolder, **hub_kwargs)
+    except ValueError:
         return None

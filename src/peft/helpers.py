@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
+from ._lazy import explain_missing
+
+
+class _Signed:
+    """A model's method with the signature and the docstring of its base model's.
+
+    An object that holds both bound methods, not a function over them: in a deep copy or an unpickled model these are
+    bound to the copy.
+    """
+
+    def __init__(self, own: Callable, base: Callable):
+        self.own = own
+        # Not __annotations__, which may hold what cannot be pickled; inspect.signature follows __wrapped__.
+        functools.update_wrapper(self, base, ("__module__", "__name__", "__qualname__", "__doc__"), updated=())
+
+    def __call__(self, *args, **kwargs):
+        return self.own(*args, **kwargs)
+
 
 def _take_signature(model: nn.Module, name: str) -> None:
-    """Give `model.<name>` the signature and the docstring of the base model's."""
     own = getattr(model, name)
-    base = getattr(model.get_base_model(), name)
-
-    @functools.wraps(base)
-    def call(*args, **kwargs):
-        return own(*args, **kwargs)
-
-    call.__signature__ = inspect.signature(base)
-    setattr(model, name, call)
+    own = own.own if isinstance(own, _Signed) else own
+    setattr(model, name, _Signed(own, getattr(model.get_base_model(), name)))
 
 
 def update_forward_signature(model: nn.Module) -> None:
@@ -103,3 +113,6 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
     finally:
         for layer, enabled in zip(layers, before):
             layer.cast_input_dtype_enabled = enabled
+
+
+explain_missing(__name__)

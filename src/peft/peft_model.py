@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._lazy import explain_missing
 from .config import PeftConfig, split_hub_kwargs
 from .mapping import PEFT_TYPE_TO_TUNER_MAPPING, config_class
 from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
@@ -24,6 +25,7 @@ from .tuners.base import BASE_ADAPTER, BaseTuner, check_adapter_name
 from .tuners.tuners_utils import BaseTunerLayer
 from .utils.other import AuxiliaryTrainingWrapper
 from .utils.peft_types import PeftType, TaskType
+from .utils.placement import reshard
 from .utils.save_and_load import (
     get_peft_model_state_dict,
     load_peft_weights,
@@ -119,7 +121,7 @@ class PeftModel(nn.Module):
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        return bool(self.active_adapters) and not getattr(self.base_model, "_adapters_disabled", False)
+        return bool(self.active_adapters) and not self.base_model._adapters_disabled
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype | None:
@@ -189,7 +191,7 @@ class PeftModel(nn.Module):
     @contextlib.contextmanager
     def disable_adapter(self):
         """Within this context the model is the base model."""
-        disabled = getattr(self.base_model, "_adapters_disabled", False)
+        disabled = self.base_model._adapters_disabled
         merged = [(layer, list(layer.merged_adapters)) for layer in self.base_model.layers() if layer.merged]
         self.base_model.disable_adapter_layers()
         try:
@@ -197,6 +199,7 @@ class PeftModel(nn.Module):
         finally:
             if not disabled:
                 self.base_model.enable_adapter_layers()
+            reshard(self)
             for layer, names in merged:  # a forward in between has unmerged it
                 if not layer.merged:
                     layer.merge(adapter_names=names)
@@ -549,3 +552,5 @@ TASK_CLASSES: dict[str, type[PeftModel]] = {
     TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
     TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
 }
+
+explain_missing(__name__)

@@ -246,7 +246,8 @@ def test_disable_enable_and_delete(method, base, tmp_path):
     if method == "ssf":  # transformers forgets modules_to_save here
         assert torch.equal(logits(base, ids), one)
     with_adapter(base, method, "b")
-    base.delete_adapter("b")
+    with pytest.warns(PeftWarning, match="'a' is active now"):
+        base.delete_adapter("b")
     assert sorted(base.peft_config) == ["a"] and base.active_adapters() == ["a"]
     base.delete_adapter(["a"])
     assert not base._hf_peft_config_loaded and set(base.state_dict()) == keys

@@ -90,6 +90,12 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def png_file(text: str) -> str:
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"must be a file name that ends in .png, got {text!r}")
+    return text
+
+
 def module_names(text: str) -> str | list[str]:
     """ "q_proj,v_proj" -> a list; "all-linear" and regular expressions stay strings."""
     if text == "all-linear":
@@ -230,6 +236,8 @@ def add_inspect(commands: argparse._SubParsersAction) -> None:
     inspect = commands.add_parser("inspect", help="show what is in an adapter or a model", description=text)
     inspect.add_argument("path", metavar="DIR|MODEL", help="folder of an adapter; folder or hub id of a model; smollm2")
     inspect.add_argument("--all", action="store_true", help="a line for every module, not one for all layers alike")
+    inspect.add_argument("--model", help="the adapter's base model: compare what the adapter changes with its weights")
+    inspect.add_argument("-o", "--plot", type=png_file, metavar="FILE", help="draw what the adapter changes (PNG)")
 
 
 def add_merge(commands: argparse._SubParsersAction) -> None:

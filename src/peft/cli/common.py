@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -19,6 +20,9 @@ DISK_FULL_TEXTS = (
     "PytorchStreamWriter failed writing",
     "inline_container.cc",
 )
+
+LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+"""In a module's name, the number of a layer in a list."""
 
 
 class CliError(Exception):

@@ -64,12 +64,13 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         raise CliError(f"cannot load the tokenizer of {model}: {first_line(error)}") from error
 
 
-def load_model(model: str, dtype: torch.dtype | str) -> PreTrainedModel:
-    """A causal language model.
+def load_model(model: str, dtype: torch.dtype | str, kind: type | None = None) -> PreTrainedModel:
+    """A model, by default a causal language model.
 
     Args:
         model: folder, hub id, or "smollm2".
         dtype: of its weights; "auto": as they are stored.
+        kind: transformers' class for it.
 
     Raises:
         CliError: it cannot be loaded.
@@ -77,7 +78,7 @@ def load_model(model: str, dtype: torch.dtype | str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(**source_of(model), dtype=dtype)
+        loaded = (kind or AutoModelForCausalLM).from_pretrained(**source_of(model), dtype=dtype)
     except (OSError, ValueError) as error:
         raise CliError(f"cannot load the model {model}: {first_line(error)}") from error
     if "gguf_file" in source_of(model):
@@ -87,6 +88,25 @@ def load_model(model: str, dtype: torch.dtype | str) -> PreTrainedModel:
     # What an adapter's configuration names as its base; the folder of a Python package would mean nothing elsewhere.
     loaded.name_or_path = loaded.config.name_or_path = model
     return loaded
+
+
+def empty_model(model: str, kind: type | None = None) -> PreTrainedModel:
+    """The model without its numbers, on torch's meta device; built from its configuration. Arguments as `load_model`.
+
+    Raises:
+        CliError: there is no such model, or it is not of that kind.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    kind = kind or AutoModelForCausalLM
+    config = load_config(model)
+    make = getattr(kind, "from_config", None) or kind._from_config  # the auto classes', or a model's own
+    try:
+        with torch.device("meta"):
+            return make(config, dtype=config.dtype or torch.float32)
+    except ValueError as error:
+        raise CliError(f"{model} cannot be built as {kind.__name__}: {first_line(error)}") from error
 
 
 def resolve_dtype(name: str) -> torch.dtype:
@@ -134,11 +154,15 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> Any:
         raise CliError(first_line(error)) from error
 
 
-def load_adapter(model: PreTrainedModel, path: str) -> Any:
-    """Put a saved adapter on a model; raises CliError if there is none, or it does not fit."""
+def load_adapter(model: PreTrainedModel, path: str, **options: Any) -> Any:
+    """Put a saved adapter on a model; raises CliError if there is none, or it does not fit.
+
+    Args:
+        options: for `PeftModel.from_pretrained`.
+    """
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, path)
+        return PeftModel.from_pretrained(model, path, **options)
     except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
         raise CliError(f"cannot load the adapter {path}: {first_line(error)}") from error

@@ -16,5 +16,5 @@ __getattr__, __dir__, __all__ = attach(
         "SsfModel": "peft.tuners.ssf",
     },
     MISSING_TABLE,
-    ("base", "lora", "ops", "sft", "ssf", "targeting", "tuners_utils"),
+    ("base", "lora", "ops", "parts", "sft", "ssf", "targeting", "tuners_utils"),
 )

@@ -7,7 +7,6 @@ trains, and carries out what concerns all layers at once: switching, merging, de
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -15,20 +14,33 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from ..mapping import is_adapter_key
 from ..utils.constants import DUMMY_TARGET_MODULES, SEQ_CLS_HEAD_NAMES
 from ..utils.error import NoMatchingPeftModuleError
 from ..utils.other import (
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
     _get_submodules,
-    home_device,
     replace_module,
     shared_parameters,
 )
+from ..utils.placement import home_device, offload_hook, own_tensor, reshard
+from ..utils.quantization_utils import keep_trainable
 from ..utils.warning import PeftWarning
 from .ops import make_op
-from .targeting import is_target, resolve_all_linear
+from .parts import (
+    cast_adapter_dtype,
+    check_known,
+    delete_adapter,
+    drop_trained_biases,
+    keep_trained_biases,
+    modules_with_adapters,
+    parts,
+    remove_adapter,
+    set_adapter,
+    set_requires_grad,
+    trained_biases,
+)
+from .targeting import TASK_HEAD_NAMES, is_target, keys_ending_in, resolve_all_linear, unmatched_entries
 from .tuners_utils import BASE_ADAPTER, BaseTunerLayer, as_list
 
 
@@ -87,12 +99,23 @@ class BaseTuner(nn.Module):
         self.model = model
         self.targeted_module_names: list[str] = []
         new = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+        had_config = hasattr(model, "peft_config")
         if adapter_name in getattr(model, "peft_config", {}):
             raise ValueError(f"The model has an adapter {adapter_name!r} already: delete it, or take another name")
-        self.peft_config = {**getattr(model, "peft_config", {}), **new}
-        self.active_adapter: str | list[str] = adapter_name
-        self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
-        model.peft_config = self.peft_config
+        if not had_config:
+            model.peft_config = {}
+        self.peft_config: dict = model.peft_config  # one dict, of the model, for all its tuners
+        self.peft_config.update(new)
+        self._active_without_parts = [adapter_name]
+        try:
+            self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+            self.set_adapter(adapter_name, inference_mode=self.peft_config[adapter_name].inference_mode)
+        except Exception:
+            for name in new:
+                del self.peft_config[name]
+            if not had_config:
+                del model.peft_config
+            raise
 
     # What a method may add
 
@@ -160,15 +183,16 @@ class BaseTuner(nn.Module):
         check_adapter_name(adapter_name)
         config = self.peft_config[adapter_name]
         self.check_new_config(config)
-        if config.target_modules != DUMMY_TARGET_MODULES:
+        given = config.target_modules
+        if given != DUMMY_TARGET_MODULES:
             config = self.peft_config[adapter_name] = self.prepare_config(config)
         targets = self._find_targets(config, state_dict)
-        # Without the module the model is not of transformers, or of a version that has every expert apart.
-        if "transformers.conversion_mapping" in sys.modules and not config.inference_mode:
-            from ..utils.transformers_weight_conversion import warn_of_single_experts
-
-            warn_of_single_experts(model, config.target_modules)
+        targets = self._without_whole_modules(config, targets, explicit=given is not None and given != "all-linear")
+        self._warn_of_names_without_use(config, given, targets)
         self.shared_state(config, targets)
+        active, disabled = self.active_adapters, self._adapters_disabled
+        if not config.inference_mode:
+            keep_trainable(model)
         shared = shared_parameters(model)
         try:
             for key in targets:
@@ -180,28 +204,73 @@ class BaseTuner(nn.Module):
                 layer = model.get_submodule(key)
                 layer.op.shared |= id(layer.weight) in shared  # a merged layer has parted from the others for a while
             wrap_modules_to_save(model, getattr(config, "modules_to_save", None) or [], adapter_name)
+            _check_biases(model, config, adapter_name)
         except Exception:
             self.take_back(adapter_name)
             raise
         self.targeted_module_names = list(dict.fromkeys([*self.targeted_module_names, *targets]))
+        keep_trained_biases(model, self.peft_config)
         self._mark_only_adapters_as_trainable(model)
-        self._set_initial_flags(adapter_name, config)
+        for wrapper in self.wrappers():  # new ones know of the new adapter only
+            wrapper._active_adapter = active
+            wrapper.enable_adapters(not disabled)
+        for part in parts(model):  # the adapter waits to be activated, and what the others do is not touched
+            part._set_flags(adapter_name, False)
         if autocast_adapter_dtype:
             self._cast_adapter_dtype(adapter_name)
 
-    def _set_initial_flags(self, adapter_name: str, config) -> None:
-        """Activate a tuner's first adapter; a further one waits, and what the others do is not touched."""
-        for _, bias in trained_biases(self.model, config):
-            bias.requires_grad_(not config.inference_mode)
-        active = self.active_adapters
-        if active == [adapter_name]:
-            self.set_adapter(active, inference_mode=config.inference_mode)
+    def _warn_of_names_without_use(self, config, given, targets: dict[str, nn.Module]) -> None:
+        """Warn of what the configuration names and the model does not have.
+
+        Not for configurations that were read from a file: they say what was adapted once, and what the file has for
+        this model, or lacks, is reported when its tensors are loaded. Nor for the default targets, which are for all
+        models of one type and may list what some of them lack.
+        """
+        if config.from_file:
             return
-        for wrapper in self.wrappers():
-            wrapper._active_adapter = active
-            wrapper.enable_adapters(not getattr(self, "_adapters_disabled", False))
-        for module in (*self.layers(), *self.wrappers()):
-            module._set_flags(adapter_name, False)
+        warned: list[str] = []
+        if _is_transformers_model(self.model):
+            from ..utils.transformers_weight_conversion import warn_of_single_experts
+
+            warned = warn_of_single_experts(self.model, config.target_modules)
+        default = self.target_module_mapping.get(model_config(self.model).get("model_type", "custom"))
+        chosen = not isinstance(given, str) and given is not None and set(given) != set(default or ())
+        keys = [key for key, _ in self.model.named_modules() if key]
+        useless = unmatched_entries(config, [*keys, *warned], targets, chosen)  # experts are warned of once
+        if useless:
+            listed = "; ".join(f"{field} {entries}" for field, entries in useless.items())
+            warnings.warn(
+                f"{type(config).__name__} names what the model does not have, so that it has no effect: {listed}. The "
+                f"adapter has {len(targets)} layers, such as {list(targets)[:3]}",
+                PeftWarning,
+                stacklevel=6,
+            )
+
+    def _without_whole_modules(self, config, targets: dict[str, nn.Module], explicit: bool) -> dict[str, nn.Module]:
+        """Drop targets that are, or lie in, modules to be trained whole.
+
+        They train anyway: so it is with the linear layers inside a classification head, and so files of upstream mean
+        it. Where the user asked for both, `explicit`ly, that is refused.
+
+        Raises:
+            ValueError: so it is, or a module to be trained whole contains layers of another adapter.
+        """
+        names = list(getattr(config, "modules_to_save", None) or [])
+        modules = dict(self.model.named_modules())
+        for name in names:
+            for whole in keys_ending_in(name, modules):
+                below = modules[whole].named_modules(prefix=whole)
+                adapted = [key for key, module in below if isinstance(module, BaseTunerLayer)]
+                inside = [key for key in targets if key == whole or key.startswith(whole + ".")]
+                refused = explicit and not config.from_file and name not in TASK_HEAD_NAMES
+                if adapted or (inside and refused):
+                    raise ValueError(
+                        f"{(adapted or inside)[0]} is a target of the adapter and cannot be in modules_to_save as well "
+                        f"(modules_to_save={names} means {whole}, which is trained and saved whole): narrow "
+                        "target_modules, add it to exclude_modules, or take the name out of modules_to_save"
+                    )
+                targets = {key: target for key, target in targets.items() if key not in inside}
+        return targets
 
     def take_back(self, adapter_name: str) -> None:
         """Undo an injection, finished or not: modules that have no other adapter get their old place back."""
@@ -256,7 +325,7 @@ class BaseTuner(nn.Module):
             )
         if not isinstance(target, self.tuner_layer_cls):
             layer = self.make_layer(target, current_key)
-            layer._disable_adapters = getattr(self, "_adapters_disabled", False)
+            layer._disable_adapters = self._adapters_disabled
             layer._active_adapter = self.active_adapters
             layer.train(target.training)
             replace_module(self.model, target, layer)
@@ -273,24 +342,16 @@ class BaseTuner(nn.Module):
             parameter.data = parameter.data.to(where, dtype if cast else None)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Widen an adapter's half-precision parameters to float32, for stable training."""
-        if not (autocast_adapter_dtype and self.tuner_layer_cls.widens_parameters):
-            return
-        for layer in self.layers():
-            for _, parameter in layer.adapter_tensors(adapter_name):
-                if parameter.dtype in (torch.float16, torch.bfloat16):
-                    parameter.data = parameter.data.float()
+        cast_adapter_dtype(self.model, adapter_name, autocast_adapter_dtype)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """Freeze everything that belongs to no adapter (biases that a configuration trains belong to one)."""
         own = {
             id(parameter)
-            for layer in self.layers()
-            for name in layer._available_adapters
-            for _, parameter in layer.adapter_tensors(name)
+            for part in parts(model)
+            for name in part._available_adapters
+            for _, parameter in part.adapter_tensors(name)
         }
-        own |= {id(p) for wrapper in self.wrappers() for p in wrapper.adapter_parameters()}
-        own |= {id(p) for config in self.peft_config.values() for _, p in trained_biases(model, config)}
         for parameter in model.parameters():
             if id(parameter) not in own:
                 parameter.requires_grad_(False)
@@ -305,44 +366,37 @@ class BaseTuner(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        return as_list(self.active_adapter)
+        part = next(modules_with_adapters(self.model), None)
+        return list(self._active_without_parts if part is None else part.active_adapters)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def _adapters_disabled(self) -> bool:
+        part = next(modules_with_adapters(self.model), None)
+        return part is not None and part.disable_adapters
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make one or several adapters active, in this order; see `BaseTunerLayer.set_adapter` for what trains.
+        """Make one or several adapters active, in this order; see `parts.set_adapter` for what trains.
 
         Raises:
             ValueError: an adapter that does not exist.
         """
-        names = as_list(adapter_name)
-        self._check_known(names)
-        for wrapper in self.wrappers():
-            wrapper.check_active(names)
-        for layer in self.layers():
-            if layer.merged and layer.active_adapters != names:
-                warnings.warn(
-                    "Adapters are merged into the base weights; they are unmerged before switching", PeftWarning, 2
-                )
-                layer.unmerge()
-            layer.set_adapter(names, inference_mode)
-        for wrapper in self.wrappers():
-            wrapper.set_adapter(names, inference_mode)
-        self.active_adapter = adapter_name
+        set_adapter(self.model, adapter_name, inference_mode)
+        self._active_without_parts = as_list(adapter_name)
 
     def _check_known(self, names: Sequence[str]) -> None:
-        if len(set(names)) < len(names):
-            raise ValueError(f"An adapter can be named once only, got {list(names)}")
-        unknown = [name for name in names if name not in self.peft_config]
-        if unknown:
-            raise ValueError(f"There is no adapter {unknown}; the model has {sorted(self.peft_config)}")
+        check_known(names, self.peft_config)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters train or not. A freeze holds, whatever is activated or loaded, until it is taken back."""
-        self._check_known(as_list(adapter_names))
-        for module in (*self.layers(), *self.wrappers()):
-            module.set_requires_grad(adapter_names, requires_grad)
+        set_requires_grad(self.model, adapter_names, requires_grad)
 
     def _enable_adapter_layers(self, enabled: bool) -> None:
-        self._adapters_disabled = not enabled
+        reshard(self.model)
         for layer in self.layers():
             if not enabled and layer.merged:
                 layer.unmerge()
@@ -364,20 +418,14 @@ class BaseTuner(nn.Module):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from all layers; if it was the only active one, the first that is left becomes active."""
-        self._check_known([adapter_name])
-        for module in (*self.layers(), *self.wrappers()):
-            module.delete_adapter(adapter_name)
+        self._active_without_parts = delete_adapter(self.model, adapter_name)
         del self.peft_config[adapter_name]
-        self.active_adapter = [name for name in self.active_adapters if name != adapter_name]
-        if not self.active_adapter and self.peft_config:
-            name, config = next(iter(self.peft_config.items()))
-            warnings.warn(f"The active adapter was deleted; {name!r} is active now", PeftWarning, stacklevel=2)
-            self.set_adapter([name], inference_mode=config.inference_mode)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters (default: the active ones) into the base weights; `unmerge_adapter` undoes it."""
         names = as_list(adapter_names) if adapter_names is not None else self.active_adapters
         self._check_known(names)
+        reshard(self.model)
         for layer in self.layers() if safe_merge else ():
             layer.check_merge(names)
         before = [(layer, len(layer.merged_adapters)) for layer in self.layers()]
@@ -390,6 +438,7 @@ class BaseTuner(nn.Module):
             raise
 
     def unmerge_adapter(self) -> None:
+        reshard(self.model)
         for layer in self.layers():
             layer.unmerge()
 
@@ -416,13 +465,15 @@ class BaseTuner(nn.Module):
         self._check_known(names)
         if merge:
             self.merge_adapter(names, safe_merge)  # all of it before any layer goes: an error leaves the model whole
+        drop_trained_biases(self.model)
+        reshard(self.model)
         untied = False
         targets = [*self.layers(), *self.wrappers()]
         for module in tqdm(targets, disable=not progressbar, desc="Unloading" + (" and merging" if merge else "")):
             if isinstance(module, BaseTunerLayer):
                 if not merge and module.merged:
                     module.unmerge()
-                untied = untied or module.op._tied_weight is not None
+                untied = untied or module.op.is_parted
                 plain = module.base_layer
             else:
                 plain = module.unload(names if merge else [])
@@ -458,32 +509,17 @@ class BaseTuner(nn.Module):
         return model_config(model)
 
 
-def remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Delete an adapter; modules that have no other one get their old place in the model back."""
-    for module in list(model.modules()):
-        if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            continue
-        module.delete_adapter(adapter_name)
-        if not module._available_adapters:
-            plain = module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module
-            replace_module(model, module, plain)
+def _is_transformers_model(model: nn.Module) -> bool:
+    """Whether it is a `PreTrainedModel`; asked by name, since transformers is not to be imported for other models."""
+    name = ("transformers.modeling_utils", "PreTrainedModel")
+    return any((cls.__module__, cls.__name__) == name for cls in type(model).__mro__)
 
 
-def trained_biases(model: nn.Module, config) -> Iterator[tuple[str, nn.Parameter]]:
-    """`(name, parameter)` of the base model's biases that `config.bias` trains ("all", or "<method>_only")."""
-    mode = getattr(config, "bias", "none")
-    if mode == "none":
-        return
-    for name, parameter in model.named_parameters():
-        if not name.endswith("bias"):
-            continue
-        adapted = name.endswith(".base_layer.bias")
-        if (mode == "all" and _is_base_parameter(name)) or (mode != "all" and adapted):
-            yield name, parameter
-
-
-def _is_base_parameter(name: str) -> bool:
-    return not is_adapter_key(name) and "modules_to_save" not in name.split(".")
+def _check_biases(model: nn.Module, config, adapter_name: str) -> None:
+    """Refuse to train biases that accelerate makes anew for every forward: their gradients would go nowhere."""
+    for name, _ in trained_biases(model, config, adapter_name) if not config.inference_mode else ():
+        if offload_hook(own_tensor(model, name)[0]) is not None:
+            raise ValueError(f"bias={config.bias!r} cannot train {name}, which is off-loaded: use bias='none'")
 
 
 def wrap_modules_to_save(model: nn.Module, names: Sequence[str], adapter_name: str) -> None:
@@ -502,15 +538,11 @@ def wrap_modules_to_save(model: nn.Module, names: Sequence[str], adapter_name: s
 
 
 def _wrap_module_to_save(model: nn.Module, name: str, adapter_name: str) -> bool:
-    found = False
-    for key, module in list(model.named_modules()):
-        if not (key == name or key.endswith("." + name)) or ".modules_to_save." in key or ".original_module" in key:
-            continue
-        if isinstance(module, BaseTunerLayer):
-            raise ValueError(f"{key} is a target of the adapter and cannot be in modules_to_save as well")
-        found = True
+    found = keys_ending_in(name, dict(model.named_modules()))
+    for key in found:
+        module = model.get_submodule(key)
         if isinstance(module, ModulesToSaveWrapper):
             module.update(adapter_name)
-            continue
-        replace_module(model, module, ModulesToSaveWrapper(module, adapter_name))
-    return found
+        else:
+            replace_module(model, module, ModulesToSaveWrapper(module, adapter_name))
+    return bool(found)

@@ -1,18 +1,42 @@
-"""Checks that the configurations of all tuners share."""
+"""What the configurations of all tuners share: which modules an adapter is put on, and which train beside it."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+
+from ..config import PeftConfig, documented
 
 
-def check_layer_selection(config) -> None:
-    """Normalise and check target_modules, exclude_modules, layers_to_transform and layers_pattern in place.
-
-    Lists become sets, as upstream has them in memory.
+@documented
+@dataclass
+class TargetedConfig(PeftConfig):
+    """A configuration that names modules of the base model.
 
     Raises:
         ValueError: an invalid regular expression, or a choice of layers that the targets cannot express.
     """
+
+    target_modules: list[str] | str | None = None
+    """Modules to adapt: a list of names (matched at the end of a module's name), a regular expression for the whole
+    name, or "all-linear" (every linear layer of the backbone, the head left out). None: the method's own choice: the
+    architecture's usual targets for LoRA, "all-linear" for SFT and SSF."""
+    exclude_modules: list[str] | str | None = None
+    """Modules not to adapt, given like target_modules."""
+    modules_to_save: list[str] | None = None
+    """Modules that are trained and saved whole beside the adapter, such as a new classification head."""
+    layers_to_transform: list[int] | int | None = None
+    """Numbers of the layers to adapt; None: all."""
+    layers_pattern: list[str] | str | None = None
+    """Name of the list that the layer numbers count in, such as "layers" or "h"; None: the first number in a name."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_layer_selection(self)
+
+
+def _check_layer_selection(config: TargetedConfig) -> None:
+    """Check what names modules and layers; lists of names become sets, as upstream has them in memory."""
     for name in ("target_modules", "exclude_modules"):
         value = getattr(config, name)
         if isinstance(value, (list, tuple)):

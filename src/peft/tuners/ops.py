@@ -17,6 +17,18 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from ..utils.placement import (
+    OffloadedTensor,
+    home_device,
+    is_sharded,
+    logical_shape,
+    offload_hook,
+    onloaded,
+    overwrite,
+    refuse_flattened,
+    unhooked,
+    whole_tensor,
+)
 from ..utils.quantization_utils import dequantize, is_quantized, requantize
 
 
@@ -37,7 +49,9 @@ class Op:
     def __init__(self, layer: nn.Module):
         self.layer = layer
         self.shared = False
-        self._tied_weight: nn.Parameter | None = None
+        self._set_aside: dict[str, nn.Parameter] = {}  # parameters that `store` must leave as they are
+        self._offloaded: dict[str, OffloadedTensor] = {}  # what `store` has replaced where it is off-loaded to
+        self._was_sharded = False
 
     @property
     def in_features(self) -> int:
@@ -53,8 +67,8 @@ class Op:
 
     @property
     def stored_shape(self) -> torch.Size:
-        """Shape of the logical weight as the layer stores it (a packed weight counts its elements)."""
-        return self.layer.weight.shape
+        """Shape of the logical weight as the layer stores it (a packed or sharded weight counts all its elements)."""
+        return logical_shape(self.layer.weight)
 
     @property
     def weight_shape(self) -> torch.Size:
@@ -67,48 +81,104 @@ class Op:
         return stored.T if self.transposed else stored
 
     def load(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`(W, b)`; not copies where the layer holds them in the clear.
+        """`(W, b)`, whole and on the device where the layer runs; not copies where the layer holds them in the clear.
+
+        An off-loaded weight is fetched, a sharded one is gathered (by all processes together).
 
         Raises:
-            RuntimeError: the weight is not here.
+            RuntimeError: the weight is not here and cannot be fetched.
         """
-        if self.layer.weight.is_meta:
-            raise RuntimeError(
-                f"The weight of {type(self.layer).__name__} is off-loaded or empty (meta device), and this needs its "
-                "numbers: load the model without off-loading"
-            )
-        return self.to_view(dequantize(self.layer)), getattr(self.layer, "bias", None)
+        with onloaded(self.layer):
+            refuse_flattened(self.layer)
+            bias = getattr(self.layer, "bias", None)
+            self._was_sharded |= is_sharded(self.layer.weight)
+            return self.to_view(whole_tensor(dequantize(self.layer))), None if bias is None else whole_tensor(bias)
 
     def store(self, W: torch.Tensor, b: torch.Tensor | None) -> None:
-        """Write a weight and a bias (None: the layer has none)."""
+        """Write a weight and a bias (None: the layer has none) to where the layer's own are.
+
+        Raises:
+            RuntimeError: they are where they cannot be written.
+        """
+        refuse_flattened(self.layer)
+        self._refuse_computed()
         W = self.to_view(W.detach())
-        if is_quantized(self.layer):
-            requantize(self.layer, W)
+        is_offloaded = offload_hook(self.layer) is not None
+        if not is_quantized(self.layer):
+            self._write("weight", W.to(self.layer.weight.dtype).contiguous())
+        elif is_offloaded:
+            raise RuntimeError(
+                f"The packed weight of {type(self.layer).__name__} is off-loaded and cannot be rewritten: load the "
+                "model without off-loading"
+            )
         else:
-            weight = self.layer.weight
-            W = W.to(weight.dtype).contiguous()
-            if self.shared and self._tied_weight is None:
-                self._tied_weight = weight
-                self.layer.weight = nn.Parameter(W, requires_grad=weight.requires_grad)
-            else:
-                weight.data = W
+            requantize(self.layer, W)
         bias = getattr(self.layer, "bias", None)
         if b is None:
             if bias is not None:
                 self.layer.bias = None
+            if "bias" in self._offloaded:
+                self._offloaded.pop("bias").restore()
         elif bias is None:
-            self.layer.bias = nn.Parameter(b.detach().to(self._bias_dtype(b), copy=True), requires_grad=False)
+            b = b.detach().to(self._bias_dtype(b), copy=True)
+            here = torch.empty_like(b, device="meta") if is_offloaded else b
+            self.layer.bias = nn.Parameter(here, requires_grad=False)
+            if is_offloaded:
+                self._write("bias", b)
         elif b is not bias:
-            bias.data = b.detach().to(bias.dtype)
+            self._write("bias", b.detach().to(bias.dtype))
+
+    def _refuse_computed(self) -> None:
+        layer, name = self.layer, type(self.layer).__name__
+        if self._was_sharded and not is_sharded(layer.weight):
+            raise RuntimeError(
+                f"The weight of {name} is sharded, and what is written into its gathered form would be lost: call "
+                "reshard() on the FSDP modules first"
+            )
+        if "weight" not in layer._parameters and not is_quantized(layer):
+            raise RuntimeError(
+                f"The weight of {name} is computed from other parameters (a parametrisation, weight norm) and would be "
+                "so again after merging: make it a plain parameter first (remove_parametrizations, remove_weight_norm)"
+            )
+
+    def _write(self, name: str, value: torch.Tensor) -> None:
+        """Give the parameter `name` other numbers, wherever they are kept."""
+        parameter = getattr(self.layer, name)
+        apart = self.shared and name == "weight"  # who shares the weight must not see the change
+        if offload_hook(self.layer) is not None:
+            if name not in self._offloaded:
+                self._offloaded[name] = OffloadedTensor(self.layer, name)
+            self._offloaded[name].write(value)
+        elif is_sharded(parameter):
+            if apart:
+                raise RuntimeError(
+                    f"The weight of {type(self.layer).__name__} is tied to another module's and sharded, so it cannot "
+                    "be changed in one place only: leave it out of target_modules, or merge in one process"
+                )
+            overwrite(parameter, value)
+        elif (apart or parameter.is_inference()) and name not in self._set_aside:
+            self._set_aside[name] = parameter
+            setattr(self.layer, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+        else:
+            parameter.data = value
 
     def _bias_dtype(self, b: torch.Tensor) -> torch.dtype:
         weight = self.layer.weight
         return weight.dtype if weight.is_floating_point() else b.dtype
 
+    @property
+    def is_parted(self) -> bool:
+        """Whether `store` had to part the layer's weight from the module that shares it."""
+        if "weight" in self._offloaded:
+            return self.shared or self._offloaded["weight"].tied
+        return self.shared and "weight" in self._set_aside
+
     def retie(self) -> None:
-        """Give a layer whose weight is shared the shared weight back (`store` had to part them)."""
-        if self._tied_weight is not None:
-            self.layer.weight, self._tied_weight = self._tied_weight, None
+        """Put back what `store` had to replace: a weight that is shared, entries of off-loaded weights."""
+        while self._set_aside:
+            setattr(self.layer, *self._set_aside.popitem())
+        while self._offloaded:
+            self._offloaded.popitem()[1].restore()
 
     def op(self, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
         """The layer's function with another weight; `x` is what the layer takes."""
@@ -139,7 +209,7 @@ class LinearOp(Op):
         layer = self.layer
         if is_quantized(layer):
             return torch.Size((layer.out_features, layer.in_features))
-        return layer.weight.shape
+        return super().stored_shape
 
     def op(self, x, W, b):
         return F.linear(x, W, b)
@@ -216,17 +286,23 @@ class NormOp(Op):
         layer = self.layer
         if isinstance(layer, (nn.LayerNorm, nn.GroupNorm)):
             return 0.0
-        probe = torch.linspace(1, 2, self.out_features, device=layer.weight.device, dtype=layer.weight.dtype)
-        zero = {name: torch.zeros_like(p) for name, p in layer.named_parameters()}
-        return 1.0 if torch.func.functional_call(layer, zero, (probe[None],)).any() else 0.0
+        device = home_device(layer)
+        probe = torch.linspace(1, 2, self.out_features, device=device, dtype=layer.weight.dtype)
+        zero = {
+            name: torch.zeros(logical_shape(p), dtype=p.dtype, device=device) for name, p in layer.named_parameters()
+        }
+        with unhooked(layer):
+            return 1.0 if torch.func.functional_call(layer, zero, (probe[None],)).any() else 0.0
 
     def op(self, x, W, b):
         layer = self.layer
         ours = {"weight": W.to(layer.weight.dtype)}
-        if b is not None and getattr(layer, "bias", None) is not None:
-            return torch.func.functional_call(layer, ours | {"bias": b}, (x,))
-        y = torch.func.functional_call(layer, ours, (x,))
-        return y if b is None else y + self.channels(b, y)
+        has_bias = getattr(layer, "bias", None) is not None
+        if b is not None and has_bias:
+            ours["bias"] = b
+        with unhooked(layer):
+            y = torch.func.functional_call(layer, ours, (x,))
+        return y if b is None or has_bias else y + self.channels(b, y)
 
     def channels(self, v, y):
         return v if self.channel_dim == -1 else v.view(-1, *([1] * (y.dim() - 2)))
@@ -288,5 +364,11 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def no_global_hooks() -> bool:
-    """Whether no hook is registered for all modules at once."""
+    """Whether nothing wants to see the calls of all modules: no hook for all of them, no transform of torch.func.
+
+    Transforms (grad, vmap, jvp) see through modules and torch's operations, but not through autograd functions like
+    ours.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return False
     return not any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)

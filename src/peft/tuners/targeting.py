@@ -14,6 +14,7 @@ from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAME
 from ..utils.quantization_utils import is_quantized
 from .ops import _is_conv1d
 
+TASK_HEAD_NAMES = (*SEQ_CLS_HEAD_NAMES, "qa_outputs")
 SHORTEN_FROM = 20  # upstream's number: configurations that mean the same layers are then the same
 
 
@@ -68,6 +69,50 @@ def is_target(config, key: str) -> bool:
         return True
     index = layer_index(key, getattr(config, "layers_pattern", None))
     return index is not None and index in ([layers] if isinstance(layers, int) else layers)
+
+
+def keys_ending_in(name: str, keys: Iterable[str]) -> list[str]:
+    """Modules that `modules_to_save` means by `name`, without what adapters have made of them."""
+    return [
+        key
+        for key in keys
+        if name_matches([name], key) and ".modules_to_save." not in key and ".original_module" not in key
+    ]
+
+
+def unmatched_entries(
+    config, keys: Iterable[str], targets: Iterable[str], check_targets: bool = True
+) -> dict[str, list]:
+    """What a configuration names and the model does not have: `{field: entries}`, without fields that are in order.
+
+    Args:
+        keys: names of all modules of the model.
+        targets: names of those that the adapter gets.
+        check_targets: whether to look at target_modules (a list of defaults is for all models of a type).
+    """
+    keys = [key.replace(".base_layer", "").replace(".original_module", "") for key in keys]
+
+    def strangers(patterns) -> list[str]:
+        """Entries of a list, or a whole expression, that no module has."""
+        entries = [patterns] if isinstance(patterns, str) else [[entry] for entry in sorted(patterns or ())]
+        useless = [entry for entry in entries if entry and not any(name_matches(entry, key) for key in keys)]
+        return [entry if isinstance(entry, str) else entry[0] for entry in useless]
+
+    found: dict[str, list] = {"exclude_modules": strangers(getattr(config, "exclude_modules", None))}
+    if check_targets:
+        found["target_modules"] = strangers(config.target_modules)
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, field, None) or {}
+        found[field] = [p for p in patterns if all(get_pattern_key([p], key) != p for key in targets)]
+    layers, pattern = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
+    if layers is not None:
+        named = [key for key in keys if name_matches(config.target_modules, key)]
+        numbers = {layer_index(key, pattern) for key in named}
+        wanted = [layers] if isinstance(layers, int) else layers
+        found["layers_to_transform"] = [number for number in wanted if number not in numbers]
+        names = [pattern] if isinstance(pattern, str) else sorted(pattern or ())
+        found["layers_pattern"] = [name for name in names if all(layer_index(key, name) is None for key in named)]
+    return {field: entries for field, entries in found.items() if entries}
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -10,14 +10,16 @@ Several active adapters compose in the order in which they are listed: layer `F_
 
 from __future__ import annotations
 
-import importlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
+from .._lazy import explain_missing
+from ..utils.mixed_batch import run_by_row
 from ..utils.other import AdapterParts
+from ..utils.placement import whole_modules
 from ..utils.warning import PeftWarning
 from .ops import Op, make_op
 
@@ -79,6 +81,14 @@ class BaseTunerLayer(AdapterParts):
     def unfold(self, name: str, W: torch.Tensor, b: torch.Tensor | None, memory):
         """Undo `fold`."""
         return memory
+
+    def before_load(self, name: str, path: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Called before tensors are loaded into adapter `name`; a method whose sizes may change adapts them here.
+
+        Args:
+            path: of this layer in the model.
+            tensors: by their names in the model, those of all layers.
+        """
 
     def after_load(self, name: str) -> None:
         """Called when tensors were loaded into adapter `name`: bring them into the form that the method relies on."""
@@ -157,20 +167,9 @@ class BaseTunerLayer(AdapterParts):
         """Row `i` of the batch goes through `adapter_names[i]` (`__base__`: none)."""
         if self.merged:
             raise ValueError("A mixed batch needs the plain base weights: call unmerge_adapter() first")
-        if len(adapter_names) != x.shape[0]:
-            raise ValueError(
-                f"adapter_names must name one adapter per row of the layer's input: got {len(adapter_names)} names for "
-                f"{x.shape[0]} rows"
-            )
-        rows: dict[str, list[int]] = {}
-        for row, name in enumerate(adapter_names):
-            rows.setdefault(name if name in self._available_adapters else BASE_ADAPTER, []).append(row)
-        if len(rows) == 1:
-            return self._apply_or_base(next(iter(rows)), x, *args, **kwargs)
-        order = torch.tensor([row for group in rows.values() for row in group], device=x.device)
-        parts = x.index_select(0, order).split([len(group) for group in rows.values()])
-        y = torch.cat([self._apply_or_base(name, part, *args, **kwargs) for name, part in zip(rows, parts)])
-        return y.index_select(0, order.argsort())
+        available = self._available_adapters
+        ways = [name if name in available else BASE_ADAPTER for name in adapter_names]
+        return run_by_row(self._apply_or_base, ways, (x, *args), kwargs)
 
     def _apply_or_base(self, name: str, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if name == BASE_ADAPTER:
@@ -183,6 +182,7 @@ class BaseTunerLayer(AdapterParts):
     def merged(self) -> bool:
         return bool(self.merged_adapters)
 
+    @torch.inference_mode(False)  # the weights are there to stay: no tensors that cannot be trained or saved later
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters (default: the active ones) into the base weight.
@@ -205,8 +205,10 @@ class BaseTunerLayer(AdapterParts):
         try:
             for name in self._mergeable(names):
                 W, b = self.op.load()
-                memory = self.remember(name, W, b)
-                self.op.store(*self.fold(name, _wide(W), None if b is None else _wide(b)))
+                with self.whole_adapters():
+                    memory = self.remember(name, W, b)
+                    W, b = self.fold(name, _wide(W), None if b is None else _wide(b))
+                self.op.store(W, b)
                 self._merge_memory[name] = memory
                 self.merged_adapters.append(name)
         except Exception:
@@ -223,10 +225,17 @@ class BaseTunerLayer(AdapterParts):
         W, b = self.op.load()
         dtype = W.dtype
         for name in self._mergeable(adapter_names):
-            W, b = self.fold(name, _wide(W), None if b is None else _wide(b))
+            with self.whole_adapters():
+                W, b = self.fold(name, _wide(W), None if b is None else _wide(b))
             W = W.to(dtype)
             if not (W.isfinite().all() and (b is None or b.to(dtype).isfinite().all())):
                 raise ValueError(f"Merging adapter {name!r} would give values that are not finite; nothing was merged")
+
+    def whole_adapters(self, write: bool = False):
+        """Within this context the layer's adapters are whole and here, as in a forward; see `whole_modules`."""
+        containers = [getattr(self, attribute, None) for attribute in self.adapter_layer_names]
+        parts = [part for c in containers if isinstance(c, nn.Module) for part in c.modules()]
+        return whole_modules(parts, write)
 
     def _mergeable(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if name in self._available_adapters and name not in self.merged_adapters]
@@ -239,13 +248,16 @@ class BaseTunerLayer(AdapterParts):
             return
         self.unmerge_to(0)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def unmerge_to(self, count: int) -> None:
         """Take merged adapters out again, the last first, until `count` are left."""
         while len(self.merged_adapters) > count:
             W, b = self.op.load()
             name = self.merged_adapters[-1]
-            self.op.store(*self.unfold(name, W, b, self._merge_memory.pop(name)))
+            with self.whole_adapters():
+                W, b = self.unfold(name, W, b, self._merge_memory.pop(name))
+            self.op.store(W, b)
             self.merged_adapters.pop()
         if not self.merged:
             self.op.retie()
@@ -349,10 +361,13 @@ class WeightSpaceLayer(BaseTunerLayer):
 
 
 # Other libraries import these from here; `base` imports this module, so they cannot be imported above.
-_ELSEWHERE = {"BaseTuner": "base", "get_pattern_key": "targeting"}
-
-
-def __getattr__(name: str):
-    if name not in _ELSEWHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_ELSEWHERE[name]}", __package__), name)
+explain_missing(
+    __name__,
+    {
+        "BaseTuner": "peft.tuners.base",
+        "get_pattern_key": "peft.tuners.targeting",
+        **dict.fromkeys(
+            ["cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad"], "peft.tuners.parts"
+        ),
+    },
+)

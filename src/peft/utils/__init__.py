@@ -15,22 +15,6 @@ _CONSTANTS = [
     "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
 ]  # fmt: skip
 
-# Upstream's default targets of methods that are not here, and the like: name -> what it belongs to.
-_MISSING = {
-    f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING": method
-    for method in (
-        "ADALORA ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HRA IA3 LILY LNTUNING LOHA LOKR MISS "
-        "OFT OSF PEANUT POLY PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA VBLORA VERA WAVEFT"
-    ).split()
-} | {
-    "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING": "IA3",
-    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": "Prefix tuning",
-    "TrainableTokensWrapper": "Trainable tokens",
-    "bloom_model_postprocess_past_key_value": "Prefix tuning",
-    "map_cache_to_layer_device_map": "Prefix tuning",
-    "replace_lora_weights_loftq": "LoftQ initialisation of LoRA",
-}
-
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
@@ -44,7 +28,7 @@ __getattr__, __dir__, __all__ = attach(
         "TaskType": "peft.utils.peft_types",
         "register_peft_method": "peft.mapping",
     },
-    _MISSING,
+    {},
     (
         "constants", "error", "hub", "model_card", "other", "peft_types", "quantization_utils", "save_and_load",
         "transformers_weight_conversion", "warning",

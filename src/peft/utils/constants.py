@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .._lazy import explain_missing
+
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.bin"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -52,3 +54,5 @@ TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = {
     "rwkv": ["key", "value", "receptance", "output"],
     "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
 }
+
+explain_missing(__name__)

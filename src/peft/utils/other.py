@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
+from .._lazy import explain_missing
 from .constants import (  # noqa: F401  (other libraries import the constants from here)
     CONFIG_NAME,
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
@@ -16,6 +16,8 @@ from .constants import (  # noqa: F401  (other libraries import the constants fr
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     WEIGHTS_NAME,
 )
+from .mixed_batch import run_by_row
+from .placement import independent_copy
 
 
 class AdapterParts:
@@ -121,7 +123,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         """Add a copy for one more adapter."""
         if adapter_name in self.modules_to_save:
             return
-        duplicate = copy.deepcopy(self.original_module)
+        duplicate = independent_copy(self.original_module)
         for parameter in duplicate.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
@@ -134,20 +136,12 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def forward(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
         if adapter_names is None or self._disable_adapters:
             return self._current()(*args, **kwargs)
-        return self._mixed_forward(adapter_names, *args, **kwargs)
+        ways = [name if name in self.modules_to_save else None for name in adapter_names]
+        return run_by_row(self._run_copy, ways, args, kwargs)
 
-    def _mixed_forward(self, adapter_names: Sequence[str], x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """Row `i` of the batch goes through the copy of `adapter_names[i]`, or through the original."""
-        rows: dict[str, list[int]] = {}
-        for row, name in enumerate(adapter_names):
-            rows.setdefault(name, []).append(row)
-        outputs: list[torch.Tensor | None] = [None] * len(adapter_names)
-        for name, group in rows.items():
-            module = self.modules_to_save[name] if name in self.modules_to_save else self.original_module
-            index = torch.tensor(group, device=x.device)
-            for row, out in zip(group, module(x.index_select(0, index), *args, **kwargs).unbind(0)):
-                outputs[row] = out
-        return torch.stack(outputs)
+    def _run_copy(self, name: str | None, *args, **kwargs):
+        """The result of the copy of adapter `name`; None: of the original."""
+        return (self.original_module if name is None else self.modules_to_save[name])(*args, **kwargs)
 
     def __getattr__(self, name: str):
         try:
@@ -191,16 +185,6 @@ def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, s
     """`(parent, module, name of the module in its parent)` for the module called `key`."""
     parent, _, name = key.rpartition(".")
     return model.get_submodule(parent), model.get_submodule(key), name
-
-
-def home_device(base: nn.Module) -> torch.device:
-    """Where a layer's adapters belong: with its weight, or where accelerate brings that weight when it is needed."""
-    weight = getattr(base, "weight", None)
-    device = weight.device if weight is not None else torch.device("cpu")
-    if device.type == "meta" and hasattr(base, "_hf_hook"):
-        device = getattr(base._hf_hook, "execution_device", None)  # may be 0, the first GPU
-        device = torch.device("cpu" if device is None else device)
-    return device
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -312,3 +296,6 @@ def fsdp_auto_wrap_policy(model: nn.Module):
     leaves = functools.partial(lambda_auto_wrap_policy, lambda_fn=is_trainable_leaf)
     blocks = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=classes)
     return functools.partial(_or_policy, policies=[leaves, blocks])
+
+
+explain_missing(__name__, {"get_pattern_key": "peft.tuners.targeting"})

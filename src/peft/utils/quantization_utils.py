@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .._lazy import explain_missing
+
 
 @dataclass(frozen=True)
 class QuantizationBackend:
@@ -80,3 +82,18 @@ def logical_numel(parameter: nn.Parameter) -> int:
     """Number of weights a parameter stands for; a packed one (bitsandbytes 4-bit) counts those it encodes."""
     shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
     return parameter.numel() if shape is None else math.prod(shape)
+
+
+def keep_trainable(model: nn.Module) -> None:
+    """See to it that gradients pass through packed weights after a forward pass in eval mode, too.
+
+    On CPUs with AVX512-BF16, bitsandbytes repacks a 4-bit weight in the first forward pass in eval mode, for a kernel
+    that has no backward pass, and leaves it so: training after an evaluation fails, or gradients go missing silently.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.state_dict()  # by which bitsandbytes undoes the repacking
+            module.support_avx512bf16_for_cpu = False
+
+
+explain_missing(__name__)

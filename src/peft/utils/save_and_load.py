@@ -14,8 +14,21 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from .._lazy import explain_missing
 from .constants import SAFETENSORS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from .other import AuxiliaryTrainingWrapper, home_device
+from .other import AuxiliaryTrainingWrapper
+from .placement import (
+    OffloadedTensor,
+    home_device,
+    is_sharded,
+    logical_shape,
+    offload_hook,
+    overwrite,
+    own_tensor,
+    reshard,
+    whole_tensor,
+    whole_tensors,
+)
 from .warning import PeftWarning
 
 IncompatibleKeys = namedtuple("IncompatibleKeys", ["missing_keys", "unexpected_keys"])
@@ -57,10 +70,10 @@ def _config_of(model: nn.Module, adapter_name: str):
     return configs[adapter_name]
 
 
-def _bias_keys(model: nn.Module, config) -> list[str]:
-    from ..tuners.base import trained_biases
+def _bias_keys(model: nn.Module, config, adapter_name: str) -> list[str]:
+    from ..tuners.parts import trained_biases
 
-    return [name for name, _ in trained_biases(model, config)]
+    return [name for name, _ in trained_biases(model, config, adapter_name)]
 
 
 def _embedding_keys(model: nn.Module, save_embedding_layers: bool | str, config, adapter_name: str) -> dict[str, str]:
@@ -113,11 +126,13 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: bool | str = "auto",
 ) -> dict[str, torch.Tensor]:
-    """The tensors of one adapter under their keys in a file.
+    """The tensors of one adapter under their keys in a file, whole: sharded ones are gathered, off-loaded ones fetched.
+
+    With sharded parameters all processes have to call this, together.
 
     Args:
         model: a `PeftModel`, or a model with injected adapters.
-        state_dict: the model's state dict where it had to be gathered (FSDP, ZeRO-3); None: `model.state_dict()`.
+        state_dict: the model's state dict where it has been gathered already; None: `model.state_dict()`.
         adapter_name: which adapter.
         unwrap_compiled: take the model out of `torch.compile` first.
         save_embedding_layers: whether the base model's embeddings belong to it; "auto": if the adapter targets them or
@@ -130,7 +145,7 @@ def get_peft_model_state_dict(
         model = getattr(model, "_orig_mod", model)
     config = _config_of(model, adapter_name)
     keys = adapter_keys(model, adapter_name)
-    keys.update({name: _plain_name(name) for name in _bias_keys(model, config)})
+    keys.update({name: _plain_name(name) for name in _bias_keys(model, config, adapter_name)})
     embeddings = _embedding_keys(model, save_embedding_layers, config, adapter_name)
     if embeddings and any(getattr(module, "merged", False) for module in model.modules()):
         raise ValueError(
@@ -148,7 +163,12 @@ def get_peft_model_state_dict(
             f"The state dict lacks {len(missing)} of the {len(keys)} tensors of adapter {adapter_name!r}, such as "
             f"{missing[:3]}"
         )
-    return {file: tensors[name] for name, file in keys.items()}
+    wanted = {name: tensors[name] for name in keys}
+    if state_dict is None:
+        wanted = whole_tensors(model, wanted)
+    else:
+        wanted = {name: whole_tensor(tensor) for name, tensor in wanted.items()}
+    return {file: wanted[name] for name, file in keys.items()}
 
 
 def set_peft_model_state_dict(
@@ -169,11 +189,12 @@ def set_peft_model_state_dict(
         tensors in the dict that belong nowhere.
 
     Raises:
-        ValueError: no such adapter, or it is merged.
+        ValueError: no such adapter, it is merged, or it is empty (meta device) and `low_cpu_mem_usage` is not given.
         RuntimeError: tensors of another shape.
     """
     from ..tuners.tuners_utils import BaseTunerLayer
 
+    reshard(model)
     config = _config_of(model, adapter_name)
     if any(adapter_name in getattr(module, "merged_adapters", ()) for module in model.modules()):
         raise ValueError(
@@ -181,20 +202,25 @@ def set_peft_model_state_dict(
             "unmerge_adapter() before loading into it"
         )
     expected = {file: name for name, file in adapter_keys(model, adapter_name).items()}
-    expected.update({_plain_name(name): name for name in _bias_keys(model, config)})
+    expected.update({_plain_name(name): name for name in _bias_keys(model, config, adapter_name)})
     # Of the base model a file may bring the embeddings, nothing else.
     embeddings = {file: name for name, file in _embedding_keys(model, True, config, adapter_name).items()}
     renamed = {_file_key(key): tensor for key, tensor in peft_model_state_dict.items()}
+    incoming = {expected[key]: tensor for key, tensor in renamed.items() if key in expected}
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and adapter_name in module._available_adapters:
+            module.before_load(adapter_name, path, incoming)
     found: dict[str, torch.Tensor] = {}
     unexpected: list[str] = []
     current = model.state_dict()
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     mismatched: list[str] = []
     for key, tensor in renamed.items():
         name = expected.get(key) or embeddings.get(key)
         if name is None:
             unexpected.append(key)
-        elif current[name].shape != tensor.shape:
-            mismatched.append(f"{key}: {tuple(tensor.shape)} in the file, {tuple(current[name].shape)} in the model")
+        elif (shape := logical_shape(parameters.get(name, current[name]))) != tensor.shape:
+            mismatched.append(f"{key}: {tuple(tensor.shape)} in the file, {tuple(shape)} in the model")
         else:
             found[name] = tensor
     if mismatched:
@@ -203,9 +229,17 @@ def set_peft_model_state_dict(
             raise RuntimeError(f"Error(s) in loading adapter {adapter_name!r}: size mismatch: {message}")
         warnings.warn(f"{message}; they are skipped", PeftWarning, stacklevel=2)
     missing = [key for key in expected if key not in renamed]
+    for name in [name for name in found if _is_elsewhere(model, name)]:
+        _write_elsewhere(model, name, found.pop(name))
+    empty = [name for name in found if current[name].is_meta]
+    if empty and not low_cpu_mem_usage:
+        raise ValueError(
+            f"{len(empty)} tensors of adapter {adapter_name!r} are empty (meta device), such as {empty[:3]}, and "
+            "cannot be copied into: load with low_cpu_mem_usage=True"
+        )
     if low_cpu_mem_usage:
         # Assigned tensors keep their dtype, so they have to be given the one that the adapter should have.
-        found = {name: t.to(current[name].dtype).to(_device_of(model, name)) for name, t in found.items()}
+        found = {name: t.to(current[name].dtype).to(_device_of(model, name, t.device)) for name, t in found.items()}
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     model.load_state_dict(found, strict=False, assign=low_cpu_mem_usage)
     for name, parameter in model.named_parameters() if low_cpu_mem_usage else ():
@@ -213,12 +247,29 @@ def set_peft_model_state_dict(
     for module in model.modules():
         if isinstance(module, BaseTunerLayer) and adapter_name in module._available_adapters:
             if not any(t.is_meta for _, t in module.adapter_tensors(adapter_name)):
-                module.after_load(adapter_name)
+                with module.whole_adapters(write=True):
+                    module.after_load(adapter_name)
     return IncompatibleKeys(missing, unexpected)
 
 
-def _device_of(model: nn.Module, name: str) -> torch.device:
-    """Where the tensor `name` of an adapter has to be: with the base layer that it adapts."""
+def _is_elsewhere(model: nn.Module, name: str) -> bool:
+    """Whether the tensor `name` of the model is sharded or off-loaded, so that copying into it would not do."""
+    module, attribute = own_tensor(model, name)
+    tensor = getattr(module, attribute)
+    return is_sharded(tensor) or (tensor.is_meta and offload_hook(module) is not None)
+
+
+def _write_elsewhere(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    module, attribute = own_tensor(model, name)
+    tensor = getattr(module, attribute)
+    if is_sharded(tensor):
+        overwrite(tensor, value)
+    else:
+        OffloadedTensor(module, attribute).write(value.to(tensor.dtype))
+
+
+def _device_of(model: nn.Module, name: str, current: torch.device) -> torch.device:
+    """Where the tensor `name` of an adapter has to be: with the base layer, or where it is if that is empty."""
     from ..tuners.tuners_utils import BaseTunerLayer
 
     path = name.split(".")
@@ -228,10 +279,14 @@ def _device_of(model: nn.Module, name: str) -> torch.device:
         except AttributeError:
             continue
         if isinstance(module, BaseTunerLayer):
-            return home_device(module.get_base_layer())
+            home = home_device(module.get_base_layer())
+            break
         if isinstance(module, AuxiliaryTrainingWrapper):
-            return next(module.original_module.parameters()).device
-    return torch.device("cpu")
+            home = home_device(module.original_module)
+            break
+    else:
+        return torch.device("cpu")
+    return current if home.type == "meta" else home
 
 
 def _file_key(key: str) -> str:
@@ -275,23 +330,19 @@ def load_peft_weights(
     """
     import re
 
-    from ..config import find_file
+    from ..config import find_first
     from .other import infer_device
 
     hub = {key: value for key, value in hf_hub_download_kwargs.items() if value is not None}
     device = infer_device() if device is None else device
-    tensors = None
-    if path := find_file(model_id, SAFETENSORS_WEIGHTS_NAME, **hub):
-        tensors = _load_safetensors([path], device)
-    elif path := find_file(model_id, SAFETENSORS_INDEX_NAME, **hub):
+    names = [SAFETENSORS_WEIGHTS_NAME, SAFETENSORS_INDEX_NAME, WEIGHTS_NAME]
+    path = find_first(model_id, names, "adapter weights", **hub)
+    if path.endswith(SAFETENSORS_INDEX_NAME):
         tensors = _load_safetensors(_shards(path, model_id, hub), device)
-    elif path := find_file(model_id, WEIGHTS_NAME, **hub):
+    elif path.endswith(SAFETENSORS_WEIGHTS_NAME):
+        tensors = _load_safetensors([path], device)
+    else:
         tensors = torch.load(path, map_location=device, weights_only=True)
-    if tensors is None:
-        raise ValueError(
-            f"Can't find adapter weights at {str(model_id)!r}: looked for {SAFETENSORS_WEIGHTS_NAME}, "
-            f"{SAFETENSORS_INDEX_NAME} and {WEIGHTS_NAME}"
-        )
     for pattern, replacement in (key_mapping or {}).items():
         tensors = {re.sub(pattern, replacement, key): tensor for key, tensor in tensors.items()}
     return tensors
@@ -300,15 +351,11 @@ def load_peft_weights(
 def _shards(index_path: str, model_id, hub: dict) -> list[str]:
     import json
 
-    from ..config import find_file
+    from ..config import find_first
 
     with open(index_path, encoding="utf-8") as file:
         names = sorted(set(json.load(file)["weight_map"].values()))
-    paths = {name: find_file(model_id, name, **hub) for name in names}
-    missing = [name for name, path in paths.items() if path is None]
-    if missing:
-        raise ValueError(f"{SAFETENSORS_INDEX_NAME} names shards that are not there: {missing}")
-    return list(paths.values())
+    return [find_first(model_id, [name], f"a shard that {SAFETENSORS_INDEX_NAME} names", **hub) for name in names]
 
 
 def _load_safetensors(paths: Iterable[str], device) -> dict[str, torch.Tensor]:
@@ -347,9 +394,10 @@ def write_adapter(tensors: dict[str, torch.Tensor], folder: str, safe_serializat
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The base model's tensors under the names that they have without adapters."""
+    """The base model's tensors, whole, under the names that they have without adapters."""
     adapters = {name for adapter in getattr(model, "peft_config", {}) for name in adapter_keys(model, adapter)}
-    return {_base_key(key): tensor for key, tensor in model.state_dict().items() if key not in adapters}
+    own = {key: tensor for key, tensor in model.state_dict().items() if key not in adapters}
+    return {_base_key(key): tensor for key, tensor in whole_tensors(model, own).items()}
 
 
 def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], strict: bool = True):
@@ -362,10 +410,17 @@ def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, torch.Tens
         raise RuntimeError(
             f"Missing keys: {missing[:5]} ({len(missing)}), unexpected: {unexpected[:5]} ({len(unexpected)})"
         )
-    model.load_state_dict({names[key]: t for key, t in state_dict.items() if key in names}, strict=False)
+    reshard(model)
+    found = {names[key]: tensor for key, tensor in state_dict.items() if key in names}
+    for name in [name for name in found if _is_elsewhere(model, name)]:
+        _write_elsewhere(model, name, found.pop(name))
+    model.load_state_dict(found, strict=False)
     return IncompatibleKeys(missing, unexpected)
 
 
 def _base_key(key: str) -> str:
     key = _plain_name(key).removeprefix("base_model.model.")
     return key.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+explain_missing(__name__)

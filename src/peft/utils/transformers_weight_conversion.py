@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
 
+from .._lazy import explain_missing
 from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from .peft_types import PeftType
 from .warning import PeftWarning
@@ -157,15 +158,18 @@ def build_peft_weight_mapping(
     return mapping
 
 
-def warn_of_single_experts(model: nn.Module, target_modules) -> None:
+def warn_of_single_experts(model: nn.Module, target_modules) -> list[str]:
     """Warn if targets name projections of single experts, and the model holds those of all experts in one parameter.
 
     Args:
         target_modules: names of modules. Whole paths are of modules that are there, and a pattern that only experts
             match finds nothing, which is an error anyway: neither is looked at.
+
+    Returns:
+        The targets that were named in the warning.
     """
     if not isinstance(model, PreTrainedModel) or isinstance(target_modules, str):
-        return
+        return []
     merged: dict[str, str] = {}  # name of the projection -> the parameter that holds it
     for converter in filter(_merges_experts, get_model_conversion_mapping(model)):
         for pattern in converter.source_patterns:
@@ -178,5 +182,9 @@ def warn_of_single_experts(model: nn.Module, target_modules) -> None:
             "parameters (target_parameters) are not in this version of peft. Modules of these names outside the "
             "experts are adapted",
             PeftWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
+    return names
+
+
+explain_missing(__name__)

@@ -1,5 +1,6 @@
 """Low-rank adaptation (LoRA, arXiv 2106.09685)."""
 
+from ..._lazy import explain_missing
 from .config import LoraConfig, LoraRuntimeConfig
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 from .model import LoraModel
@@ -15,3 +16,5 @@ __all__ = [
     "LoraModel",
     "LoraRuntimeConfig",
 ]
+
+explain_missing(__name__)

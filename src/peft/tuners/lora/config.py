@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ...config import PeftConfig, documented
+from ..._lazy import explain_missing
+from ...config import documented
 from ...utils.peft_types import PeftType
-from ..common_config import check_layer_selection
+from ..common_config import TargetedConfig
 
 INIT_NAMES = ("gaussian", "orthogonal")
+# Initialisations of upstream's that are not in this version. An adapter's file brings its tensors, whatever they were
+# initialised with; but some of the methods take the initial delta out of the base weights, and the file is for those.
+INITS_NOT_YET = ("eva", "mica")
+INITS_NOT_YET_THAT_CHANGE_THE_BASE = ("corda", "lora_ga", "loftq", "olora", "pissa")  # and pissa_niter_<number>
+INIT_FIELDS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")  # how to initialise, and nothing else
 # Switches of upstream's whose method is not in this version: field -> what it would be.
 NOT_YET = {
     "megatron_config": "Megatron parallel layers",
@@ -42,7 +49,7 @@ class LoraRuntimeConfig:
 
 @documented
 @dataclass
-class LoraConfig(PeftConfig):
+class LoraConfig(TargetedConfig):
     """LoRA: a delta `scaling * B A` of rank `r` beside every target (arXiv 2106.09685, eq. 3).
 
     Raises:
@@ -52,11 +59,6 @@ class LoraConfig(PeftConfig):
 
     r: int = 8
     """Rank of the delta."""
-    target_modules: list[str] | str | None = None
-    """Modules to adapt: a list of names (matched at the end of a module's name), a regular expression for the whole
-    name, or "all-linear". None: the default of the architecture."""
-    exclude_modules: list[str] | str | None = None
-    """Modules not to adapt, given like target_modules."""
     lora_alpha: int = 8
     """The delta is scaled by lora_alpha / r (lora_alpha / sqrt(r) with use_rslora)."""
     lora_dropout: float = 0.0
@@ -67,15 +69,10 @@ class LoraConfig(PeftConfig):
     """Which biases of the base model train: none, all, or those of adapted layers."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) (rank-stabilised LoRA, arXiv 2312.03732, eq. 4)."""
-    modules_to_save: list[str] | None = None
-    """Modules that are trained and saved whole beside the adapter, such as a new classification head."""
     init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
     """True: A Kaiming-uniform, B zero. "gaussian": A normal with deviation 1/r, B zero. "orthogonal": A and B with
-    orthogonal factors whose product is zero. False: both random, so that the delta is not zero (for tests)."""
-    layers_to_transform: list[int] | int | None = None
-    """Numbers of the layers to adapt; None: all."""
-    layers_pattern: list[str] | str | None = None
-    """Name of the list that the layer numbers count in, such as "layers" or "h"; None: the first number in a name."""
+    orthogonal factors whose product is zero. False: both random, so that the delta is not zero (for tests).
+    Files of adapters that were initialised in another way are read; see the compatibility page."""
     rank_pattern: dict | None = field(default_factory=dict)
     """Ranks of single layers: {regular expression for the end of a module's name: rank}."""
     alpha_pattern: dict | None = field(default_factory=dict)
@@ -129,10 +126,9 @@ class LoraConfig(PeftConfig):
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         self.loftq_config = self.loftq_config or {}
-        check_layer_selection(self)
         self._check_numbers()
         for name, what in NOT_YET.items():
-            if getattr(self, name):
+            if getattr(self, name) and not (self.inference_mode and name in INIT_FIELDS):
                 raise NotImplementedError(f"{name}={getattr(self, name)!r}: {what} is not in this version of peft")
         if getattr(self.runtime_config, "ephemeral_gpu_offload", False):
             raise NotImplementedError("runtime_config.ephemeral_gpu_offload is not in this version of peft")
@@ -146,12 +142,30 @@ class LoraConfig(PeftConfig):
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
-        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in INIT_NAMES:
-            raise ValueError(
-                f"init_lora_weights must be True, False or one of {INIT_NAMES}, got {self.init_lora_weights!r}"
+        self._check_init()
+
+    def _check_init(self):
+        init = self.init_lora_weights
+        if isinstance(init, bool) or init in INIT_NAMES:
+            return
+        if init not in INITS_NOT_YET and not self.init_changes_base:
+            raise ValueError(f"init_lora_weights must be True, False or one of {INIT_NAMES}, got {init!r}")
+        if not self.inference_mode:
+            raise NotImplementedError(
+                f"init_lora_weights={init!r} is not in this version of peft, which has True, False and {INIT_NAMES}. "
+                "(A saved adapter that was initialised so can be loaded: its file says inference_mode=true)"
             )
+
+    @property
+    def init_changes_base(self) -> bool:
+        """Whether the adapter's tensors fit only base weights that its initialisation has changed."""
+        init = str(self.init_lora_weights)
+        return init in INITS_NOT_YET_THAT_CHANGE_THE_BASE or re.fullmatch(r"pissa_niter_\d+", init) is not None
 
     def to_dict(self):
         content = super().to_dict()
         del content["runtime_config"]
         return content
+
+
+explain_missing(__name__)

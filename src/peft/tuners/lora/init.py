@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -47,3 +48,12 @@ def orthogonal(A: torch.Tensor, B: torch.Tensor, r: int) -> None:
 
 
 INITS = {True: kaiming, False: random, "gaussian": gaussian, "orthogonal": orthogonal}
+
+
+def init_function(init_lora_weights: bool | str) -> Callable[[torch.Tensor, torch.Tensor, int], None]:
+    """The function for a value of `LoraConfig.init_lora_weights`.
+
+    Names that are not in this version are of saved adapters (`LoraConfig` refuses them elsewhere). Their tensors come
+    from the file; one that it lacks is reported, and keeps what the usual initialisation gave it.
+    """
+    return INITS.get(init_lora_weights, kaiming)

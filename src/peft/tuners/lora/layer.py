@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..._lazy import explain_missing
 from ..ops import is_plain, no_global_hooks
 from ..tuners_utils import AdditiveLayer
 from .fused import fused_lora, lora_product
-from .init import INITS
+from .init import init_function
 
 # Names under which callers find arguments that variants take; there are no variants yet.
 VARIANT_KWARG_KEYS: list[str] = []
@@ -67,7 +68,7 @@ class LoraLayer(AdditiveLayer):
         A, B = self.factors(name)
         if A.is_meta:
             return
-        INITS[init_lora_weights](A, B, self.r[name])
+        init_function(init_lora_weights)(A, B, self.r[name])
         if self.lora_bias[name]:
             nn.init.zeros_(self.lora_B[name].bias)
 
@@ -237,7 +238,7 @@ class Embedding(LoraLayer, nn.Module):
             nn.init.normal_(A)
             nn.init.normal_(B)
         else:
-            INITS[init_lora_weights](A, B, self.r[name])
+            init_function(init_lora_weights)(A, B, self.r[name])
 
     def product(self, name):
         A, B = self.factors(name)
@@ -251,3 +252,6 @@ class Embedding(LoraLayer, nn.Module):
 
     def delta(self, name, x):
         return self.post(name, x, torch.zeros((), dtype=self.weight.dtype, device=x.device))
+
+
+explain_missing(__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..._lazy import explain_missing
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from ..base import BaseTuner
 from ..ops import make_op
@@ -18,6 +19,23 @@ class LoraModel(BaseTuner):
     tuner_layer_cls = LoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     layer_classes = {"Linear": Linear, "Conv1d": Conv1d, "Conv2d": Conv2d, "Conv3d": Conv3d, "Embedding": Embedding}
+
+    def check_new_config(self, config):
+        """Refuse saved adapters that are for other base weights than the model's.
+
+        Raises:
+            NotImplementedError: the adapter's initialisation took its delta out of the base weights, too.
+        """
+        super().check_new_config(config)
+        if config.init_changes_base:
+            init = config.init_lora_weights
+            raise NotImplementedError(
+                f"The adapter was saved with init_lora_weights={init!r}: {init} changed the base weights as well, and "
+                "the adapter fits only those. This version of peft cannot make them. Either convert the adapter to a "
+                "plain one with the package that made it (save_pretrained with path_initial_model_for_weight_conversion"
+                "), or, if the model at hand has the changed weights already, set init_lora_weights to true in "
+                "adapter_config.json (or give config=PeftConfig.from_pretrained(folder, init_lora_weights=True))"
+            )
 
     def layer_kwargs(self, config, key):
         """Rank and alpha of this layer, from the patterns or the configuration."""
@@ -34,3 +52,6 @@ class LoraModel(BaseTuner):
                 "convolution layers, transformers' Conv1D and embeddings: narrow target_modules or use exclude_modules"
             )
         return self.layer_classes[op.kind](target)
+
+
+explain_missing(__name__)

@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = attach(
         "SftSelector": "peft.tuners.sft.selector",
         "SftTrainer": "peft.tuners.sft.trainer",
         "SparseDelta": "peft.tuners.sft.layer",
+        "select_static": "peft.tuners.sft.static",
     },
     {},
 )

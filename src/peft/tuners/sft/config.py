@@ -8,65 +8,42 @@ from typing import Literal
 
 import torch
 
-from ...config import PeftConfig, documented
+from ...config import documented
+from ...utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ...utils.peft_types import PeftType
-from ..common_config import check_layer_selection
+from ..common_config import TargetedConfig
 
+ALGORITHMS = ("rigl", "sm3", "static")
+CRITERIA = ("gradient", "fisher", "magnitude", "random")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
 
 
-@documented
 @dataclass
-class SftArguments:
-    """The fields of `SftConfig` that scripts set; for `transformers.HfArgumentParser`."""
-
-    density: float = 0.01
-    """Share of the number of parameters of the whole base model that is trained."""
-    num_tunable_weights: int | None = None
-    """Number of weights that are trained, in all; overrides density."""
-    selection_algorithm: Literal["rigl", "sm3"] = "rigl"
-    """How weights are re-chosen: "rigl" by accumulated gradients (SpIEL-AG), "sm3" by the accumulators of the SM3
-    optimiser (SpIEL-MA)."""
-    reselection_steps: int = 20
-    """Update steps from one reselection to the next."""
-    selection_accumulation_steps: int = 5
-    """Update steps before a reselection in which gradients are gathered for it ("rigl")."""
-    reselection_rate_policy: Literal["linear", "cosine"] = "linear"
-    """How the share of weights that is re-chosen falls over the training."""
-    initial_reselection_rate: float = 0.2
-    """That share at the beginning, in [0, 1]."""
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    """Data type of the trained numbers; "auto": that of the weight they belong to."""
-    target_modules: list[str] | None = None
-    """Modules to adapt: names (matched at the end of a module's name), or "all-linear". Default: every linear layer of
-    the backbone."""
-
-    def to_config(self, **fields) -> SftConfig:
-        """The configuration with these values; `fields` gives any others."""
-        return SftConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | fields)
-
-
-@documented
-@dataclass
-class SftConfig(PeftConfig):
-    """Sparse fine-tuning: `W` with k trained numbers added at k chosen positions (arXiv 2401.16405, section 3).
-
-    The budget is `num_deltas`, else `num_tunable_weights`, else `density`.
-
-    Raises:
-        ValueError: a value outside its range; it is named with the rule.
-    """
+class _SftOptions:
+    """The fields that a program and a command line both set."""
 
     density: float = 0.01
     """Share of the number of parameters of the whole base model that is trained, in (0, 1]."""
     num_tunable_weights: int | None = None
     """Number of weights that are trained, in all; overrides density."""
-    num_deltas: dict[str, int] | None = None
-    """Number of trained weights per module, {module name: k}; overrides the others. Filled in when the adapter is made,
-    so that loading does not derive it again."""
-    selection_algorithm: Literal["rigl", "sm3"] = "rigl"
-    """How weights are re-chosen: "rigl" by accumulated gradients (SpIEL-AG), "sm3" by the accumulators of the SM3
-    optimiser (SpIEL-MA)."""
+    granularity: Literal["element", "row", "column", "block"] = "element"
+    """What is chosen as one: single weights; all weights of one output channel ("row") or of one input channel
+    ("column"); or tiles of block_size x block_size ("block")."""
+    block_size: int = 16
+    """Side of the tiles that granularity="block" chooses."""
+    selection_algorithm: Literal["rigl", "sm3", "static"] = "rigl"
+    """How weights are chosen: "rigl": again and again, by accumulated gradients (SpIEL-AG); "sm3": again and again, by
+    the accumulators of the SM3 optimiser (SpIEL-MA); "static": once, before training, by static_criterion (then the
+    fields about reselection have no meaning)."""
+    static_criterion: Literal["gradient", "fisher", "magnitude", "random"] | None = None
+    """Which weights "static" chooses: of largest summed "gradient" or of largest sum of squared gradients ("fisher",
+    arXiv 2111.09839) over the calibration batches, of largest "magnitude", or "random" ones. None: "gradient" with
+    "static"; with the other algorithms it has to be None."""
+    calibration_batches: int = 8
+    """Batches of the training data that `SftTrainer` calibrates "gradient" and "fisher" on."""
+    budget: Literal["per_layer", "global"] = "per_layer"
+    """Whether every layer keeps its number of trained weights, or the layers compete for them ("global"): what is
+    dropped and what grows is then the smallest and the best over all of them. Not with data parallelism."""
     reselection_steps: int = 20
     """Update steps from one reselection to the next."""
     selection_accumulation_steps: int = 5
@@ -77,30 +54,66 @@ class SftConfig(PeftConfig):
     """That share at the beginning, in [0, 1]."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Data type of the trained numbers; "auto": that of the weight they belong to."""
-    target_modules: list[str] | str | None = None
-    """Modules to adapt: a list of names (matched at the end of a module's name), a regular expression for the whole
-    name, or "all-linear". None: every linear layer of the backbone, the head left out."""
-    exclude_modules: list[str] | str | None = None
-    """Modules not to adapt, given like target_modules."""
-    modules_to_save: list[str] | None = None
-    """Modules that are trained and saved whole beside the adapter, such as a new classification head."""
-    layers_to_transform: list[int] | int | None = None
-    """Numbers of the layers to adapt; None: all."""
-    layers_pattern: list[str] | str | None = None
-    """Name of the list that the layer numbers count in, such as "layers" or "h"; None: the first number in a name."""
+
+
+@documented
+@dataclass
+class SftArguments(_SftOptions):
+    """What scripts set of an `SftConfig`; for `transformers.HfArgumentParser`."""
+
+    target_modules: list[str] | None = None
+    """Modules to adapt: names (matched at the end of a module's name), or "all-linear". Default: every linear layer of
+    the backbone."""
+
+    def to_config(self, **fields) -> SftConfig:
+        """The configuration with these values; `fields` gives any others."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.target_modules == [INCLUDE_LINEAR_LAYERS_SHORTHAND]:  # the only word that is no name
+            values["target_modules"] = INCLUDE_LINEAR_LAYERS_SHORTHAND
+        return SftConfig(**values | fields)
+
+
+@documented
+@dataclass
+class SftConfig(_SftOptions, TargetedConfig):
+    """Sparse fine-tuning: `W` with k trained numbers added at k chosen positions (arXiv 2401.16405, section 3).
+
+    The budget is `num_deltas`, else `num_tunable_weights`, else `density`.
+
+    Raises:
+        ValueError: a value outside its range; it is named with the rule.
+    """
+
+    num_deltas: dict[str, int] | None = None
+    """Number of trained weights per module, {module name: k}; overrides the others. Filled in when the adapter is made,
+    so that loading does not derive it again."""
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.SFT
-        check_layer_selection(self)
         self._check_budget()
         for name, allowed in (
-            ("selection_algorithm", ("rigl", "sm3")),
+            ("granularity", ("element", "row", "column", "block")),
+            ("selection_algorithm", ALGORITHMS),
+            ("budget", ("per_layer", "global")),
             ("reselection_rate_policy", ("linear", "cosine")),
             ("dtype", tuple(DTYPES)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if not isinstance(self.block_size, int) or self.block_size < 1:
+            raise ValueError(f"block_size must be a positive whole number, got {self.block_size!r}")
+        if self.granularity != "block" and self.block_size != type(self).block_size:
+            raise ValueError(
+                f"block_size={self.block_size} has no meaning with granularity={self.granularity!r}; set "
+                f"granularity='block', or leave it out"
+            )
+        if self.budget == "global" and self.granularity != "element":
+            raise ValueError(
+                f"budget='global' compares single weights of different layers, so it cannot be combined with "
+                f"granularity={self.granularity!r}; use budget='per_layer', or granularity='element'"
+            )
+        self._check_static()
         if self.reselection_steps < 2:
             raise ValueError(f"reselection_steps must be at least 2, got {self.reselection_steps!r}")
         if not 1 <= self.selection_accumulation_steps <= self.reselection_steps - 1:
@@ -110,6 +123,19 @@ class SftConfig(PeftConfig):
             )
         if not 0 <= self.initial_reselection_rate <= 1:
             raise ValueError(f"initial_reselection_rate must be in [0, 1], got {self.initial_reselection_rate!r}")
+
+    def _check_static(self):
+        if self.selection_algorithm == "static" and self.static_criterion is None:
+            self.static_criterion = "gradient"
+        if self.static_criterion not in (None, *CRITERIA):
+            raise ValueError(f"static_criterion must be one of {CRITERIA}, got {self.static_criterion!r}")
+        if self.static_criterion is not None and self.selection_algorithm != "static":
+            raise ValueError(
+                f"static_criterion={self.static_criterion!r} has no meaning with selection_algorithm="
+                f"{self.selection_algorithm!r}; set selection_algorithm='static', or leave it at None"
+            )
+        if self.calibration_batches < 1:
+            raise ValueError(f"calibration_batches must be at least 1, got {self.calibration_batches!r}")
 
     def _check_budget(self):
         if not 0 < self.density <= 1:

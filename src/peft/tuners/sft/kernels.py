@@ -47,49 +47,51 @@ def _written(weight: torch.Tensor, values: Sequence[torch.Tensor], indices: Sequ
         try:
             for v, i in zip(values, indices):
                 base.append(flat.index_select(0, i))
-                flat.scatter_(0, i.long(), _sum(base[-1], v))
+                flat.scatter_(0, i.long(), wide_sum(base[-1], v))
             yield weight
         finally:
             for numbers, i in zip(reversed(base), reversed(indices[: len(base)])):
                 flat.scatter_(0, i.long(), numbers)
 
 
-def _sum(base: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def wide_sum(base: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """`base + values`, added in the wider of their types and rounded once."""
     wide = torch.promote_types(base.dtype, values.dtype)
     return (base.to(wide) + values.to(wide)).to(base.dtype)
 
 
-def _reduce(block: torch.Tensor) -> torch.Tensor:
-    """Sum over the processes of a data-parallel run, so that all choose the same candidates."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        block = block.clone()
-        torch.distributed.all_reduce(block)
-    return block
+class Candidates:
+    """Running choice of the positions of largest absolute gradient, `candidate_count` of them, for one delta."""
 
-
-class _Candidates:
-    """Running choice of the k positions of largest absolute gradient."""
-
-    def __init__(self, k: int):
-        self.k = k
-        self.size: torch.Tensor | None = None
-        self.position: torch.Tensor | None = None
+    def __init__(self, delta):
+        self.delta = delta
+        self.size = torch.empty(0, device=delta.indices.device)
+        self.position = torch.empty(0, dtype=torch.int64, device=delta.indices.device)
 
     def see(self, gradient: torch.Tensor, start: int) -> None:
-        """Take in the dense gradient (n,) of the positions from `start` on."""
-        size = _reduce(gradient.float()).abs()
-        size, position = size.topk(min(self.k, size.numel()))
-        position = position + start
-        if self.size is not None:
-            size, position = torch.cat([self.size, size]), torch.cat([self.position, position])
-            size, best = size.topk(min(self.k, size.numel()))
-            position = position[best]
-        self.size, self.position = size, position
+        """Take in this process's dense gradient (n,) of the positions from `start` on."""
+        ranks, gradient = self.delta.ranks, gradient.float()
+        self.see_sum(gradient if ranks is None else ranks.sum(self.delta, gradient, start), start)
+
+    def see_sum(self, gradient: torch.Tensor, start: int) -> None:
+        """Take in the gradient (n,) of the positions from `start` on, summed over all processes."""
+        k = self.delta.candidate_count
+        size, position = gradient.abs().topk(min(k, gradient.numel()))
+        size, position = torch.cat([self.size, size]), torch.cat([self.position, position + start])
+        self.size, best = size.topk(min(k, size.numel()))
+        self.position = position[best]
+
+    def choose(self) -> None:
+        """All has been seen: the delta gets its candidates."""
+        self.delta.candidates = self.position.sort().values.to(self.delta.indices.dtype)
 
 
-def _new_candidates(deltas) -> list[tuple[object, _Candidates]]:
-    return [(d, _Candidates(d.values.numel())) for d in deltas if d.is_gathering and d.candidates is None]
+def new_candidates(deltas) -> list:
+    """What will choose the candidates of those gathering deltas that have none; a backward pass has come to them."""
+    for delta in deltas:
+        if delta.is_gathering and delta.ranks is not None:
+            delta.ranks.enter(delta)
+    return [d.new_candidates() for d in deltas if d.is_gathering and d.candidates is None]
 
 
 class _Factor:
@@ -117,21 +119,22 @@ def _weight_gradient(left: _Factor, right: _Factor, deltas, indices) -> list[tor
 
     Gathering deltas observe the same gradient.
     """
-    new = _new_candidates(deltas)
+    new = new_candidates(deltas)
     old = [d for d in deltas if d.is_gathering and d.candidates is not None]
-    samples = _entries(left, right, [*indices, *(d.candidates for d in old)], deltas[0].shape, [c for _, c in new])
+    samples = _entries(left, right, [*indices, *(d.candidates for d in old)], deltas[0].shape, new)
     for delta, sample in zip(old, samples[len(indices) :]):
         delta.observe(sample)
-    for delta, candidates in new:
-        delta.candidates = candidates.position.sort().values.to(delta.indices.dtype)
+    for candidates in new:
+        candidates.choose()
+        delta = candidates.delta
         delta.observe(*_entries(left, right, [delta.candidates], delta.shape))
     return samples[: len(indices)]
 
 
 def _entries(
-    left: _Factor, right: _Factor, wanted: Sequence[torch.Tensor], shape, watchers: Sequence[_Candidates] = ()
+    left: _Factor, right: _Factor, wanted: Sequence[torch.Tensor], shape, watchers: Sequence[Candidates] = ()
 ) -> list[torch.Tensor]:
-    """Entries of `left^T right` (of `shape`) at each of the sorted flat positions `wanted`; `watchers` see all of it."""
+    """Entries of `left^T right` (of `shape`) at the sorted flat positions `wanted`; `watchers` see all of it."""
     few = all(positions.numel() <= SAMPLED_DENSITY * math.prod(shape) for positions in wanted)
     if few and not watchers and _can_sample(left.rows):
         return [_sampled_product(left.columns, right.columns, positions) for positions in wanted]
@@ -170,7 +173,7 @@ def _silence_beta_warning() -> None:
         torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
 
 
-def _from_blocks(left, right, wanted: Sequence[torch.Tensor], watchers: Sequence[_Candidates]) -> list[torch.Tensor]:
+def _from_blocks(left, right, wanted: Sequence[torch.Tensor], watchers: Sequence[Candidates]) -> list[torch.Tensor]:
     rows, columns = left.shape[1], right.shape[1]
     step = max(1, WORKSPACE_BYTES // (columns * left.element_size()))
     starts = list(range(0, rows, step))
@@ -295,20 +298,25 @@ class _ScatterAdd(torch.autograd.Function):
     def forward(ctx, flat, values, indices, delta):
         ctx.save_for_backward(indices)
         ctx.delta, ctx.dtype = delta, values.dtype
-        position = indices.long()
-        return flat.index_copy(0, position, _sum(flat[position], values))
+        return added(flat, values, indices)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         (indices,) = ctx.saved_tensors
         delta = ctx.delta
-        for _, candidates in _new_candidates([delta]):
+        for candidates in new_candidates([delta]):
             candidates.see(gradient, 0)
-            delta.candidates = candidates.position.sort().values.to(indices.dtype)
+            candidates.choose()
         if delta.is_gathering:
             delta.observe(gradient[delta.candidates.long()])
         return gradient if ctx.needs_input_grad[0] else None, gradient[indices.long()].to(ctx.dtype), None, None
+
+
+def added(flat: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """A copy of `flat` (n,) with values (k,) added at the positions `indices` (k,)."""
+    position = indices.long()
+    return flat.index_copy(0, position, wide_sum(flat[position], values))
 
 
 def scatter_add(flat: torch.Tensor, delta) -> torch.Tensor:

@@ -12,18 +12,41 @@ from ..base import BaseTuner
 from ..ops import make_op
 from ..tuners_utils import BaseTunerLayer
 from .layer import SftLayer, SparseDelta
+from .structured import make_layout
 
 
-def share_out(total: int, sizes: dict[str, int]) -> dict[str, int]:
-    """Split `total` trained weights over layers in proportion to their `sizes`, rounded down.
+def share_out(total: int, sizes: dict[str, int], slot_sizes: dict[str, int] | None = None) -> dict[str, int]:
+    """Split `total` trained weights over layers in proportion to their `sizes`.
+
+    Single weights are rounded down. Where a layer's weights are chosen in groups, every share is rounded down to whole
+    groups, and what is left goes, one group each, to the layers that lost the largest part of a group, as far as it
+    reaches; so small layers may get none, but the total comes close to the budget.
+
+    Args:
+        sizes: weights of each layer that can be chosen.
+        slot_sizes: number of weights in a group of each layer; None: single weights.
 
     Raises:
-        ValueError: more than the layers hold.
+        ValueError: more than the layers hold, or not enough for a single group.
     """
     room = sum(sizes.values())
     if total > room:
         raise ValueError(f"The budget of {total:,} trained weights is larger than the targets, which hold {room:,}")
-    return {key: total * size // room for key, size in sizes.items()}
+    if slot_sizes is None:
+        return {key: total * size // room for key, size in sizes.items()}
+    shares = {key: total * size // (room * slot_sizes[key]) * slot_sizes[key] for key, size in sizes.items()}
+    left = total - sum(shares.values())
+    lost = {key: (total * size - shares[key] * room) / (room * slot_sizes[key]) for key, size in sizes.items()}
+    for key in sorted(sizes, key=lambda key: -lost[key]):
+        if lost[key] > 0 and slot_sizes[key] <= left:
+            shares[key] += slot_sizes[key]
+            left -= slot_sizes[key]
+    if not any(shares.values()):
+        raise ValueError(
+            f"The budget of {total:,} trained weights is not enough for one group of weights: the smallest has "
+            f"{min(slot_sizes.values()):,}. Raise the budget or choose another granularity"
+        )
+    return shares
 
 
 class SftModel(BaseTuner):
@@ -43,15 +66,21 @@ class SftModel(BaseTuner):
         """Resolve the budget into `config.num_deltas`.
 
         Raises:
-            ValueError: a budget that is larger than a layer or than all targets, or `num_deltas` that names other
-                modules than the targets.
+            ValueError: a granularity that a target cannot have; a budget that is larger than a layer or than all
+                targets, or smaller than a group; or `num_deltas` that names other modules than the targets.
         """
-        sizes = {key: math.prod(make_op(module).stored_shape) for key, module in targets.items() if make_op(module)}
+        ops = {key: op for key, module in targets.items() if (op := make_op(module))}
+        layouts = {key: make_layout(op, config, key) for key, op in ops.items()}
+        sizes = {
+            key: math.prod(ops[key].stored_shape) if layout is None else layout.count * layout.size
+            for key, layout in layouts.items()
+        }
+        slots = None if config.granularity == "element" else {key: layout.size for key, layout in layouts.items()}
         if config.num_deltas is None:
             total = config.num_tunable_weights
             if total is None:
                 total = int(config.density * self._base_numel())
-            config.num_deltas = share_out(total, sizes)
+            config.num_deltas = share_out(total, sizes, slots)
         strangers = sorted(set(config.num_deltas) - set(targets))
         missing = sorted(set(targets) - set(config.num_deltas))
         if strangers or missing:
@@ -62,6 +91,11 @@ class SftModel(BaseTuner):
         for key, k in config.num_deltas.items():
             if key in sizes and k > sizes[key]:
                 raise ValueError(f"num_deltas[{key!r}] = {k:,} is more than the {sizes[key]:,} weights of the layer")
+            if slots and key in slots and k % slots[key]:
+                raise ValueError(
+                    f"num_deltas[{key!r}] = {k:,} is no multiple of {slots[key]:,}, the weights of one group with "
+                    f"granularity={config.granularity!r}"
+                )
 
     def _base_numel(self) -> int:
         adapters = {
@@ -74,6 +108,17 @@ class SftModel(BaseTuner):
 
     def layer_kwargs(self, config, key):
         return {"k": config.num_deltas[key]}
+
+    def record_budget(self) -> None:
+        """Note in the configurations how many positions the layers have now, where that may have changed."""
+        counts: dict[str, dict[str, int]] = {}
+        for key, layer in self.model.named_modules():
+            if isinstance(layer, SftLayer):
+                for name, delta in layer.sft_delta.items():
+                    if delta.elastic:
+                        counts.setdefault(name, {})[key] = delta.indices.numel()
+        for name, num_deltas in counts.items():
+            self.peft_config[name].num_deltas = num_deltas
 
     def active_deltas(self) -> Iterator[tuple[BaseTunerLayer, str, SparseDelta]]:
         """`(layer, name of the delta in the base model, delta)` for the deltas of the active adapters."""

@@ -30,6 +30,9 @@ class SftOptimizer(torch.optim.Optimizer):
     element_state: tuple[str, ...]
     """The state entries that hold one number per element of the parameter."""
 
+    initial_state: dict[str, float] = {}
+    """What these entries start at, where it is not 0."""
+
     known_state: tuple[str, ...]
     """Prefixes of every state entry, to recognise the state of a foreign optimiser."""
 
@@ -83,16 +86,32 @@ class SftOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def permute_elements(self, param: nn.Parameter, permutation: Tensor) -> None:
-        """Move the state along with a reordered parameter.
+        """Move the state along with a parameter whose slots were reordered.
 
         Args:
-            param: A flat parameter, (k,).
-            permutation: (k,) int64; new element i is the old element permutation[i].
+            param: The values of a delta, (k,) or (g, s): slots along the first dimension.
+            permutation: One int64 per slot; new slot i is the old slot permutation[i].
         """
         state = self.state[param]
         for name in self.element_state:
             if name in state:
                 state[name].copy_(state[name][permutation])
+
+    @torch.no_grad()
+    def resize_elements(self, param: nn.Parameter, source: Tensor) -> None:
+        """Move the state along with a parameter that has changed its size.
+
+        Args:
+            param: A flat parameter, (k,).
+            source: (k,) int64; new element i is the old element source[i], or one that starts afresh if that is -1.
+        """
+        state = self.state[param]
+        kept = source >= 0
+        for name in self.element_state:
+            if name in state:
+                old, start = state[name], self.initial_state.get(name, 0.0)
+                state[name] = old.new_full((source.numel(), *old.shape[1:]), start)
+                state[name][kept] = old[source[kept]]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict()` returned, every state in the dtype in which it was saved.
@@ -137,6 +156,7 @@ class SftAdamW(SftOptimizer):
     """
 
     element_state = ("age", "exp_avg", "exp_avg_sq")
+    initial_state = {"age": 1.0}
     known_state = element_state
 
     def __init__(
@@ -213,10 +233,10 @@ class SftAdamW(SftOptimizer):
         corrected moments are then weighted means, exactly.
 
         Args:
-            param: The parameter, (k,).
-            slots: (m,) int64, the elements to seed.
-            mean_grad: (m,) mean gradient per update step.
-            mean_square_grad: (m,) mean squared gradient per update step.
+            param: The values of a delta, (k,) or (g, s).
+            slots: (m,) int64, the slots to seed.
+            mean_grad: (m,) or (m, s), mean gradient per update step.
+            mean_square_grad: Likewise, mean squared gradient per update step.
             count: Number of update steps behind the means, at least 1.
         """
         beta1, beta2 = next(group["betas"] for group in self.param_groups if any(p is param for p in group["params"]))
@@ -263,7 +283,7 @@ class SftSM3(SftOptimizer):
         row_cover_only: bool = False,
     ) -> None:
         for values, delta in deltas.items():
-            if values.shape != delta.indices.shape:
+            if values.shape[:1] != delta.indices.shape:
                 raise ValueError(
                     f"SftSM3: a delta with indices of shape {tuple(delta.indices.shape)} cannot belong to values of "
                     f"shape {tuple(values.shape)}; map delta.values to delta"
@@ -320,7 +340,7 @@ class SftSM3(SftOptimizer):
             nu = torch.minimum(nu, accumulator[position])
         nu = torch.addcmul(nu, grad, grad)
         for accumulator, position in zip(accumulators, positions):
-            accumulator.scatter_reduce_(0, position, nu, "amax", include_self=True)
+            accumulator.scatter_reduce_(0, position.flatten(), nu.flatten(), "amax", include_self=True)
         return nu
 
     def _average(self, param: nn.Parameter, update: Tensor, momentum: float) -> Tensor:
@@ -334,8 +354,8 @@ class SftSM3(SftOptimizer):
         """Forget the momentum of elements that start anew; the accumulators belong to rows and columns and stay.
 
         Args:
-            param: The parameter, (k,).
-            slots: (m,) int64, the elements.
+            param: The values of a delta, (k,) or (g, s).
+            slots: (m,) int64, the slots.
         """
         state = self.state[param]
         if "momentum_buffer" in state:
@@ -349,8 +369,8 @@ def matrix_shape(delta: SparseDelta) -> tuple[int, int]:
 
 
 def matrix_positions(delta: SparseDelta) -> tuple[Tensor, Tensor]:
-    """Row and column, each (k,) int64, of every trained position."""
-    flat = delta.indices.detach().long()
+    """Row and column, int64 in the shape of the values, of every trained number."""
+    flat = delta.positions()
     columns = matrix_shape(delta)[1]
     return flat.div(columns, rounding_mode="floor"), flat.remainder(columns)
 

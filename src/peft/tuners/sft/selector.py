@@ -2,10 +2,15 @@
 
 Every `reselection_steps` update steps the positions whose values are nearest to zero are given up for positions that
 promise more: by gradients gathered beforehand ("rigl": accumulated gradients, SpIEL-AG) or by the optimiser's row and
-column accumulators ("sm3": moment approximation, SpIEL-MA). arXiv 2401.16405, section 3, algorithm 1.
+column accumulators ("sm3": moment approximation, SpIEL-MA). arXiv 2401.16405, section 3, algorithm 1. With "static"
+selection nothing moves (`static.py` chooses before training); the selector sees to it that this was done.
 
-Letters: k trained positions of a weight, m of them exchanged, t completed update steps, T their total number,
-R rows and C columns of a weight seen as a matrix.
+A position is a slot of one number; in a structured delta (`structured`) a slot is a group of s numbers, ranked by the
+L2 norm of its values or gradients where a position is ranked by their absolute value. Statistics and optimiser state
+stay per number.
+
+Letters: k trained slots of a weight, m of them exchanged, c candidates (as many as k, but under a global budget see
+`candidate_counts`), t completed update steps, T their total number, R rows and C columns of a weight seen as a matrix.
 
 Left out: gradient clipping is not applied to the gathered gradients; they are what the optimiser would see without it.
 """
@@ -17,25 +22,32 @@ import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...utils.warning import PeftWarning
+from .budget import best_anywhere, candidate_counts, exchange, exchange_anywhere, find, largest, smallest_anywhere
 from .optimizer import SftAdamW, SftOptimizer, SftSM3
+from .parallel import Ranks, check_whole, find_group
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from .config import SftConfig
     from .layer import SparseDelta
+
+OPTIMIZERS = {"rigl": SftAdamW, "sm3": SftSM3, "static": torch.optim.Optimizer}
+"""The optimiser that each selection algorithm needs."""
 
 
 @dataclass
 class _Statistics:
     """What a gathering window knows so far about the candidates of one delta."""
 
-    total: Tensor  # (k,) float32, sum of the gradients of the update steps
-    squares: Tensor  # (k,) float32, sum of their squares
+    total: Tensor  # (c,) or (c, s) float32, sum of the gradients of the update steps
+    squares: Tensor  # likewise, sum of their squares
     updates: int  # number of update steps in the sums
 
     def add(self, grad: Tensor) -> None:
@@ -54,9 +66,13 @@ class SftSelector:
     An update step that the optimiser did not take (a GradScaler skips it when gradients overflow), or with a gradient
     that is not finite, counts as a completed step but not towards the statistics.
 
+    Under data parallelism every process makes a selector, at the same place of the program, and all of them choose
+    what one process would choose on the joined batch; see `parallel.Ranks` for what that asks of the processes.
+
     Args:
-        model: The model with the SFT adapter: PeftModel, tuner, or a wrapper that has either as `module`.
-        optimizer: `SftAdamW` for "rigl", `SftSM3` for "sm3"; also as wrapped by accelerate.
+        model: The model with the SFT adapter: PeftModel, tuner, or a wrapper that has either as `module`, such as
+            DistributedDataParallel.
+        optimizer: `SftAdamW` for "rigl", `SftSM3` for "sm3", any for "static"; also as wrapped by accelerate.
         sft_config: Algorithm and schedule.
         total_update_steps: T, update steps that the whole training will take.
         grad_accumulation_steps: Micro-batches per update step. Statistics are sums over the micro-batches of a step,
@@ -64,16 +80,23 @@ class SftSelector:
         completed_steps: t at which training starts; `load_state_dict` sets it too.
         grad_scale: Returns the factor by which the loss is scaled, `scaler.get_scale` of a GradScaler. Not needed for
             an optimiser wrapped by accelerate, which knows its scaler.
+        process_group: The processes that share a batch and average their gradients; None: this one is alone. "auto":
+            those of the DistributedDataParallel that `model` is or holds; with several processes and no such wrapper
+            it has to be said ("sm3" need not know: its accumulators are the same in all processes).
 
     Attributes:
-        last_report: One dict per delta for the latest reselection: `name`, `moved` (positions exchanged), `total` (k).
-        history: One dict per reselection so far: `step` (t), `share` aimed at, `moved`, `total`.
+        last_report: One dict per delta for the latest reselection: `name`, `moved` (trained weights exchanged), `total`
+            (trained weights).
+        history: One dict per reselection so far: `step` (t), `share` aimed at, `moved`, `total`, and `layers`, the
+            trained weights that moved in each delta by its name.
         discarded_updates: Update steps inside gathering windows that did not count.
 
     Raises:
         TypeError: The optimiser is not the one that the selection algorithm needs.
-        ValueError: No active SFT adapter, a delta that the optimiser does not train, step counts out of their range,
-            or "sm3" selection without column accumulators.
+        ValueError: No active SFT adapter, a delta that the optimiser does not train or that is partitioned over
+            processes (FSDP, DeepSpeed), step counts out of their range, "sm3" selection without column accumulators,
+            "static" positions that were not chosen yet, or several processes of which it is not known whether they
+            share their batches.
     """
 
     def __init__(
@@ -85,6 +108,7 @@ class SftSelector:
         grad_accumulation_steps: int,
         completed_steps: int = 0,
         grad_scale: Callable[[], float] | None = None,
+        process_group: ProcessGroup | Literal["auto"] | None = "auto",
     ) -> None:
         for name, value, least in (
             ("total_update_steps", total_update_steps, 1),
@@ -98,9 +122,19 @@ class SftSelector:
         self.grad_accumulation_steps = grad_accumulation_steps
         self.completed_steps = completed_steps
         self.deltas = named_deltas(model)
+        check_whole(model, self.deltas)
         self.optimizer = _unwrapped_optimizer(optimizer, sft_config.selection_algorithm)
         _check_trained(self.deltas, self.optimizer)
+        _check_selected(self.deltas, sft_config)
+        self._model = sft_model(model)
         self._grad_scale = grad_scale or _scale_getter(optimizer)
+        competes = sft_config.budget == "global" and sft_config.selection_algorithm != "static"
+        needs_group = competes or sft_config.selection_algorithm == "rigl"
+        group = find_group(model, process_group) if needs_group else None
+        if sft_config.budget == "global":
+            _check_elastic(self.deltas, group)
+            self._model.record_budget()
+        self._ranks = None if group is None else Ranks(group, list(self.deltas.values()))
 
         self.last_report: list[dict[str, Any]] = []
         self.history: list[dict[str, Any]] = []
@@ -141,6 +175,8 @@ class SftSelector:
     # ---- Schedule ----
 
     def _reselects_at(self, step: int) -> bool:
+        if self.config.selection_algorithm == "static":
+            return False
         in_phase = step % self.config.reselection_steps == self.config.selection_accumulation_steps
         return in_phase and step <= self.total_update_steps and self.share(step) > 0.0
 
@@ -155,9 +191,16 @@ class SftSelector:
     # ---- Gathering ----
 
     def _open_window(self) -> None:
+        counts = self._candidate_counts()
         for name, delta in self.deltas.items():
-            delta.start_gathering()
+            delta.start_gathering(self._ranks, counts[name])
             self._statistics[name] = _empty_statistics(delta)
+
+    def _candidate_counts(self) -> dict[str, int]:
+        active = [delta.indices.numel() for delta in self.deltas.values()]
+        if self.config.budget == "global":
+            active = candidate_counts(active, [delta.dense_numel for delta in self.deltas.values()])
+        return dict(zip(self.deltas, active))
 
     def _close_window(self) -> None:
         for delta in self.deltas.values():
@@ -171,7 +214,10 @@ class SftSelector:
     def _collect(self) -> None:
         """Add the candidates' gradients of the update step just completed to the statistics."""
         grads = {name: delta.take_candidate_grad() for name, delta in self.deltas.items()}
-        grads = _reduced(grads, self.deltas)
+        if self._ranks is None:
+            grads = {name: grad for name, grad in grads.items() if grad is not None}
+        else:
+            grads = self._ranks.mean(grads, self.deltas)
         if self._scale_of_step is None or not _all_finite(grads.values()):
             self._discard_update()
             return
@@ -183,8 +229,7 @@ class SftSelector:
         for name, delta in self.deltas.items():
             # Candidates chosen by gradients that overflowed are arbitrary: choose again at the next backward pass.
             if self._statistics[name].updates == 0:
-                delta.stop_gathering()
-                delta.start_gathering()
+                delta.start_gathering(self._ranks, delta.candidate_count)
 
     # ---- Reselection ----
 
@@ -192,15 +237,11 @@ class SftSelector:
     def _reselect(self) -> None:
         step = self.completed_steps
         share = self.share(step)
-        self.last_report = []
-        for name, delta in self.deltas.items():
-            total = delta.indices.numel()
-            count = math.floor(total * share)
-            if self.config.selection_algorithm == "rigl":
-                moved = self._grow_by_gradient(delta, self._statistics[name], count)
-            else:
-                moved = self._grow_by_accumulators(delta, count)
-            self.last_report.append({"name": name, "moved": moved, "total": total})
+        moved = self._exchange_anywhere(share) if self.config.budget == "global" else self._exchange_per_layer(share)
+        self.last_report = [
+            {"name": name, "moved": moved[name] * delta.slot_size, "total": delta.values.numel()}
+            for name, delta in self.deltas.items()
+        ]
         if self._statistics and not any(statistics.updates for statistics in self._statistics.values()):
             warnings.warn(
                 f"No position was reselected after update step {step}: the optimizer took no step with finite "
@@ -211,42 +252,92 @@ class SftSelector:
             )
         self._close_window()
         summary = {key: sum(entry[key] for entry in self.last_report) for key in ("moved", "total")}
-        self.history.append({"step": step, "share": share, **summary})
+        layers = {entry["name"]: entry["moved"] for entry in self.last_report}
+        self.history.append({"step": step, "share": share, **summary, "layers": layers})
 
     def _grow_by_gradient(self, delta: SparseDelta, statistics: _Statistics, count: int) -> int:
         """Drop the `count` smallest values for the candidates of largest summed gradient; return how many moved."""
         if count == 0 or statistics.updates == 0:
             return 0
-        candidates = delta.candidates
-        slots, is_active = _find(candidates, delta.indices.detach())
-        magnitude = _magnitude(delta)
-        dropped = largest(magnitude.neg(), count)
-
-        stays = is_active & ~dropped[slots]
-        eligible = (~stays).nonzero().squeeze(1)
-        chosen = eligible[largest(statistics.total[eligible].abs(), min(count, eligible.numel()))]
-        # What is dropped and grown at once stays as it is; of the rest, give up no more than comes in.
-        dropped[slots[chosen[is_active[chosen]]]] = False
-        grown = chosen[~is_active[chosen]]
-        given_up = dropped.nonzero().squeeze(1)
-        given_up = given_up[largest(magnitude[given_up].neg(), grown.numel())]
-
-        values = delta.values
+        given_up, grown = exchange(*_offer(delta, statistics), count)
+        values, candidates = delta.values, delta.candidates
         mean, mean_square = (sums[grown] / statistics.updates for sums in (statistics.total, statistics.squares))
         self.optimizer.seed_elements(values, given_up, mean, mean_square, statistics.updates)
         self.optimizer.permute_elements(values, delta.replace(given_up, candidates[grown]))
         return grown.numel()
 
     def _grow_by_accumulators(self, delta: SparseDelta, count: int) -> int:
-        """Drop the `count` smallest values for the inactive positions of largest accumulator product."""
-        count = min(count, delta.dense_numel - delta.indices.numel())
+        """Drop the `count` smallest values for the inactive slots of largest (sum of) accumulator products."""
+        count = min(count, delta.choices - delta.slots)
         if count == 0:
             return 0
         given_up = largest(_magnitude(delta).neg(), count).nonzero().squeeze(1)
-        grown = largest_products(*self.optimizer.accumulators(delta.values), delta.indices.detach().long(), count)
+        factors = self.optimizer.accumulators(delta.values)
+        if delta.layout is not None:
+            factors = delta.layout.factors(*factors)
+        grown = largest_products(*factors, delta.indices.detach().long(), count)
         self.optimizer.reset_elements(delta.values, given_up)
         self.optimizer.permute_elements(delta.values, delta.replace(given_up, grown))
         return count
+
+    def _exchange_per_layer(self, share: float) -> dict[str, int]:
+        """Exchange positions within every layer; return how many moved."""
+        moved = {}
+        for name, delta in self.deltas.items():
+            count = math.floor(delta.indices.numel() * share)
+            if self.config.selection_algorithm == "rigl":
+                moved[name] = self._grow_by_gradient(delta, self._statistics[name], count)
+            else:
+                moved[name] = self._grow_by_accumulators(delta, count)
+        return moved
+
+    def _exchange_anywhere(self, share: float) -> dict[str, int]:
+        """Exchange positions of all layers for those of all layers; return how many came into each."""
+        deltas = list(self.deltas.values())
+        count = math.floor(sum(delta.indices.numel() for delta in deltas) * share)
+        if self.config.selection_algorithm == "rigl":
+            moves = self._moves_by_gradient(deltas, count)
+        else:
+            moves = self._moves_by_accumulators(deltas, count)
+        for delta, (given_up, positions, seed) in zip(deltas, moves):
+            if not given_up.numel() and not positions.numel():
+                continue
+            device = delta.indices.device
+            source = delta.exchange(given_up.to(device), positions.to(device))
+            self.optimizer.resize_elements(delta.values, source)
+            if seed is not None:
+                self.optimizer.seed_elements(delta.values, (source < 0).nonzero().squeeze(1), *seed)
+        self._model.record_budget()
+        return {name: positions.numel() for name, (_, positions, _) in zip(self.deltas, moves)}
+
+    def _moves_by_gradient(self, deltas: list[SparseDelta], count: int) -> list[tuple[Tensor, Tensor, tuple | None]]:
+        """For each delta the slots it gives up, the sorted positions it takes up, and what is known about these."""
+        statistics = [self._statistics[name] for name in self.deltas]
+        plan = exchange_anywhere([_offer(delta, known) for delta, known in zip(deltas, statistics)], count)
+        moves = []
+        for delta, known, (given_up, grown) in zip(deltas, statistics, plan):
+            if not grown.numel():
+                moves.append((given_up, delta.indices[:0].long(), None))
+                continue
+            grown = grown.to(delta.indices.device)
+            mean, mean_square = (sums[grown] / known.updates for sums in (known.total, known.squares))
+            moves.append((given_up, delta.candidates[grown], (mean, mean_square, known.updates)))
+        return moves
+
+    def _moves_by_accumulators(self, deltas: list[SparseDelta], count: int) -> list[tuple[Tensor, Tensor, None]]:
+        """As `_moves_by_gradient`; the positions are the inactive ones of largest accumulator product."""
+        rooms = [delta.dense_numel - delta.indices.numel() for delta in deltas]
+        count = min(count, sum(rooms))
+        given_up = smallest_anywhere([_magnitude(delta) for delta in deltas], count)
+
+        def offer(layer: int, wanted: int) -> tuple[Tensor, Tensor]:
+            delta = deltas[layer]
+            rows, columns = self.optimizer.accumulators(delta.values)
+            best = largest_products(rows, columns, delta.indices.detach().long(), wanted)
+            return best.cpu(), _RankOne.of(rows, columns).at(best.cpu())
+
+        grown = best_anywhere(offer, rooms, count)
+        return [(slots, positions, None) for slots, positions in zip(given_up, grown)]
 
     # ---- State ----
 
@@ -254,8 +345,8 @@ class SftSelector:
         """Everything a resumed run needs, as a flat dict of tensors that safetensors can write.
 
         `completed_steps`: int64 scalar. While a gathering window is open, for each delta (by its name) that has
-        chosen its candidates: `<delta>.candidates` (k,) of the type of its indices, `<delta>.total` and
-        `<delta>.squares` (k,) float32, `<delta>.updates` int64 scalar. Take it between update steps: what the
+        chosen its candidates: `<delta>.candidates` (c,) of the type of its indices, `<delta>.total` and
+        `<delta>.squares` (c,) or (c, s) float32, `<delta>.updates` int64 scalar. Take it between update steps: what the
         micro-batches of an unfinished step have gathered is as little part of it as their gradients are of the
         optimiser's state.
         """
@@ -284,11 +375,13 @@ class SftSelector:
                 f"The selector state holds {len(unknown)} deltas that this model has not, such as {unknown[:3]}; "
                 f"load it into the model that it was saved with"
             )
+        counts = self._candidate_counts()
         for name in saved:
-            for entry in ("candidates", "total", "squares"):
-                found, expected = state[f"{name}.{entry}"].shape, self.deltas[name].indices.shape
+            numbers = (counts[name], *self.deltas[name].values.shape[1:])
+            for entry, expected in (("candidates", numbers[:1]), ("total", numbers), ("squares", numbers)):
+                found = tuple(state[f"{name}.{entry}"].shape)
                 if found != expected:
-                    raise ValueError(f"{name}.{entry} has shape {tuple(found)}, but the delta {tuple(expected)}")
+                    raise ValueError(f"{name}.{entry} has shape {found}, but the delta {expected}")
         self._close_window()
         self.completed_steps = int(state["completed_steps"])
         if self._window_is_open():
@@ -319,19 +412,27 @@ def named_deltas(model: nn.Module) -> dict[str, SparseDelta]:
     Raises:
         ValueError: There is none.
     """
+    return {name: delta for _, name, delta in sft_model(model).active_deltas()}
+
+
+def sft_model(model: nn.Module) -> nn.Module:
+    """The PeftModel or tuner with an active SFT adapter that `model` is or has inside (as `module`).
+
+    Raises:
+        ValueError: There is none.
+    """
     while not hasattr(model, "active_deltas") and isinstance(getattr(model, "module", None), nn.Module):
         model = model.module
-    deltas = {name: delta for _, name, delta in model.active_deltas()} if hasattr(model, "active_deltas") else {}
-    if not deltas:
+    if not hasattr(model, "active_deltas") or not any(model.active_deltas()):
         raise ValueError(
             f"{type(model).__name__} has no active SFT adapter; make one with get_peft_model(model, SftConfig(...)), "
             f"or activate it with set_adapter"
         )
-    return deltas
+    return model
 
 
-def _unwrapped_optimizer(optimizer: torch.optim.Optimizer, algorithm: str) -> SftOptimizer:
-    needed = SftAdamW if algorithm == "rigl" else SftSM3
+def _unwrapped_optimizer(optimizer: torch.optim.Optimizer, algorithm: str) -> torch.optim.Optimizer:
+    needed = OPTIMIZERS[algorithm]
     inner = optimizer
     while not isinstance(inner, SftOptimizer) and hasattr(inner, "optimizer"):
         inner = inner.optimizer
@@ -347,7 +448,37 @@ def _unwrapped_optimizer(optimizer: torch.optim.Optimizer, algorithm: str) -> Sf
     return inner
 
 
-def _check_trained(deltas: dict[str, SparseDelta], optimizer: SftOptimizer) -> None:
+def unselected(deltas: dict[str, SparseDelta], config: SftConfig) -> list[str]:
+    """Names of the deltas whose positions `select_static` has yet to choose under this configuration."""
+    if config.static_criterion in (None, "random"):
+        return []
+    return [name for name, delta in deltas.items() if not delta.is_selected]
+
+
+def _check_selected(deltas: dict[str, SparseDelta], config: SftConfig) -> None:
+    pending = unselected(deltas, config)
+    if pending:
+        raise ValueError(
+            f"The positions of {len(pending)} deltas, such as {pending[0]}, were drawn, not chosen by static_criterion="
+            f"{config.static_criterion!r}: call select_static(model, batches) before SftSelector"
+        )
+
+
+def _check_elastic(deltas: dict[str, SparseDelta], group: ProcessGroup | None) -> None:
+    rigid = [name for name, delta in deltas.items() if not delta.elastic]
+    if rigid:
+        raise ValueError(
+            f"budget='global' moves positions between layers, but {rigid[0]} was made with budget='per_layer'; make "
+            f"the adapter with the same SftConfig"
+        )
+    if group is not None:
+        raise ValueError(
+            "budget='global' changes the sizes of parameters while training, and data parallelism (the buckets of "
+            "DistributedDataParallel) needs them fixed; use budget='per_layer', or one process"
+        )
+
+
+def _check_trained(deltas: dict[str, SparseDelta], optimizer: torch.optim.Optimizer) -> None:
     trained = {id(param) for group in optimizer.param_groups for param in group["params"]}
     for name, delta in deltas.items():
         if id(delta.values) not in trained:
@@ -368,27 +499,9 @@ def _scale_getter(optimizer: torch.optim.Optimizer) -> Callable[[], float]:
 
 
 def _empty_statistics(delta: SparseDelta) -> _Statistics:
-    total, squares = torch.zeros(2, delta.indices.numel(), device=delta.indices.device)
+    shape = (delta.candidate_count, *delta.values.shape[1:])
+    total, squares = torch.zeros(2, *shape, device=delta.indices.device)
     return _Statistics(total, squares, updates=0)
-
-
-def _reduced(grads: dict[str, Tensor | None], deltas: dict[str, SparseDelta]) -> dict[str, Tensor]:
-    """The gradients averaged over the data-parallel ranks, without those of deltas that no rank has used."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return {name: grad for name, grad in grads.items() if grad is not None}
-    device = next(iter(deltas.values())).indices.device
-    # Ranks may differ in the layers that they have used (experts), but must agree on what they exchange.
-    used = torch.tensor([grad is not None for grad in grads.values()], dtype=torch.int32, device=device)
-    distributed.all_reduce(used)
-    reduced = {}
-    for (name, grad), ranks in zip(grads.items(), used.tolist()):
-        if ranks:
-            indices = deltas[name].indices
-            mean = torch.zeros(indices.shape, device=indices.device) if grad is None else grad
-            distributed.all_reduce(mean)
-            reduced[name] = mean.div_(distributed.get_world_size())
-    return reduced
 
 
 def _all_finite(tensors: Any) -> bool:
@@ -399,37 +512,23 @@ def _all_finite(tensors: Any) -> bool:
 # ---- Ranking ----
 
 
+def _offer(delta: SparseDelta, statistics: _Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `exchange` takes: `(magnitude, slots, is_active, score)`; no candidates if nothing was gathered."""
+    indices = delta.indices.detach()
+    candidates, total = (delta.candidates, statistics.total) if statistics.updates else (indices[:0],) * 2
+    return _magnitude(delta), *find(candidates, indices), _slot_norm(total.float())
+
+
 def _magnitude(delta: SparseDelta) -> Tensor:
-    """|values| in float32 or wider; NaN counts as infinite, so that a ranking of all elements exists."""
+    """Size of each slot's values, (k,), float32 or wider; NaN counts as infinite, so that a ranking of all exists."""
     values = delta.values.detach()
-    return values.abs().to(torch.promote_types(values.dtype, torch.float32)).nan_to_num(nan=math.inf, posinf=math.inf)
+    sizes = _slot_norm(values.to(torch.promote_types(values.dtype, torch.float32)))
+    return sizes.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
-def _find(wanted: Tensor, ordered: Tensor) -> tuple[Tensor, Tensor]:
-    """Slot of each wanted number in the sorted, non-empty `ordered`, and whether it is there at all."""
-    slots = torch.searchsorted(ordered, wanted).clamp_(max=ordered.numel() - 1)
-    return slots, ordered[slots] == wanted
-
-
-def largest(scores: Tensor, count: int) -> Tensor:
-    """Mask of the `count` largest scores; among equal ones the first come first. No score may be NaN.
-
-    Args:
-        scores: (n,) numbers.
-        count: At most n.
-
-    Returns:
-        (n,) bool, true `count` times.
-    """
-    if count == scores.numel():
-        return torch.ones_like(scores, dtype=torch.bool)
-    if count == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(scores.numel() - count + 1).values
-    mask = scores > threshold
-    ties = (scores == threshold).nonzero().squeeze(1)
-    mask[ties[: count - int(mask.sum())]] = True
-    return mask
+def _slot_norm(numbers: Tensor) -> Tensor:
+    """Score of each slot, (k,), from a number for each of its elements: (k,) or (k, s)."""
+    return numbers.abs() if numbers.dim() == 1 else torch.linalg.vector_norm(numbers, dim=1)
 
 
 def largest_products(rows: Tensor, columns: Tensor, active: Tensor, count: int) -> Tensor:
@@ -452,7 +551,7 @@ def largest_products(rows: Tensor, columns: Tensor, active: Tensor, count: int) 
     device, active = active.device, active.cpu()
     if count == 0:
         return active[:0].to(device)
-    products = _RankOne(*(factor.detach().cpu().nan_to_num(nan=0.0).double() for factor in (rows, columns)))
+    products = _RankOne.of(rows, columns)
     active_products = products.at(active)
     ascending = active_products.sort().values
 
@@ -493,6 +592,11 @@ class _RankOne:
         self.width = columns.numel()
         self.row_offsets = torch.arange(rows.numel()) * self.width  # (R,) flat position of the first of each row
 
+    @classmethod
+    def of(cls, rows: Tensor, columns: Tensor) -> _RankOne:
+        """On the CPU, NaN as 0."""
+        return cls(*(factor.detach().cpu().nan_to_num(nan=0.0).double() for factor in (rows, columns)))
+
     def at(self, positions: Tensor) -> Tensor:
         """The products at flat positions."""
         columns = self.columns[positions.remainder(self.width)]
@@ -520,7 +624,7 @@ class _RankOne:
 
 
 def _without(positions: Tensor, active: Tensor) -> Tensor:
-    return positions[~_find(positions, active)[1]] if active.numel() else positions
+    return positions[~find(positions, active)[1]] if active.numel() else positions
 
 
 def _to_bits(number: float) -> int:

@@ -2,14 +2,15 @@
 
 `SftTrainer(Base)` is `Base` plus what sparse fine-tuning adds to training: its own optimiser, a selector that is
 stepped after every update step, and a file in every checkpoint so that a run can be resumed at any step. It supports
-what the Trainer does with one device or data parallelism; strategies that partition parameters (DeepSpeed, FSDP) are
-refused by the selector, since positions cannot be exchanged in parameters that nobody holds whole.
+what the Trainer does with one device or data parallelism; strategies that partition parameters or the optimiser's
+state (DeepSpeed, FSDP) are refused, since positions cannot be exchanged in what nobody holds whole.
 """
 
 from __future__ import annotations
 
 import copyreg
 import functools
+import itertools
 import os
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -20,11 +21,13 @@ from torch import nn
 from ...config import write_atomically
 from ...utils.warning import PeftWarning
 from .config import SftConfig
-from .optimizer import SftAdamW, SftSM3
-from .selector import SftSelector, named_deltas
+from .optimizer import SftSM3
+from .parallel import THREADS, refusal
+from .selector import OPTIMIZERS, SftSelector, named_deltas, unselected
+from .static import select_static, undisturbed_randomness
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
 SELECTOR_NAME = "sft_selector.safetensors"
 """File of the selector's state in a checkpoint folder."""
@@ -37,12 +40,15 @@ PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 def SftTrainer(base: type[Trainer]) -> type[Trainer]:
     """Make a Trainer class for sparse fine-tuning.
 
-    The class is called `Sft<base>`, is made once per base class, can be pickled, and takes one more keyword argument:
-    `sft_config`, by default the configuration of the model's active adapter. Learning rate, weight decay, and for
-    "rigl" the betas and epsilon of AdamW, come from the TrainingArguments; the moments are kept in float32. To set
+    The class is called `Sft<base>`, is made once per base class, can be pickled, and takes two more keyword arguments:
+    `sft_config`, by default the configuration of the model's active adapter, and `log_sft_layers`. With "static"
+    selection the positions are chosen when training begins, from the first `calibration_batches` of the training data,
+    and the optimiser is what the base class makes of the TrainingArguments. Otherwise learning rate, weight decay, and
+    for "rigl" the betas and epsilon of AdamW, come from the TrainingArguments; the moments are kept in float32. To set
     anything else, pass an optimiser: `optimizers=(SftSM3(...), None)`.
 
-    Reselections are logged with the next training log: `sft_moved`, the positions exchanged since the previous one.
+    Reselections are logged with the next training log, so every logger of the Trainer gets them: `sft_moved`, the
+    positions exchanged since the previous log, and with `log_sft_layers=True` also `sft_moved/<layer>` for each layer.
 
     Args:
         base: `transformers.Trainer` or a subclass.
@@ -65,28 +71,47 @@ class SftTrainerMixin:
     sft_base: type[Trainer]
     """The class that was handed to `SftTrainer`."""
 
-    def __init__(self, *args: Any, sft_config: SftConfig | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, sft_config: SftConfig | None = None, log_sft_layers: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.sft_config = _resolve_config(self.model) if sft_config is None else sft_config
         self.sft_selector: SftSelector | None = None
         self._sft_checkpoint: str | None = None
+        self.log_sft_layers = log_sft_layers
         self._sft_logged = 0
         _check_config(self.sft_config)
         named_deltas(self.model)
         self._check_optimizer_settings()
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"This process drives {self.args.n_gpu} devices through nn.DataParallel, whose replicas cannot gather "
-                f"gradients; start one process per device with `accelerate launch` or `torchrun`, or show it one device"
-            )
+        self._check_strategy()
         self.add_callback(_callback_class()(self))
+
+    def _check_strategy(self) -> None:
+        """Refuse what distributes more than the batch."""
+        for is_used, strategy in (
+            (self.is_deepspeed_enabled, "DeepSpeed"),
+            (self.is_fsdp_enabled or self.is_fsdp_xla_enabled, "FSDP"),
+            (getattr(self, "is_distributed_loading_by_transformers", False), "Loading by a DistributedConfig"),
+        ):
+            if is_used:
+                raise ValueError(refusal(strategy))
+        if self.args.n_gpu > 1:
+            raise ValueError(THREADS.format(self.args.n_gpu))
+        if self.sft_config.budget == "global" and self.args.world_size > 1:
+            raise ValueError(
+                f"budget='global' changes the sizes of parameters after they were handed to data parallelism, which "
+                f"needs them fixed, and there are {self.args.world_size} processes; use budget='per_layer', or one "
+                f"process"
+            )
 
     # ---- Optimiser ----
 
     def _check_optimizer_settings(self) -> None:
         """Refuse, before anything is spent on training, what would be ignored or could not work."""
         algorithm = self.sft_config.selection_algorithm
-        needed = SftSM3 if algorithm == "sm3" else SftAdamW
+        if algorithm == "static":
+            return  # nothing moves, so any optimiser will do, and the base class makes what `optim` asks for
+        needed = OPTIMIZERS[algorithm]
         given = type(self.optimizer) if self.optimizer is not None else None
         if self.optimizer_cls_and_kwargs is not None:
             given = self.optimizer_cls_and_kwargs[0]
@@ -115,40 +140,46 @@ class SftTrainerMixin:
             )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimiser that the selection algorithm needs, unless the user brought one."""
-        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
-            return super().create_optimizer(model)
-        model = self.model if model is None else model
-        decaying = set(self.get_decay_parameter_names(model))
-        trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
-        groups = [
-            {
-                "params": [param for name, param in trained.items() if name in decaying],
-                "weight_decay": self.args.weight_decay,
-            },
-            {"params": [param for name, param in trained.items() if name not in decaying], "weight_decay": 0.0},
-        ]
-        args = self.args
-        if self.sft_config.selection_algorithm == "sm3":
-            deltas = {delta.values: delta for delta in named_deltas(model).values()}
-            self.optimizer = SftSM3(groups, deltas, lr=args.learning_rate, eps=args.adam_epsilon)
-        else:
-            self.optimizer = SftAdamW(
-                groups,
-                lr=args.learning_rate,
-                betas=(args.adam_beta1, args.adam_beta2),
-                eps=args.adam_epsilon,
-                momentum_dtype=torch.float32,
+        """Make the optimiser as the base class does, with what `get_optimizer_cls_and_kwargs` gives.
+
+        Raises:
+            TypeError: The base class overrides this method and makes another optimiser than the selection needs.
+        """
+        is_made_here = self.optimizer is None  # else brought by the user, or left, wrapped, by an earlier training
+        # A user's override often lacks the argument, which the Trainer passes under FSDP only.
+        super().create_optimizer() if model is None else super().create_optimizer(model)
+        needed = OPTIMIZERS[self.sft_config.selection_algorithm]
+        if is_made_here and not isinstance(self.optimizer, needed):
+            raise TypeError(
+                f"create_optimizer of {self.sft_base.__name__} made {type(self.optimizer).__name__}, but "
+                f"selection_algorithm={self.sft_config.selection_algorithm!r} needs {needed.__name__}; make that, or "
+                f"take the class from self.get_optimizer_cls_and_kwargs(self.args)"
             )
         return self.optimizer
+
+    def get_optimizer_cls_and_kwargs(
+        self, args: TrainingArguments, model: nn.Module | None = None
+    ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        """The optimiser that the selection algorithm needs, with its settings from `args`."""
+        if self.sft_config.selection_algorithm == "static":
+            return super().get_optimizer_cls_and_kwargs(args, model)
+        needed = OPTIMIZERS[self.sft_config.selection_algorithm]
+        kwargs: dict[str, Any] = {"lr": args.learning_rate, "eps": args.adam_epsilon}
+        if needed is SftSM3:
+            deltas = named_deltas(self.model if model is None else model)
+            kwargs["deltas"] = {delta.values: delta for delta in deltas.values()}
+        else:
+            kwargs |= {"betas": (args.adam_beta1, args.adam_beta2), "momentum_dtype": torch.float32}
+        return needed, kwargs
 
     # ---- Selection ----
 
     def start_sft_selection(self) -> None:
         """Make the selector of the coming training, in the state of the checkpoint that is being resumed, if any."""
         self.stop_sft_selection()
+        self._select_static()
         self.sft_selector = SftSelector(
-            self.model,
+            self.model_wrapped,  # by which the selector sees the data parallelism
             self.optimizer,
             self.sft_config,
             total_update_steps=self.state.max_steps,
@@ -159,6 +190,36 @@ class SftTrainerMixin:
         checkpoint, self._sft_checkpoint = self._sft_checkpoint, None
         if checkpoint is not None:
             self._load_selector(checkpoint)
+
+    def _select_static(self) -> None:
+        """Choose the positions of a "static" adapter, unless it has been done, in the run that is resumed perhaps."""
+        config = self.sft_config
+        if not unselected(named_deltas(self.model), config):
+            return
+        batches = self._calibration_batches() if config.static_criterion != "magnitude" else None
+        select_static(
+            self.model_wrapped,  # by which it sees the data parallelism
+            batches,
+            self._calibration_loss,
+            criterion=config.static_criterion,
+            progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+        )
+
+    def _calibration_batches(self) -> list[Any]:
+        """The first batches of this rank, of a data loader of their own and without a trace in the training's."""
+        known = list(self.accelerator._dataloaders)
+        loader = self.get_train_dataloader()
+        self.accelerator._dataloaders[:] = known
+        # Not through accelerate's shell, which takes a loader that was not read to its end for the one that is current.
+        with undisturbed_randomness():
+            return list(
+                itertools.islice(getattr(loader, "base_dataloader", loader), self.sft_config.calibration_batches)
+            )
+
+    def _calibration_loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        batch = self._prepare_inputs(batch)
+        with self.compute_loss_context_manager():
+            return self.compute_loss(model, batch)
 
     def stop_sft_selection(self) -> None:
         """Stop gathering gradients; the report of the last selector stays readable."""
@@ -173,6 +234,10 @@ class SftTrainerMixin:
                 self._sft_logged += len(pending)
                 # In place, as the Trainer adds the epoch: it returns some of these dicts to the user.
                 logs["sft_moved"] = sum(entry["moved"] for entry in pending)
+                for name, moved in (item for entry in pending for item in entry["layers"].items()):
+                    if self.log_sft_layers:
+                        key = f"sft_moved/{name.rpartition('.sft_delta.')[0]}"
+                        logs[key] = logs.get(key, 0) + moved
         super().log(logs, *args, **kwargs)
 
     # ---- Checkpoints ----
@@ -191,8 +256,17 @@ class SftTrainerMixin:
         self._sft_checkpoint = checkpoint
 
     def _load_selector(self, checkpoint: str) -> None:
+        from accelerate.utils import gather_object
+
         path = os.path.join(checkpoint, SELECTOR_NAME)
-        if not os.path.isfile(path):
+        found = gather_object([os.path.isfile(path)])
+        if any(found) and not all(found):
+            missing = [rank for rank, is_there in enumerate(found) if not is_there]
+            raise ValueError(
+                f"{path} is missing for the processes {missing} of {len(found)}: every machine needs the whole "
+                f"checkpoint folder"
+            )
+        if not all(found):
             warnings.warn(
                 f"{checkpoint} has no {SELECTOR_NAME}: gradients gathered before it was saved are lost, so training "
                 f"will not continue exactly as it would have",

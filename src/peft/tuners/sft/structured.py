@@ -1,0 +1,505 @@
+"""Structured deltas: whole rows, columns or blocks of a weight are trained instead of single numbers.
+
+How a weight is cut into groups is said in terms of the op's view `W[O, I, *K]`, not of how it is stored:
+
+- `Rows`: all weights of one output channel, I * K numbers;
+- `Columns`: all weights of one input channel, O * K numbers (of an embedding: the vector of one token);
+- `Blocks`: tiles of b x b, b * b numbers. Where b does not divide O or I, the numbers beyond the last whole tile are
+  not trained.
+
+The gradient of a group is a thin dense product, which is what this is for: no sparse pattern, and for columns no more
+than those columns of the input is kept for it.
+
+Forward and input gradient run on the frozen weight with the delta written into it for the duration of one product.
+Measured on the CPU (float32, one thread, N = 512, as many trained numbers as LoRA of rank 8, ms):
+
+    O x I          row: written  thin   column: written  thin   block: written  thin   LoRA, all of it
+    576 x 576           0.01     0.14            0.04    0.10           0.08    0.21   0.39
+    1536 x 576          0.02     0.24            0.08    0.17           0.10    0.49   0.90
+
+"written" is what writing and restoring adds to one product; "thin" is the product of the delta alone, added to the
+frozen layer's output. The latter is what happens beside layers that cannot be written (packed, with hooks), and beside
+weights of half precision, in which a sum `W + value` would lose what the delta has learnt until that is larger than the
+rounding of W.
+
+Letters: N rows of the input, O, I, K the weight's output and input channels and its kernel's size, g groups, s numbers
+in each, b the side of a block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..recompute import keep
+from . import kernels
+
+if TYPE_CHECKING:
+    from ..ops import Op
+    from .config import SftConfig
+    from .layer import SparseDelta
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a weight is cut into numbered groups. Group numbers are tensors (g,); numbers of groups are (g, s)."""
+
+    out_features: int  # O
+    in_features: int  # I
+    kernel: int  # K
+    transposed: bool
+    """The weight is stored (I, O)."""
+
+    count: int
+    """Number of groups."""
+    size: int
+    """Numbers in each, s."""
+    align = 1
+    """Row blocks of the weight must begin at multiples of this for `scores` to see whole groups."""
+
+    def positions(self, groups: Tensor) -> Tensor:
+        """(g, s) int64, the flat row-major positions of the groups' numbers in the weight as it is stored."""
+        o, i = self._coordinates(groups.detach().long())
+        return (i * self.out_features + o if self.transposed else o * (self.in_features * self.kernel) + i).flatten(1)
+
+    def _coordinates(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Output channel, and input channel with kernel (0..I*K-1), of every number: broadcast together, (g, ...)."""
+        raise NotImplementedError
+
+    def read(self, W: Tensor, groups: Tensor) -> Tensor:
+        """(g, s) the groups' numbers in the matrix `W` (O, I)."""
+        raise NotImplementedError
+
+    def write(self, W: Tensor, groups: Tensor, numbers: Tensor) -> None:
+        """Put the groups' numbers (g, s) into the matrix `W` (O, I)."""
+        raise NotImplementedError
+
+    def inputs(self, x: Tensor, groups: Tensor) -> Tensor:
+        """What of the input `x` (N, I) the groups' gradients depend on."""
+        return x
+
+    def gradient(self, gy: Tensor, inputs: Tensor, groups: Tensor) -> Tensor:
+        """(g, s) the groups' part of `gy^T x`; gy (N, O), inputs as `inputs()` gives them."""
+        raise NotImplementedError
+
+    def add_product(self, y: Tensor, x: Tensor, groups: Tensor, values: Tensor) -> None:
+        """`y` (N, O) += `x D^T` in place, D the weight that is zero but for the groups' `values`."""
+        raise NotImplementedError
+
+    def input_gradient(self, gy: Tensor, groups: Tensor, values: Tensor) -> Tensor:
+        """`gy D`, (N, I)."""
+        raise NotImplementedError
+
+    def add_squares(self, squares: Tensor, block: Tensor, start: int) -> None:
+        """Add to `squares` (count,) the squared norms of the groups in `block` (n, I * K), rows `start`... of W."""
+        raise NotImplementedError
+
+    def squares(self, stored: Tensor) -> Tensor:
+        """(count,) squared norms of the groups of numbers (n,) that are laid out like the weight as it is stored."""
+        across = self.in_features * self.kernel
+        matrix = stored.view(across, -1).T if self.transposed else stored.view(-1, across)
+        squares = torch.zeros(self.count, dtype=_wide(stored.dtype), device=stored.device)
+        self.add_squares(squares, matrix, 0)
+        return squares
+
+    def factors(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Two vectors whose outer product, flattened, is the sum over every group of rows[o] * columns[i].
+
+        Args:
+            rows, columns: one number for each row and column of the weight as a matrix, as it is stored.
+        """
+        o, i = (columns, rows) if self.transposed else (rows, columns)
+        return self._factors(o.double(), i.double())
+
+    def _factors(self, o: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+
+class Rows(Layout):
+    """One group per output channel."""
+
+    def _coordinates(self, groups):
+        return groups[:, None], torch.arange(self.size, device=groups.device)
+
+    def read(self, W, groups):
+        return W.index_select(0, groups)
+
+    def write(self, W, groups, numbers):
+        W.index_copy_(0, groups.long(), numbers)
+
+    def gradient(self, gy, inputs, groups):
+        return gy.index_select(1, groups).T @ inputs
+
+    def add_product(self, y, x, groups, values):
+        y.index_add_(1, groups, (values @ x.T).T)
+
+    def input_gradient(self, gy, groups, values):
+        return gy.index_select(1, groups) @ values
+
+    def add_squares(self, squares, block, start):
+        squares[start : start + len(block)] += _squared_norm(block, 1)
+
+    def _factors(self, o, i):
+        return o, i.sum().view(1)
+
+
+class Columns(Layout):
+    """One group per input channel; the order within it is (O, K)."""
+
+    def _coordinates(self, groups):
+        o, k = (torch.arange(n, device=groups.device) for n in (self.out_features, self.kernel))
+        return o[:, None], groups[:, None, None] * self.kernel + k
+
+    def read(self, W, groups):
+        return W.index_select(1, groups).T
+
+    def write(self, W, groups, numbers):
+        W.index_copy_(1, groups.long(), numbers.T)
+
+    def inputs(self, x, groups):
+        return x.index_select(1, groups)
+
+    def gradient(self, gy, inputs, groups):
+        return inputs.T @ gy
+
+    def add_product(self, y, x, groups, values):
+        y.addmm_(x.index_select(1, groups), values)
+
+    def input_gradient(self, gy, groups, values):
+        return gy.new_zeros(len(gy), self.in_features).index_add_(1, groups, (values @ gy.T).T)
+
+    def add_squares(self, squares, block, start):
+        squares += _squared_norm(block.unflatten(1, (self.in_features, self.kernel)), (0, 2))
+
+    def _factors(self, o, i):
+        return o.sum().view(1), i.view(self.in_features, self.kernel).sum(1)
+
+
+@dataclass(frozen=True)
+class Blocks(Layout):
+    """Tiles of b x b, numbered row by row; the order within one is row-major. For weights without a kernel."""
+
+    b: int
+
+    @property
+    def align(self) -> int:
+        return self.b
+
+    @property
+    def _across(self) -> int:
+        """Whole tiles beside each other."""
+        return self.in_features // self.b
+
+    def _places(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Tile row and tile column of each group, (g,)."""
+        return groups.div(self._across, rounding_mode="floor"), groups.remainder(self._across)
+
+    def _tiled(self, t: Tensor) -> Tensor:
+        """(N, channels) -> (N, whole tiles, b), a view."""
+        whole = t.shape[1] // self.b
+        return t[:, : whole * self.b].unflatten(1, (whole, self.b))
+
+    def _coordinates(self, groups):
+        row, column = self._places(groups)
+        inner = torch.arange(self.b, device=groups.device)
+        return (row[:, None] * self.b + inner)[:, :, None], (column[:, None] * self.b + inner)[:, None, :]
+
+    def _grid(self, W: Tensor) -> Tensor:
+        """`W` (O, I) -> (whole tiles, b, whole tiles, b), a view."""
+        whole = len(W) // self.b
+        return self._tiled(W[: whole * self.b]).unflatten(0, (whole, self.b))
+
+    def read(self, W, groups):
+        row, column = self._places(groups)
+        return self._grid(W)[row, :, column].flatten(1)
+
+    def write(self, W, groups, numbers):
+        row, column = self._places(groups)
+        self._grid(W)[row, :, column] = numbers.unflatten(1, (self.b, self.b))
+
+    def _step(self, t: Tensor) -> int:
+        """Tiles at a time, so that what is gathered of (N, channels) for them stays bounded: N * b numbers each."""
+        return max(1, kernels.WORKSPACE_BYTES // max(1, len(t) * self.b * t.element_size()))
+
+    def gradient(self, gy, inputs, groups):
+        left, right = self._tiled(gy), self._tiled(inputs)
+        parts = []
+        for some in groups.split(self._step(gy)):
+            row, column = self._places(some)
+            tall = left.index_select(1, row).permute(1, 2, 0)  # (g, b, N)
+            parts.append(torch.bmm(tall, right.index_select(1, column).transpose(0, 1)).flatten(1))
+        return torch.cat(parts)
+
+    def add_product(self, y, x, groups, values):
+        self._add_tiles(y, x, *self._places(groups), values.unflatten(1, (self.b, self.b)).mT)
+
+    def input_gradient(self, gy, groups, values):
+        row, column = self._places(groups)
+        gx = gy.new_zeros(len(gy), self.in_features)
+        self._add_tiles(gx, gy, column, row, values.unflatten(1, (self.b, self.b)))
+        return gx
+
+    def _add_tiles(self, y: Tensor, x: Tensor, to: Tensor, source: Tensor, tiles: Tensor) -> None:
+        """`y[:, tile to[n]] += x[:, tile source[n]] @ tiles[n]` for every n."""
+        step = self._step(x)
+        for some, other, factors in zip(to.split(step), source.split(step), tiles.split(step)):
+            products = torch.bmm(self._tiled(x).index_select(1, other).transpose(0, 1), factors)  # (g, N, b)
+            self._tiled(y).index_add_(1, some, products.transpose(0, 1))
+
+    def add_squares(self, squares, block, start):
+        found = _squared_norm(self._grid(block), (1, 3)).flatten()
+        first = start // self.b * self._across
+        squares[first : first + len(found)] += found
+
+    def _factors(self, o, i):
+        return tuple(t[: len(t) // self.b * self.b].unflatten(0, (-1, self.b)).sum(1) for t in (o, i))
+
+
+def _squared_norm(t: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    return torch.linalg.vector_norm(t, dim=dim, dtype=_wide(t.dtype)).square()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def make_layout(op: Op, config: SftConfig, name: str) -> Layout | None:
+    """How `config` cuts the weight of the layer called `name`; None: into single numbers.
+
+    Raises:
+        ValueError: the layer's weight has no such groups.
+    """
+    if config.granularity == "element":
+        return None
+    shape = tuple(op.weight_shape)
+    refusal = f"Target module {name} ({type(op.layer).__name__}) is not supported by granularity={config.granularity!r}"
+    if len(shape) < 2:
+        raise ValueError(
+            f"{refusal}, which needs a weight with output and input channels, not one of shape {shape}: leave it out "
+            "of target_modules, or take granularity='element'"
+        )
+    channels_out, channels_in, kernel = shape[0], shape[1], math.prod(shape[2:])
+    common = (channels_out, channels_in, kernel, op.transposed)
+    if config.granularity == "row":
+        return Rows(*common, count=channels_out, size=channels_in * kernel)
+    if config.granularity == "column":
+        return Columns(*common, count=channels_in, size=channels_out * kernel)
+    if len(shape) > 2:
+        raise ValueError(
+            f"{refusal}, which takes tiles of matrices, not of a weight with a kernel, {shape}: leave it out of "
+            "target_modules, or take granularity='row' or 'column'"
+        )
+    b = config.block_size
+    return Blocks(*common, count=(channels_out // b) * (channels_in // b), size=b * b, b=b)
+
+
+# ---- Gathering of gradients for a reselection ----
+
+
+class GroupCandidates:
+    """Choice of the groups whose gradient has the largest norm, `candidate_count` of them, for one delta."""
+
+    def __init__(self, delta: SparseDelta):
+        self.delta = delta
+        self._width = delta.layout.in_features * delta.layout.kernel
+        self._squares: Tensor | float = 0.0
+
+    def see(self, gradient: Tensor, start: int) -> None:
+        """Take in this process's dense gradient (n,) from flat position `start` of the view (O, I * K) on: whole rows,
+        a multiple of `layout.align`."""
+        ranks, gradient = self.delta.ranks, gradient.to(_wide(gradient.dtype))
+        self.see_sum(gradient if ranks is None else ranks.sum(self.delta, gradient.float(), start), start)
+
+    def see_sum(self, gradient: Tensor, start: int) -> None:
+        """Take in the gradient (n,) summed over all processes."""
+        layout = self.delta.layout
+        if not isinstance(self._squares, Tensor):
+            self._squares = gradient.new_zeros(layout.count)
+        layout.add_squares(self._squares, gradient.view(-1, self._width), start // self._width)
+
+    def choose(self) -> None:
+        """All has been seen: the delta gets its candidates."""
+        best = self._squares.topk(min(self.delta.candidate_count, self._squares.numel())).indices
+        self.delta.candidates = best.sort().values.to(self.delta.indices.dtype)
+
+
+def _gather(delta: SparseDelta, dense: Callable[[int, int], Tensor], at: Callable[[Tensor], Tensor]) -> None:
+    """Let a gathering delta see the gradient of one backward pass.
+
+    Args:
+        dense: `(start, stop)` -> (stop - start, I * K), those rows of the weight's gradient.
+        at: group numbers (g,) -> (g, s), the groups' gradient.
+    """
+    layout = delta.layout
+    for candidates in kernels.new_candidates([delta]):
+        width = layout.in_features * layout.kernel
+        step = kernels.WORKSPACE_BYTES // (width * _wide(delta.values.dtype).itemsize)
+        step = max(layout.align, step // layout.align * layout.align)
+        for start in range(0, layout.out_features, step):
+            block = dense(start, min(start + step, layout.out_features))
+            candidates.see(block.flatten(), start * width)
+        candidates.choose()
+    if delta.is_gathering:
+        delta.observe(at(delta.candidates))
+
+
+def _gather_product(delta: SparseDelta, gy: Tensor, x: Tensor) -> None:
+    """`_gather` where the weight's gradient is `gy^T x`."""
+    layout = delta.layout
+    _gather(
+        delta,
+        lambda start, stop: gy[:, start:stop].T @ x,
+        lambda numbers: layout.gradient(gy, layout.inputs(x, numbers), numbers),
+    )
+
+
+# ---- Products ----
+
+
+class _StructuredLinear(torch.autograd.Function):
+    """`x (..., I), weight, bias, transposed, deltas, dtype, *values, *indices -> (..., O)`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, transposed, deltas, dtype, *values_and_indices):
+        n = len(deltas)
+        values, indices = values_and_indices[:n], values_and_indices[n:]
+        with _written(weight, transposed, deltas, values, indices):
+            W = weight.data.to(dtype)
+            y = F.linear(x, W.T if transposed else W, None if bias is None else bias.to(dtype))
+        ctx.inputs, kept = [], []
+        trained = any(ctx.needs_input_grad[6 : 6 + n])
+        if trained and all(isinstance(d.layout, Columns) and not d.is_gathering for d in deltas):
+            rows = x.reshape(-1, x.shape[-1])
+            ctx.recipe, kept = None, [d.layout.inputs(rows, i) for d, i in zip(deltas, indices)]
+        elif trained:
+            kept, ctx.recipe = keep(x)
+        ctx.save_for_backward(weight, *values_and_indices, *kept)
+        ctx.deltas, ctx.transposed, ctx.trained = deltas, transposed, trained
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gy):
+        deltas, n = ctx.deltas, len(ctx.deltas)
+        weight, *rest = ctx.saved_tensors
+        values, indices, kept = rest[:n], rest[n : 2 * n], rest[2 * n :]
+        gx = gb = None
+        grads: list[Tensor | None] = [None] * n
+        with torch.autocast(gy.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                with _written(weight, ctx.transposed, deltas, values, indices):
+                    W = weight.data.to(gy.dtype)
+                    gx = gy @ (W.T if ctx.transposed else W)
+            g = gy.reshape(-1, gy.shape[-1])
+            if ctx.needs_input_grad[2]:
+                gb = g.sum(0).to(ctx.bias_dtype)
+            if ctx.trained:
+                x = None
+                if ctx.recipe is not None:
+                    x = ctx.recipe(kept)
+                    x = x.reshape(-1, x.shape[-1])
+                    kept = [d.layout.inputs(x, i) for d, i in zip(deltas, indices)]
+                for place, (delta, v, i, inputs) in enumerate(zip(deltas, values, indices, kept)):
+                    grads[place] = delta.layout.gradient(g, inputs, i).to(v.dtype)
+                    if x is not None:
+                        _gather_product(delta, g, x)
+        return gx, None, gb, None, None, None, *grads, *([None] * n)
+
+
+@contextlib.contextmanager
+def _written(weight: Tensor, transposed: bool, deltas, values, indices) -> Iterator[None]:
+    """While this lasts the weight has the deltas in it, as with `kernels._written`."""
+    W = weight.data.T if transposed else weight.data
+    base: list[Tensor] = []
+    with kernels._writing:
+        try:
+            for delta, v, i in zip(deltas, values, indices):
+                base.append(delta.layout.read(W, i))
+                delta.layout.write(W, i, kernels.wide_sum(base[-1], v))
+            yield
+        finally:
+            for numbers, delta, i in zip(reversed(base), reversed(deltas[: len(base)]), reversed(indices[: len(base)])):
+                delta.layout.write(W, i, numbers)
+
+
+def structured_linear(x: Tensor, weight: Tensor, bias: Tensor | None, deltas, transposed: bool) -> Tensor:
+    """The linear layer with structured deltas added to its weight; see `kernels.sparse_linear`."""
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else weight.dtype
+    tensors = [d.values for d in deltas] + [d.indices for d in deltas]
+    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+        x = x.to(dtype) if autocast else x
+        return _StructuredLinear.apply(x, weight, bias, transposed, deltas, dtype, *tensors)
+
+
+class _AddProduct(torch.autograd.Function):
+    """`y (N, O), x (N, I), values, indices, delta -> y + x D^T`; y and x of one dtype."""
+
+    @staticmethod
+    def forward(ctx, y, x, values, indices, delta):
+        layout = delta.layout
+        ctx.delta, ctx.whole = delta, delta.is_gathering or not isinstance(layout, Columns)
+        inputs = (x if ctx.whole else layout.inputs(x, indices)) if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(values, indices, inputs)
+        y = y.clone()
+        layout.add_product(y, x, indices, values.to(x.dtype))
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gy):
+        values, indices, inputs = ctx.saved_tensors
+        layout = ctx.delta.layout
+        gx = gv = None
+        with torch.autocast(gy.device.type, enabled=False):
+            if ctx.needs_input_grad[1]:
+                gx = layout.input_gradient(gy, indices, values.to(gy.dtype))
+            if inputs is not None:
+                picked = layout.inputs(inputs, indices) if ctx.whole else inputs
+                gv = layout.gradient(gy, picked, indices).to(values.dtype)
+                if ctx.whole:
+                    _gather_product(ctx.delta, gy, inputs)
+        return gy if ctx.needs_input_grad[0] else None, gx, gv, None, None
+
+
+def add_product(y: Tensor, x: Tensor, delta: SparseDelta) -> Tensor:
+    """`y` (..., O) plus the product of `x` (..., I) with the delta alone, in the dtype of `y`."""
+    with torch.autocast(x.device.type, enabled=False):
+        rows = x.reshape(-1, x.shape[-1]).to(y.dtype)
+        return _AddProduct.apply(y.reshape(-1, y.shape[-1]), rows, delta.values, delta.indices, delta).view(y.shape)
+
+
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, flat, values, indices, delta):
+        ctx.save_for_backward(indices)
+        ctx.delta, ctx.dtype = delta, values.dtype
+        return kernels.added(flat, values.flatten(), delta.layout.positions(indices).flatten())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        (indices,) = ctx.saved_tensors
+        layout = ctx.delta.layout
+        stored = gradient.view(ctx.delta.shape)
+        matrix = stored.T if layout.transposed else stored.flatten(1)  # (O, I * K)
+
+        def at(numbers):
+            return gradient[layout.positions(numbers)]
+
+        _gather(ctx.delta, lambda start, stop: matrix[start:stop], at)
+        return gradient if ctx.needs_input_grad[0] else None, at(indices).to(ctx.dtype), None, None
+
+
+def add(flat: Tensor, delta: SparseDelta) -> Tensor:
+    """A copy of the flattened weight (n,) with the delta added, differentiable."""
+    return _Add.apply(flat, delta.values, delta.indices, delta)

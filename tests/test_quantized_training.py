@@ -1,0 +1,48 @@
+"""Training beside packed weights: bitsandbytes in 4 bits, on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import CONFIGS, methods
+from torch import nn
+
+from peft import get_peft_model
+
+bnb = pytest.importorskip("bitsandbytes")
+
+
+def packed_model() -> nn.Module:
+    """Three 4-bit layers, of which only the first is adapted below: its gradient passes through the other two."""
+    layers = [bnb.nn.Linear4bit(64, 64, bias=bias, quant_type="nf4") for bias in (True, False, True)]
+    return nn.Sequential(*layers).requires_grad_(False).to("cpu")
+
+
+@methods
+@pytest.mark.parametrize("evaluated_before", [False, True], ids=["new", "evaluated"])
+def test_training_goes_on_after_an_evaluation(method, evaluated_before):
+    """In eval mode bitsandbytes would repack weights for a kernel without a backward pass, where the CPU has one."""
+    base, x = packed_model(), torch.randn(5, 64)
+    if evaluated_before:
+        with torch.no_grad():
+            base.eval()(x)
+    model = get_peft_model(base, CONFIGS[method](target_modules=["0"]))
+    model.eval()
+    with torch.no_grad():
+        model(x)
+    model.train()
+    x = x.requires_grad_()
+    model(x).square().sum().backward()
+
+    layers = [model.get_base_model()[0].base_layer, *model.get_base_model()[1:]]
+    y = x.detach().double().requires_grad_()
+    weights = [bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).double() for layer in layers]
+    biases = [None if layer.bias is None else layer.bias.double() for layer in layers]
+    with torch.no_grad():
+        weights[0], biases[0] = model.get_base_model()[0].fold("default", weights[0], biases[0])
+    z = y
+    for weight, bias in zip(weights, biases):
+        z = nn.functional.linear(z, weight, bias)
+    z.square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad.float(), rtol=1e-3, atol=1e-3)
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
