@@ -224,15 +224,20 @@ class Step:
     def allocated_bytes(self) -> int:
         """Peak of torch's allocations during one step (SFT: of every kind), above what was held before it."""
         self.clear()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            for _ in SFT_PERIOD if self.selector is not None else range(1):
-                self._one_step()
-        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-        held = peak = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            held += event.nbytes()
-            peak = max(peak, held)
-        return peak
+        steps = SFT_PERIOD if self.selector is not None else range(1)
+        return peak_allocated(lambda: [self._one_step() for _ in steps])
+
+
+def peak_allocated(run: Callable[[], object]) -> int:
+    """Bytes that torch has allocated on the CPU at the peak of `run`, above what it held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
 
 
 def resident(what: str) -> int:
