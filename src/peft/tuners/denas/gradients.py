@@ -124,6 +124,8 @@ def score_table(model: nn.Module, space: SearchSpace, batches: Sequence[Mapping[
     values: dict[str, Tensor] = {}
 
     def finish(key: str, parts: list[Tensor]) -> None:
+        if not all(part.isfinite().all() for part in parts):
+            raise ValueError(f"The gradients of {key} are not finite: use another batch, or the model in float32")
         new = _value(space, key, parts, power).cpu()
         values[key] = values[key] + new if key in values else new
 
@@ -142,8 +144,6 @@ def score_table(model: nn.Module, space: SearchSpace, batches: Sequence[Mapping[
         raise ValueError(
             "The loss depends on none of the adapter's targets: is the batch what the model is trained on?"
         )
-    if bad := [key for key, value in values.items() if not value.isfinite().all()]:
-        raise ValueError(f"The gradients of {bad[:3]} are not finite: use another batch, or the model in float32")
     nothing = torch.zeros(space.costs.shape[1], dtype=torch.float64)
     table = [sum((values.get(key, nothing) for key in unit.keys), nothing) for unit in space.units]
     return torch.stack(table).numpy() / len(batches)

@@ -37,8 +37,7 @@ def best_choice(
 
 
 def _solve(costs: list[np.ndarray], values: list[np.ndarray], maximum: int, minimum: int) -> list[int] | None:
-    known = _greedy(costs, values, maximum) if minimum == 0 else None
-    least = -np.inf if known is None else sum(value[i] for value, i in zip(values, known))
+    least = -np.inf  # value of a choice that is known to exist
     slack = TOLERANCE * max(float(np.abs(value).sum()) for value in values) * len(values)
     hulls = [_hull(cost, value) for cost, value in zip(costs, values)]
     cost, value = np.zeros(1, dtype=np.int64), np.zeros(1)
@@ -46,9 +45,11 @@ def _solve(costs: list[np.ndarray], values: list[np.ndarray], maximum: int, mini
     for group, (group_cost, group_value) in enumerate(zip(costs, values)):
         new_cost = (cost[:, None] + group_cost).ravel()
         new_value = (value[:, None] + group_value).ravel()
-        rest = slice(group + 1, None)
-        reach = new_value + _Bound(costs[rest], values[rest], hulls[rest])(maximum - new_cost)
-        kept = np.flatnonzero((reach > -np.inf) & (reach >= least - slack))
+        rest = _Rest(costs[group + 1 :], values[group + 1 :], hulls[group + 1 :])
+        upper, lower = rest.bounds(maximum - new_cost)
+        if minimum == 0:
+            least = max(least, float((new_value + lower).max()))
+        kept = np.flatnonzero((upper > -np.inf) & (new_value + upper >= least - slack))
         # By cost, the most valuable first among equals; then only those that are worth more than all cheaper ones.
         kept = kept[np.lexsort((-new_value[kept], new_cost[kept]))]
         if minimum == 0:
@@ -57,7 +58,7 @@ def _solve(costs: list[np.ndarray], values: list[np.ndarray], maximum: int, mini
         elif kept.size:
             kept = kept[np.concatenate([[True], np.diff(new_cost[kept]) > 0])]
         if not kept.size:
-            return known
+            return None
         back.append((kept // len(group_cost), kept % len(group_cost)))
         cost, value = new_cost[kept], new_value[kept]
     allowed = np.flatnonzero(cost >= minimum)
@@ -87,27 +88,11 @@ def _hull(cost: np.ndarray, value: np.ndarray) -> list[int]:
     return hull
 
 
-def _greedy(costs: list[np.ndarray], values: list[np.ndarray], maximum: int) -> list[int] | None:
-    """A good choice within the maximum: the steepest steps of the hulls as far as they fit."""
-    hulls = [_hull(cost, value) for cost, value in zip(costs, values)]
-    chosen, spent = [hull[0] for hull in hulls], sum(int(cost[hull[0]]) for cost, hull in zip(costs, hulls))
-    if spent > maximum:
-        return None
-    steps = [
-        ((value[b] - value[a]) / (cost[b] - cost[a]), group, position + 1)
-        for group, (cost, value, hull) in enumerate(zip(costs, values, hulls))
-        for position, (a, b) in enumerate(zip(hull, hull[1:]))
-    ]
-    for _, group, position in sorted(steps, key=lambda step: -step[0]):
-        option = hulls[group][position]
-        price = int(costs[group][option] - costs[group][chosen[group]])
-        if chosen[group] == hulls[group][position - 1] and spent + price <= maximum:
-            chosen[group], spent = option, spent + price
-    return chosen
+class _Rest:
+    """What the remaining groups can add, as a function of what is left of the budget: steps of all hulls by steepness.
 
-
-class _Bound:
-    """The relaxation's value of the remaining groups as a function of what is left of the budget."""
+    Returns diminish along a hull, so any number of these steps, from the first, is a choice.
+    """
 
     def __init__(self, costs, values, hulls):
         self.base_cost = sum(int(cost[hull[0]]) for cost, hull in zip(costs, hulls))
@@ -115,10 +100,13 @@ class _Bound:
         pairs = [(c, v, a, b) for c, v, hull in zip(costs, values, hulls) for a, b in zip(hull, hull[1:])]
         price = np.array([c[b] - c[a] for c, _, a, b in pairs], dtype=np.float64)
         gain = np.array([v[b] - v[a] for _, v, a, b in pairs], dtype=np.float64)
-        order = np.argsort(-gain / price) if pairs else np.zeros(0, dtype=np.int64)
+        order = np.argsort(-gain / price, kind="stable")
         self.price = np.concatenate([[0.0], np.cumsum(price[order])])
         self.gain = np.concatenate([[0.0], np.cumsum(gain[order])])
 
-    def __call__(self, left: np.ndarray) -> np.ndarray:
+    def bounds(self, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Upper bound (the last step taken in part) and a value that is reached (without it); -inf: nothing fits."""
         room = left - self.base_cost
-        return np.where(room >= 0, self.base_value + np.interp(room, self.price, self.gain), -np.inf)
+        upper = self.base_value + np.interp(room, self.price, self.gain)
+        lower = self.base_value + self.gain[np.maximum(np.searchsorted(self.price, room, side="right") - 1, 0)]
+        return np.where(room >= 0, upper, -np.inf), np.where(room >= 0, lower, -np.inf)

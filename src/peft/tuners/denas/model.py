@@ -21,12 +21,12 @@ from .structure import LAYER_NAME
 from .supernet import supernet
 
 EXAMPLE_TEXT = (
-    "The river rises in the hills behind the old town and reaches the sea after ninety miles. In spring, when the snow "
-    "melts, it carries stones as large as a fist; in August children cross it without getting their knees wet. People "
-    "have argued about the bridge for years. Who should pay for it, and would anybody use it? An engineer measured the "
-    "traffic: 412 cars on a weekday, 1,305 on a Sunday. 'Build it of wood,' she wrote, 'and it will last for forty "
-    "winters. Build it of steel, and your grandchildren will thank you.' The council read her letter twice, asked three "
-    "questions, and postponed the vote until the harvest was over."
+    "The river rises in the hills behind the old town and reaches the sea after ninety miles. In spring, when the "
+    "snow melts, it carries stones as large as a fist; in August children cross it without getting their knees wet. "
+    "People have argued about the bridge for years. Who should pay for it, and would anybody use it? An engineer "
+    "measured the traffic: 412 cars on a weekday, 1,305 on a Sunday. 'Build it of wood,' she wrote, 'and it will last "
+    "for forty winters. Build it of steel, and your grandchildren will thank you.' The council read her letter twice, "
+    "asked three questions, and postponed the vote until the harvest was over."
 )
 
 

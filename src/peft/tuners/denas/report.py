@@ -25,7 +25,7 @@ class SearchResult:
 
     Attributes:
         structure: the best one, as a JSON object.
-        score, params, latency: its score, number of parameters, and milliseconds of a forward pass (None: not measured).
+        score, params, latency: its score, number of parameters, and milliseconds of a forward pass (None: not clocked).
         history: every candidate that was scored, in order: `{"number", "score", "params", "latency_ms", "structure"}`.
         front: those of the Pareto front (engine "nsga2"), by falling score; else None.
     """

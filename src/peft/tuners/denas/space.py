@@ -34,7 +34,7 @@ def _whole(number: float) -> float | int:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a candidate must keep to. Parameters are numbers, not millions; latency is in milliseconds; None: no limit."""
+    """What a candidate must keep to: numbers of parameters, and milliseconds of a forward pass (None: no limit)."""
 
     max_params: int
     min_params: int = 0

@@ -76,12 +76,8 @@ class Supernet:
         self.model.train()
         logits = logits_of(self.model, self.batch)
         logits.float().sum().backward()
-        pairs = [
-            (p.detach(), p.grad)
-            for layer in self.active
-            for _, p in layer.adapter_tensors(ADAPTER)
-            if p.grad is not None
-        ]
+        parameters = [p for layer in self.active for _, p in layer.adapter_tensors(ADAPTER)]
+        pairs = [(p.detach(), p.grad) for p in parameters if p.grad is not None]
         sizes = [size for layer in self.active for size in self._sizes(layer)]
         return Terms(expressivity(logits, self._base_logits), complexity(sizes), diversity(pairs), saliency(pairs))
 
