@@ -7,6 +7,7 @@ throughout, so that equal structures are equal arrays. Only the first quantity, 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +51,15 @@ class Budget:
         return (self.min_latency or 0.0) <= latency <= high
 
 
+def _refuse_foreign_ranges(search: DenasConfig, method: PeftType) -> None:
+    """Refuse ranges of quantities that the method's structures do not have."""
+    defaults = {field.name: field.default for field in dataclasses.fields(search)}
+    for quantity in ("r", "alpha", "share"):
+        for name in (f"{quantity}_min", f"{quantity}_max", f"{quantity}_step"):
+            if quantity not in SIZES[method] and getattr(search, name) != defaults[name]:
+                raise ValueError(f"{name} has no meaning for {method.value}, whose structures have no {quantity!r}")
+
+
 class SearchSpace:
     """All structures of an adapter on a model.
 
@@ -63,7 +73,7 @@ class SearchSpace:
         costs: (U, V) parameters of each unit by size; SSF has V = 1.
 
     Raises:
-        ValueError: no targets in numbered layers, or a method that has no structures.
+        ValueError: no targets in numbered layers, a method that has no structures, or ranges of another method.
     """
 
     def __init__(self, model: nn.Module, config: TargetedConfig, search: DenasConfig, with_alpha: bool):
@@ -71,6 +81,7 @@ class SearchSpace:
             raise ValueError(f"DE-NAS is for LORA, SSF and SFT, got {config.peft_type}")
         if config.peft_type == PeftType.SFT and config.granularity != "element":
             raise ValueError(f"DE-NAS searches SFT with granularity='element', got {config.granularity!r}")
+        _refuse_foreign_ranges(search, PeftType(config.peft_type))
         self.method, self.config, self.granularity = PeftType(config.peft_type), config, search.granularity
         self.layout = layout_of(model, config)
         self.units = self.layout.units(search.granularity)
