@@ -158,16 +158,17 @@ def test_search_stops_when_nothing_gets_better():
     flat = running(lambda codes: 1.0, engine="random", **SMALL | {"max_epochs": 20, "patience": 2, "population_num": 2})
     flat.run()
     assert len(flat.history) == 3 * 2  # the first round is better than none, then two rounds are not
-    whole = running(
-        lambda codes: 1.0, engine="random", **SMALL | {"max_epochs": 4, "patience": None, "population_num": 2}
-    )
+    more = SMALL | {"max_epochs": 4, "patience": None, "population_num": 2}
+    whole = running(lambda codes: 1.0, engine="random", **more)
     whole.run()
     assert len(whole.history) == 8
 
 
 def test_interrupt_keeps_the_best():
-    def score(codes, seen=[]):  # noqa: B006: counts the calls
-        seen.append(1)
+    seen = []
+
+    def score(codes):
+        seen.append(codes)
         if len(seen) == 5:
             raise KeyboardInterrupt
         return float(len(seen))
@@ -302,6 +303,8 @@ def test_searches_that_cannot_be(batch):
         find(batch, model=get_peft_model(llama(), LoraConfig()))
     with pytest.raises(ValueError, match="granularity='element', got 'row'"):
         find(batch, config=SftConfig(granularity="row", density=0.1))
+    with pytest.raises(ValueError, match="r_max has no meaning for SSF"):
+        find(batch, config=SsfConfig(), r_max=3, max_params=1)
     with pytest.raises(ValueError, match="take one batch, got 2"):
         find([batch, batch], engine="random", score="deltatuner")
 

@@ -276,9 +276,7 @@ def add_search(commands: argparse._SubParsersAction) -> None:
     search.add_argument("--method", default="lora", choices=("lora", "ssf", "sft"), help="default: lora")
     search.add_argument("--output", required=True, metavar="DIR", help="folder for structure, history and pictures")
     search.add_argument("--overwrite", action="store_true", help="replace the structure in --output")
-    search.add_argument(
-        "--data", metavar="FILE", help="JSONL file to score on, as of peft train; default: a short text"
-    )
+    search.add_argument("--data", metavar="FILE", help="JSONL file to score on; default: a text of ours")
     search.add_argument("--batch-size", type=positive_int, metavar="N", help="rows to score on; default: 4")
     search.add_argument("--length", type=positive_int, metavar="N", help="tokens in each of them; default: 32")
     search.add_argument(
