@@ -67,12 +67,8 @@ class Search:
         self.history: list[Record] = []
         self.seen: dict[bytes, Record | None] = {}
         self.front: list[Record] | None = None
+        self.best: Record | None = None  # the highest score; among equals the fewest parameters, then the first
         self._bar = tqdm(desc="searching", unit="structure", disable=not progress, dynamic_ncols=True)
-
-    @property
-    def best(self) -> Record | None:
-        """The highest score; among equals the fewest parameters, then the first."""
-        return max(self.history, key=lambda record: (record.score, -record.params), default=None)
 
     def new(self, make: Callable[[], np.ndarray], count: int) -> Iterator[np.ndarray]:
         """Up to `count` candidates from `make`, within the budget of parameters, none of them scored before."""
@@ -106,6 +102,8 @@ class Search:
     def remember(self, record: Record) -> Record:
         self.seen[record.codes.tobytes()] = record
         self.history.append(record)
+        if self.best is None or (record.score, -record.params) > (self.best.score, -self.best.params):
+            self.best = record
         self._bar.update()
         self._bar.set_postfix(best=f"{self.best.score:.4g}", params=f"{self.best.params:,}", refresh=False)
         return record
