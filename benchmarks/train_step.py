@@ -184,10 +184,9 @@ class Step:
     def run(self) -> None:
         self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss.backward()
 
-    def seconds(self) -> float:
-        if self.selector is None:
-            return self._one_step()
-        return sum(often * self._one_step() for often in SFT_PERIOD.values()) / sum(SFT_PERIOD.values())
+    def seconds(self) -> list[float]:
+        """Of one step, or of one of every kind (`SFT_PERIOD`)."""
+        return [self._one_step() for _ in (range(1) if self.selector is None else SFT_PERIOD)]
 
     def _one_step(self) -> float:
         self.clear()
@@ -309,7 +308,7 @@ def unpack_model(folder: str, dtype: str) -> None:
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict]:
-    """`{contestant: {"seconds": [...], "allocated_bytes": n, "resident_bytes": n, ...}}`."""
+    """`{contestant: {"seconds": [[...], ...], "allocated_bytes": n, "resident_bytes": n, ...}}`."""
     names = list(CONTESTANTS) if args.only is None else args.only
     if "lora-upstream" in names and args.upstream_python is None:
         names.remove("lora-upstream")
@@ -342,14 +341,14 @@ def summary(results: dict[str, dict]) -> list[dict]:
     floor, upstream = results["floor"]["seconds"], results.get("lora-upstream")
     rows = []
     for name, result in results.items():
-        seconds = result["seconds"]
+        median, least = (over_period(result["seconds"], of) for of in (statistics.median, min))
         row = {
             "contestant": LABELS[name],
             "trained": result["trained"],
-            "median": statistics.median(seconds),
-            "min": min(seconds),
-            "median_ratio": statistics.median(seconds) / statistics.median(floor),
-            "min_ratio": min(seconds) / min(floor),
+            "median": median,
+            "min": least,
+            "median_ratio": median / over_period(floor, statistics.median),
+            "min_ratio": least / over_period(floor, min),
         }
         for kind in ("allocated", "resident"):
             peak = result[f"{kind}_bytes"]
@@ -357,6 +356,13 @@ def summary(results: dict[str, dict]) -> list[dict]:
             row[f"{kind}_ratio"] = None if peak is None or upstream is None else peak / upstream[f"{kind}_bytes"]
         rows.append(row)
     return rows
+
+
+def over_period(rounds: list[list[float]], of: Callable[[list[float]], float]) -> float:
+    """`of` (median, min) each kind of step, averaged by how often the kinds come."""
+    kinds = [of(list(times)) for times in zip(*rounds)]
+    often = SFT_PERIOD.values() if len(kinds) > 1 else [1]
+    return sum(n * seconds for n, seconds in zip(often, kinds)) / sum(often)
 
 
 def report(rows: list[dict]) -> str:

@@ -251,6 +251,11 @@ def test_bad_data_is_refused(content, expected, tiny, tmp_path, capsys):
         (["--num-tunable-weights", "100000000"], "100,000,000"),
         (["--resume"], "holds no run"),
         (["--reselection-steps", "1"], "reselection_steps must be at least 2, got 1"),
+        (["--selection-algorithm", "static", "--reselection-steps", "4"], "--reselection-steps has no effect"),
+        (["--static-criterion", "fisher"], "static_criterion='fisher' has no meaning with"),
+        (["--block-size", "8"], "block_size=8 has no meaning with granularity='element'"),
+        (["--granularity", "rows"], "invalid choice: 'rows'"),
+        (["--granularity", "row", "--budget", "global"], "cannot be combined with granularity='row'"),
         (["--max-length", "2"], "within --max-length 2"),
     ],
 )
@@ -363,6 +368,31 @@ def stop_at(monkeypatch):
         monkeypatch.setattr(Progress, "on_step_end", on_step_end)
 
     return arrange
+
+
+@pytest.mark.parametrize(
+    "options, fields",
+    [
+        (
+            ("--selection-algorithm", "static", "--static-criterion", "fisher"),
+            {"selection_algorithm": "static", "static_criterion": "fisher"},
+        ),
+        (("--granularity", "block", "--block-size", "8"), {"granularity": "block", "block_size": 8}),
+        (("--budget", "global", "--reselection-steps", "2"), {"budget": "global", "reselection_steps": 2}),
+    ],
+)
+def test_sft_options_reach_the_adapter(options, fields, tiny, rows_file, tmp_path):
+    assert train(tiny, rows_file, tmp_path / "out", "--max-steps", 3, "--density", "0.05", *options) == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert {name: config[name] for name in fields} == fields
+
+
+def test_help_shows_the_texts_and_choices_of_the_configuration(capsys):
+    with pytest.raises(SystemExit):
+        arguments.parse(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--static-criterion {gradient,fisher,magnitude,random}" in text
+    assert 'Side of the tiles that granularity="block" chooses. Default: 16.' in text
 
 
 @pytest.mark.parametrize("method", ["sft", "lora"])

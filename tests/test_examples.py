@@ -191,3 +191,16 @@ def test_addition(script, algorithm, load_example, tmp_path, capsys):
     module = load_example("sft_custom_loop.py")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(tmp_path / "adapter"))
     assert module.held_out_loss(model, make_tokenizer()) == pytest.approx(after, abs=1e-4)
+
+
+# ---- Vision ----
+
+
+def test_vision(load_example, capsys):
+    pytest.importorskip("sklearn")
+    load_example("ssf_vision.py").main("--seeds 2 --images 70 --base-epochs 1 --epochs 2".split())
+    rows = re.findall(r"^\| ([\w ,-]+) \| ([\d,]+) \| (\S+) ± ", capsys.readouterr().out, re.M)
+    assert [name for name, _, _ in rows[2:]] == ["linear probe", "SSF", "LoRA, rank 4", "full fine-tuning"]
+    trained = [int(count.replace(",", "")) for _, count, _ in rows]
+    assert trained == sorted(trained) and trained[2] == 490
+    assert len({accuracy for _, _, accuracy in rows[1:]}) > 1

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, SftConfig, SsfConfig, get_peft_model
 from peft.tuners.lora import fused
 from peft.tuners.lora.fused import FusedLora
 from peft.tuners.tuners_utils import AdditiveLayer
@@ -296,6 +296,21 @@ def test_half_precision_input_is_never_copied_to_float32(kind, dropout, second):
 
 
 # The configuration
+
+
+@pytest.mark.parametrize("method", [LoraConfig, SftConfig, SsfConfig])
+@pytest.mark.parametrize("shape", [(5, 4), (2, 5, 4)])
+def test_what_follows_a_layer_may_change_its_output_in_place(method, shape):
+    """nn.ReLU(inplace=True), or Falcon, which adds attention's output to the MLP's."""
+    base = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)).double()
+    model = get_peft_model(base, method(target_modules=["0", "2"])).double()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    x, trained = torch.randn(shape, dtype=torch.float64), [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(model(x).square().sum(), trained)
+    base[1].inplace = False
+    torch.testing.assert_close(found, torch.autograd.grad(model(x).square().sum(), trained))
 
 
 def test_rank_and_alpha_patterns():

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, adapted, bert, gpt2, llama, logits, methods, tokens, trained
 from torch import nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
@@ -381,3 +381,29 @@ def test_unknown_initialisations_are_refused(init):
     for inference in (False, True):
         with pytest.raises(ValueError, match="init_lora_weights must be True, False or one of"):
             LoraConfig(init_lora_weights=init, inference_mode=inference)
+
+
+# Where a warning points
+
+
+def test_warnings_point_at_the_users_line_by_every_way(tmp_path):
+    model = adapted(llama(), "default")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(dict(list(load_file(file).items())[1:]), file)
+    model.add_adapter("b", LoraConfig(target_modules=QV))
+    layer = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    ways = (
+        lambda: model.load_adapter(tmp_path, "c"),
+        lambda: PeftModel.from_pretrained(llama(), tmp_path),
+        lambda: model.base_model.unmerge_adapter(),
+        lambda: layer.unmerge(),
+        lambda: (model.merge_adapter(), model.set_adapter("b")),
+        lambda: model.delete_adapter("b"),
+        lambda: inject_adapter_in_model(LoraConfig(target_modules=["q_proj", "nothing"]), llama()),
+        lambda: PeftConfig.from_peft_type(peft_type="LORA", of_tomorrow=1),
+    )
+    for way in ways:
+        with pytest.warns(PeftWarning) as caught:
+            way()
+        assert {warning.filename for warning in caught} == {__file__}, [str(w.message) for w in caught]

@@ -544,3 +544,68 @@ def test_disabling_around_trained_biases_is_warned_about():
     model = adapted(opt(), bias="all")
     with pytest.warns(PeftWarning, match="does not give the old biases back"), model.disable_adapter():
         pass
+
+
+# What is not there, and many modules
+
+
+def test_methods_of_upstream_that_are_not_here_say_so():
+    model = adapted(llama(), "a")
+    assert not hasattr(model, "add_weighted_adapter")
+    with pytest.raises(AttributeError, match="Weighted combinations of adapters .* is not part of peft"):
+        model.add_weighted_adapter(["a"], [1.0], "b")
+    with pytest.raises(AttributeError, match="'LlamaForCausalLM' object has no attribute 'nonsense'"):
+        model.nonsense  # noqa: B018
+
+
+def test_a_model_without_adapters_says_so(tmp_path):
+    model = adapted(llama(), "a")
+    model.delete_adapter("a")
+    with pytest.raises(ValueError, match="The model has no adapter: make one with"):
+        model.active_peft_config  # noqa: B018
+    with pytest.raises(ValueError, match="There is no adapter to save"):
+        model.save_pretrained(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_without_an_active_adapter_the_others_are_saved(tmp_path):
+    model = adapted(llama(), "a")
+    model.set_adapter([])
+    with pytest.raises(ValueError, match=r"No adapter is active; the model has \['a'\]"):
+        model.active_peft_config  # noqa: B018
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "a" / "adapter_model.safetensors").exists() and "LORA" in (tmp_path / "README.md").read_text()
+
+
+@methods
+def test_the_number_of_walks_over_the_model_does_not_grow_with_its_layers(method, monkeypatch, tmp_path):
+    """A walk per layer made large models take minutes."""
+
+    def walks(layers: int) -> list[int]:
+        counts = []
+        base = llama(num_hidden_layers=layers)
+        walk = nn.Module.named_modules
+
+        def named_modules(module, *args, **kwargs):
+            if module is base:
+                counts[-1] += 1
+            return walk(module, *args, **kwargs)
+
+        folder = tmp_path / str(layers)
+        adapted(llama(num_hidden_layers=layers), "default", method=method).save_pretrained(folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Module, "named_modules", named_modules)
+            counts.append(0)
+            model = adapted(base, "a", method=method)
+            for change in (
+                lambda: model.load_adapter(folder, "b"),
+                lambda: model.set_adapter("b"),
+                lambda: model.delete_adapter("a"),
+                lambda: model.merge_and_unload(),
+            ):
+                counts.append(0)
+                change()
+        return counts
+
+    assert walks(2) == walks(5)
+    assert min(walks(2)) > 0

@@ -261,7 +261,7 @@ def test_a_layer_can_lose_everything_and_come_back(algorithm):
     train(model, optimizer, selector, random_batches(4))  # so that there is a state to resize, between two windows
     state = optimizer.state[third.values]
     source = third.exchange(torch.arange(third.indices.numel()), third.indices[:0].long())
-    optimizer.resize_elements(third.values, source)
+    optimizer.move_slots(third.values, source)
     assert sizes(model)["third"] == 0 and third.values.requires_grad and not third.values.numel()
     total = sum(sizes(model).values())
     if algorithm == "sm3":  # an accumulator remembers where gradients were large

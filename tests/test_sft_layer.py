@@ -409,14 +409,14 @@ def test_index_dtype(shape, dtype):
     assert {name for name, _ in delta.named_parameters()} == {"values", "indices"}
 
 
-def test_replace_keeps_slots_sorted_and_says_how_they_moved():
+def test_exchange_keeps_slots_sorted_and_says_how_they_moved():
     delta = SparseDelta(torch.Size((4, 5)), 4, torch.float32)
     delta.indices.data.copy_(torch.tensor([2, 5, 9, 15]))
     delta.values.data.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    moved = delta.replace(torch.tensor([0, 2]), torch.tensor([7, 1]))
+    source = delta.exchange(torch.tensor([0, 2]), torch.tensor([7, 1]))
     assert delta.indices.tolist() == [1, 5, 7, 15]
     assert delta.values.tolist() == [0, 2, 0, 4]
-    assert moved.tolist() == [2, 1, 0, 3]
+    assert source.tolist() == [-1, 1, -1, 3]
 
 
 # Budgets
@@ -489,6 +489,31 @@ def test_share_out():
     assert share_out(100, {"a": 30, "b": 60, "c": 10}) == {"a": 30, "b": 60, "c": 10}
     with pytest.raises(ValueError, match="101 trained weights is larger than the targets, which hold 100"):
         share_out(101, {"a": 30, "b": 60, "c": 10})
+    with pytest.raises(ValueError, match="budget of 1 trained weights, .* leaves every layer with none"):
+        share_out(1, {"a": 30, "b": 60, "c": 10})
+
+
+def test_positions_may_move_while_merged():
+    model = adapt(nn.Linear(6, 5, bias=False))
+    (_, _, delta), layer = next(model.active_deltas()), layer_of(model)
+    delta.values.data.normal_()
+    before = layer.get_base_layer().weight.clone()
+    model.merge_adapter()
+    free = sorted(set(range(30)) - set(delta.indices.tolist()))[:5]
+    delta.exchange(torch.arange(5), torch.tensor(free))
+    model.unmerge_adapter()
+    assert torch.equal(layer.get_base_layer().weight, before)
+
+
+def test_an_embedding_with_sparse_gradients_trains():
+    model = adapt(nn.Embedding(7, 5, sparse=True))
+    _, _, delta = next(model.active_deltas())
+    nn.init.zeros_(delta.values)
+    plain = nn.Embedding(7, 5, _weight=layer_of(model).get_base_layer().weight.detach().clone())
+    x = torch.tensor([[1, 5, 5]])
+    model(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    assert_close(delta.values.grad, plain.weight.grad.flatten()[delta.positions()].to(delta.values.dtype), 1e-6)
 
 
 def test_a_packed_weight_counts_what_it_encodes():

@@ -201,7 +201,8 @@ def test_the_model_is_restored_after_an_error():
     assert not any(delta.observer or delta.is_selected for _, _, delta in model.active_deltas())
 
 
-def test_a_layer_without_use_keeps_its_positions():
+@pytest.mark.parametrize("workspace", [1, 2**30])  # one layer at a time, all together
+def test_a_layer_without_use_keeps_its_positions(workspace):
     class Partly(Net):
         def forward(self, x):
             return self.head(self.last(self.embedding(x).sum(1)[:, :5]))
@@ -209,7 +210,7 @@ def test_a_layer_without_use_keeps_its_positions():
     model = make(base=Partly())
     before = chosen(model)
     with pytest.warns(PeftWarning, match="2 adapted layers took no part in the calibration, such as .'twice"):
-        select_static(model, random_batches(), loss_of, progress=False)
+        select_static(model, random_batches(), loss_of, workspace_bytes=workspace, progress=False)
     after = chosen(model)
     assert after["twice"] == before["twice"] and after["conv"] == before["conv"]
     assert after["last"] != before["last"]
@@ -289,6 +290,13 @@ def test_refuses_an_adapter_without_criterion():
 def test_refuses_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         SftConfig(**{"selection_algorithm": "static", **settings})
+
+
+def test_a_failed_choice_does_not_count_as_one():
+    model = make()
+    with pytest.raises(ValueError, match="depends on none of the adapted layers"):
+        select_static(model, random_batches(), lambda model, batch: torch.zeros(()), progress=False)
+    assert not any(delta.is_selected for _, _, delta in model.active_deltas())
 
 
 def test_the_selector_wants_chosen_positions():

@@ -37,7 +37,8 @@ methods = pytest.mark.parametrize("method", list(CONFIGS))
 
 
 def llama(**kw) -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=24, num_key_value_heads=1, **kw)).eval()
+    sizes = {**SIZES, "intermediate_size": 24, "num_key_value_heads": 1, **kw}
+    return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
 
 
 def gpt2() -> GPT2LMHeadModel:

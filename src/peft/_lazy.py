@@ -54,8 +54,8 @@ def attach(
             value = getattr(importlib.import_module(table[name], package), name)
         elif name in submodules:
             value = importlib.import_module(f"{package}.{name}")
-        elif not name.startswith("_") and (method := _method_of(f"{package}.{name}")):
-            raise AttributeError(_explanation(f"{package}.{name}", method))
+        elif not name.startswith("_") and (text := explanation(f"{package}.{name}")):
+            raise AttributeError(text)
         else:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         setattr(sys.modules[package], name, value)  # the next look-up does not come here
@@ -72,8 +72,8 @@ class _MissingNames:
 
     @staticmethod
     def find_spec(fullname: str, path: Any = None, target: Any = None) -> None:
-        if method := _method_of(fullname):
-            raise ImportError(_explanation(fullname, method), name=fullname)
+        if text := explanation(fullname):
+            raise ImportError(text, name=fullname)
 
 
 def explain_missing(module: str, elsewhere: Mapping[str, str] | None = None) -> None:
@@ -88,7 +88,11 @@ def explain_missing(module: str, elsewhere: Mapping[str, str] | None = None) -> 
     content.setdefault("__path__", [])  # see above
 
 
-def _explanation(fullname: str, method: str) -> str:
+def explanation(fullname: str) -> str | None:
+    """What to say of a name of upstream's that is not here; None: it is here, or nobody's."""
+    method = _method_of(fullname)
+    if method is None:
+        return None
     from . import __version__
 
     # Not plain `pip install peft==X`: our version satisfies that requirement, so pip would leave everything as it is.

@@ -263,6 +263,14 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Module that is here -> what its missing names belong to -> the names."""
 
+MODEL_METHODS: dict[str, tuple[str, ...]] = {
+    "AdaLoRA": ("update_and_allocate",),
+    "Initialisations of LoRA that change the base model": ("subtract_mutated_init",),
+    "Prompt learning": ("get_prompt", "get_prompt_embedding_to_save"),
+    "Weighted combinations of adapters": ("add_weighted_adapter",),
+}
+"""What methods of a `PeftModel` and its tuner belong to -> their names."""
+
 _TABLE = "TRANSFORMERS_MODELS_TO_{}_TARGET_MODULES_MAPPING"
 _METHODS = """
     ADALORA ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY LNTUNING
@@ -280,4 +288,5 @@ def method_of(fullname: str) -> str | None:
     if fullname in MODULES:
         return MODULES[fullname]
     module, _, name = fullname.rpartition(".")
-    return next((what for what, names in NAMES.get(module, {}).items() if name in names), None)
+    table = MODEL_METHODS if module == "peft.PeftModel" else NAMES.get(module, {})
+    return next((what for what, names in table.items() if name in names), None)

@@ -15,14 +15,13 @@ import json
 import os
 import tempfile
 import textwrap
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from .utils.constants import CONFIG_NAME
 from .utils.peft_types import PeftType, TaskType
-from .utils.warning import PeftWarning
+from .utils.warning import warn
 
 # Arguments of huggingface_hub.hf_hub_download that may come in through the loading functions.
 HUB_KWARGS = (
@@ -203,11 +202,9 @@ class PeftConfigMixin:
         unknown = sorted(set(kwargs) - known)
         if unknown:
             writer = kwargs.get("peft_version") or "an unknown version"
-            warnings.warn(
+            warn(
                 f"{target.__name__} does not know the keys {unknown} and skips them; the file was written by peft "
                 f"{writer}. If the adapter depends on them, its results will differ: update peft.",
-                PeftWarning,
-                stacklevel=3,
             )
         return target(**{key: value for key, value in kwargs.items() if key in known})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import nn
@@ -10,7 +9,7 @@ from torch import nn
 from .config import PeftConfig
 from .peft_model import TASK_CLASSES, PeftModel
 from .tuners.tuners_utils import BaseTunerLayer
-from .utils.warning import PeftWarning
+from .utils.warning import warn
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {task.value: cls for task, cls in TASK_CLASSES.items()}
 
@@ -60,11 +59,9 @@ def get_peft_model(
             "take the base model back with model.unload() first"
         )
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        warnings.warn(
+        warn(
             "The model has adapter layers already; the new adapter is added to them. To start over, call .unload() on "
             "the first PeftModel before",
-            PeftWarning,
-            stacklevel=2,
         )
     if tokenizer is not None or batch is not None:
         if not hasattr(peft_config, "use_examples"):
@@ -76,10 +73,8 @@ def get_peft_model(
     peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     if revision is not None:
         if peft_config.revision not in (None, revision):
-            warnings.warn(
+            warn(
                 f"revision={revision!r} overrides revision={peft_config.revision!r} of the configuration",
-                PeftWarning,
-                stacklevel=2,
             )
         peft_config.revision = revision
     return task_class(peft_config)(

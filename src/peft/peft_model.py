@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -33,7 +32,7 @@ from .utils.save_and_load import (
     set_peft_model_state_dict,
     write_adapter,
 )
-from .utils.warning import PeftWarning
+from .utils.warning import warn
 
 __all__ = [
     "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",
@@ -108,6 +107,17 @@ class PeftModel(nn.Module):
 
     @property
     def active_peft_config(self) -> PeftConfig:
+        """The configuration of the (first) active adapter.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.active_adapter not in self.peft_config:
+            raise ValueError(
+                f"No adapter is active; the model has {sorted(self.peft_config)}: activate one with set_adapter(name)"
+                if self.peft_config
+                else "The model has no adapter: make one with add_adapter(name, config) or load_adapter(folder, name)"
+            )
         return self.peft_config[self.active_adapter]
 
     @property
@@ -302,7 +312,7 @@ class PeftModel(nn.Module):
                 warning.
 
         Raises:
-            ValueError: a file in place of the folder, or an unknown adapter.
+            ValueError: a file in place of the folder, an unknown adapter, or none at all.
             NotImplementedError: `path_initial_model_for_weight_conversion`.
         """
         if os.path.isfile(save_directory):
@@ -315,11 +325,13 @@ class PeftModel(nn.Module):
             raise ValueError(
                 f"selected_adapters holds unknown adapters {unknown}; there are {sorted(self.peft_config)}"
             )
+        if not names:
+            raise ValueError("There is no adapter to save")
         push = kwargs.pop("push_to_hub", False)
         push_kwargs = {k: kwargs.pop(k) for k in ("repo_id", "token", "private", "commit_message") if k in kwargs}
         kwargs.pop("save_function", None)
         if kwargs:
-            warnings.warn(f"save_pretrained has no use for {sorted(kwargs)}", PeftWarning, stacklevel=2)
+            warn(f"save_pretrained has no use for {sorted(kwargs)}")
         tensors = {
             name: get_peft_model_state_dict(
                 self, state_dict, adapter_name=name, save_embedding_layers=save_embedding_layers
@@ -448,11 +460,9 @@ class PeftModel(nn.Module):
         hub, rest = split_hub_kwargs(kwargs)
         ignore_mismatched_sizes = rest.pop("ignore_mismatched_sizes", False)
         if rest:
-            warnings.warn(
+            warn(
                 f"Loading an adapter has no use for {sorted(rest)}: its tensors go where their base layers are, and "
                 "autocast_adapter_dtype decides about their type",
-                PeftWarning,
-                stacklevel=2,
             )
         if ephemeral_gpu_offload:
             raise NotImplementedError("ephemeral_gpu_offload is not in this version of peft")

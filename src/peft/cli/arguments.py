@@ -1,4 +1,4 @@
-"""Arguments of all commands, and the rules between them. Imports nothing but the standard library.
+"""Arguments of all commands, and the rules between them. Imports nothing heavy: no torch, no transformers.
 
 An option that would have no effect (because it belongs to another method or another kind of data) is an error.
 """
@@ -6,13 +6,23 @@ An option that would have no effect (because it belongs to another method or ano
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 METHODS = ("sft", "lora", "ssf")
 METHOD_OPTIONS = {
-    "sft": ("density", "num_tunable_weights", "reselection_steps", "selection_algorithm"),
+    "sft": (
+        "density",
+        "num_tunable_weights",
+        "granularity",
+        "block_size",
+        "selection_algorithm",
+        "static_criterion",
+        "budget",
+        "reselection_steps",
+    ),
     "lora": ("rank", "alpha", "dropout"),
     "ssf": (),
 }
@@ -48,6 +58,8 @@ def find_conflict(args: argparse.Namespace) -> str | None:
         for name in names:
             if method != args.method and getattr(args, name) is not None:
                 return f"{option(name)} belongs to --method {method} and has no effect on --method {args.method}"
+    if args.selection_algorithm == "static" and args.reselection_steps is not None:
+        return "--reselection-steps has no effect with --selection-algorithm static, which chooses once"
     for first, second in EXCLUSIVE:
         if getattr(args, first) not in (None, False) and getattr(args, second) not in (None, False):
             return f"{option(first)} and {option(second)} cannot be given together"
@@ -226,19 +238,28 @@ def add_method_options(train: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="names with commas between them, a regular expression, or all-linear (default)",
     )
-    sft = train.add_argument_group("--method sft")
-    sft.add_argument("--density", type=share, metavar="X", help="share of the weights that is trained; default: 0.01")
-    sft.add_argument(
-        "--num-tunable-weights", type=positive_int, metavar="N", help="their number, in place of --density"
-    )
-    sft.add_argument(
-        "--reselection-steps", type=positive_int, metavar="N", help="steps between reselections; default: 20"
-    )
-    sft.add_argument("--selection-algorithm", choices=("rigl", "sm3"), help="default: rigl")
+    add_sft_options(train.add_argument_group("--method sft"))
     lora = train.add_argument_group("--method lora")
     lora.add_argument("--rank", type=positive_int, metavar="R", help="default: 8")
     lora.add_argument("--alpha", type=positive_int, metavar="A", help="default: twice the rank")
     lora.add_argument("--dropout", type=probability, metavar="P", help="default: 0")
+
+
+def add_sft_options(group: argparse._ArgumentGroup) -> None:
+    """The options of `SftConfig` that are in METHOD_OPTIONS, with its texts, choices and defaults."""
+    from ..tuners.sft.config import SftArguments, choices
+
+    for field in dataclasses.fields(SftArguments):
+        if field.name not in METHOD_OPTIONS["sft"]:
+            continue
+        text = field.metadata["help"].replace("%", "%%")
+        if field.default is not None:
+            text += f" Default: {field.default}."
+        if allowed := choices(field.name):
+            group.add_argument(option(field.name), choices=allowed, help=text)
+        else:
+            kind, metavar = (share, "X") if field.name == "density" else (positive_int, "N")
+            group.add_argument(option(field.name), type=kind, metavar=metavar, help=text)
 
 
 def add_evaluate(commands: argparse._SubParsersAction) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
 
+from .arguments import METHOD_OPTIONS
 from .common import CliError, first_line, need
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def make_adapter_config(args: argparse.Namespace) -> PeftConfig:
             return LoraConfig(**fields, r=rank, lora_alpha=args.alpha or 2 * rank, lora_dropout=args.dropout or 0.0)
         if args.method == "ssf":
             return SsfConfig(**fields)
-        for name in ("density", "num_tunable_weights", "reselection_steps", "selection_algorithm"):
+        for name in METHOD_OPTIONS["sft"]:
             if getattr(args, name) is not None:
                 fields[name] = getattr(args, name)
         if args.reselection_steps is not None:  # gathering must end before the next reselection

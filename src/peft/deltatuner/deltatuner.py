@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
 from typing import Any
 
 from torch import nn
@@ -18,7 +17,7 @@ from ..tuners.lora import LoraConfig
 from ..tuners.sft.config import SftConfig
 from ..tuners.ssf import SsfConfig
 from ..utils.peft_types import PeftType
-from ..utils.warning import PeftWarning
+from ..utils.warning import warn
 from .deltatuner_args import DeltaTunerArguments
 
 __all__ = ["optimize"]
@@ -113,10 +112,8 @@ def _base_of(model: nn.Module) -> nn.Module:
     if any(layer.merged for layer in model.base_model.layers()):
         raise ValueError("The model's adapter is merged: call unmerge_adapter() first")
     if _is_trained(model):
-        warnings.warn(
+        warn(
             "The model's adapter has been trained; the compact one replaces it and starts anew",
-            PeftWarning,
-            stacklevel=3,
         )
     return model.unload()
 

@@ -8,25 +8,25 @@ trains, and carries out what concerns all layers at once: switching, merging, de
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import nn
 
+from .._lazy import explanation
 from ..utils.constants import DUMMY_TARGET_MODULES, SEQ_CLS_HEAD_NAMES
 from ..utils.error import NoMatchingPeftModuleError
 from ..utils.other import (
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
+    Places,
     _get_submodules,
-    replace_module,
     shared_parameters,
 )
 from ..utils.placement import home_device, offload_hook, own_tensor, reshard
 from ..utils.quantization_utils import keep_trainable
-from ..utils.warning import PeftWarning
+from ..utils.warning import warn
 from .ops import make_op
 from .parts import (
     cast_adapter_dtype,
@@ -204,7 +204,7 @@ class BaseTuner(nn.Module):
         active, disabled = self.active_adapters, self._adapters_disabled
         if not config.inference_mode:
             keep_trainable(model)
-        shared = shared_parameters(model)
+        shared, places = shared_parameters(model), Places(model)
         try:
             for key in targets:
                 parent, target, target_name = _get_submodules(model, key)
@@ -213,6 +213,10 @@ class BaseTuner(nn.Module):
                 with torch.device("meta") if on_meta else nullcontext():
                     self._create_and_replace(config, adapter_name, target, target_name, parent, key)
                 layer = model.get_submodule(key)
+                if layer is not target:
+                    places.replace(target, layer)  # a module may stand in more places than the one called `key`
+                    layer._active_adapter = list(active)
+                    layer.enable_adapters(not disabled)
                 layer.op.shared |= id(layer.weight) in shared  # a merged layer has parted from the others for a while
             wrap_modules_to_save(model, getattr(config, "modules_to_save", None) or [], adapter_name)
             _check_biases(model, config, adapter_name)
@@ -250,11 +254,9 @@ class BaseTuner(nn.Module):
         useless = unmatched_entries(config, [*keys, *warned], targets, chosen)  # experts are warned of once
         if useless:
             listed = "; ".join(f"{field} {entries}" for field, entries in useless.items())
-            warnings.warn(
+            warn(
                 f"{type(config).__name__} names what the model does not have, so that it has no effect: {listed}. The "
                 f"adapter has {len(targets)} layers, such as {list(targets)[:3]}",
-                PeftWarning,
-                stacklevel=6,
             )
 
     def _without_whole_modules(self, config, targets: dict[str, nn.Module], explicit: bool) -> dict[str, nn.Module]:
@@ -336,10 +338,8 @@ class BaseTuner(nn.Module):
             )
         if not isinstance(target, self.tuner_layer_cls):
             layer = self.make_layer(target, current_key)
-            layer._disable_adapters = self._adapters_disabled
-            layer._active_adapter = self.active_adapters
             layer.train(target.training)
-            replace_module(self.model, target, layer)
+            setattr(parent, target_name, layer)
         layer.update_layer(adapter_name, config, **self.layer_kwargs(config, current_key))
         self._move_to_base(layer, adapter_name)
 
@@ -420,10 +420,8 @@ class BaseTuner(nn.Module):
     def disable_adapter_layers(self) -> None:
         for name in self.active_adapters:
             if getattr(self.peft_config[name], "bias", "none") != "none":
-                warnings.warn(
+                warn(
                     f"Adapter {name!r} trains biases of the base model; disabling it does not give the old biases back",
-                    PeftWarning,
-                    stacklevel=3,
                 )
         self._enable_adapter_layers(False)
 
@@ -478,7 +476,7 @@ class BaseTuner(nn.Module):
             self.merge_adapter(names, safe_merge)  # all of it before any layer goes: an error leaves the model whole
         drop_trained_biases(self.model)
         reshard(self.model)
-        untied = False
+        untied, places = False, Places(self.model)
         targets = [*self.layers(), *self.wrappers()]
         for module in tqdm(targets, disable=not progressbar, desc="Unloading" + (" and merging" if merge else "")):
             if isinstance(module, BaseTunerLayer):
@@ -488,14 +486,12 @@ class BaseTuner(nn.Module):
                 plain = module.base_layer
             else:
                 plain = module.unload(names if merge else [])
-            replace_module(self.model, module, plain)
+            places.replace(module, plain)
         if untied and getattr(getattr(self.model, "config", None), "tie_word_embeddings", False):
             self.model.config.tie_word_embeddings = False
-            warnings.warn(
+            warn(
                 "The adapter changed a weight that the model ties to another; the merged model has them apart "
                 "(config.tie_word_embeddings is now False)",
-                PeftWarning,
-                stacklevel=3,
             )
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
@@ -513,7 +509,12 @@ class BaseTuner(nn.Module):
         except AttributeError:
             if name == "model":  # not there yet, or unpickling
                 raise
+        try:
             return getattr(self.model, name)
+        except AttributeError:
+            if text := explanation(f"peft.PeftModel.{name}"):
+                raise AttributeError(text) from None
+            raise
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict:
@@ -555,5 +556,5 @@ def _wrap_module_to_save(model: nn.Module, name: str, adapter_name: str) -> bool
         if isinstance(module, ModulesToSaveWrapper):
             module.update(adapter_name)
         else:
-            replace_module(model, module, ModulesToSaveWrapper(module, adapter_name))
+            Places(model).replace(module, ModulesToSaveWrapper(module, adapter_name))
     return bool(found)

@@ -249,9 +249,8 @@ class EmbeddingOp(Op):
     def op(self, x, W, b):
         table = W.T
         layer = self.layer
-        y = F.embedding(
-            x, table, layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq, layer.sparse
-        )
+        # Not with `layer.sparse`: the table comes out of an adapter, and through that no sparse gradient can go.
+        y = F.embedding(x, table, layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq)
         scale = self.embed_scale
         return y if scale is None else y * scale.to(y.dtype)
 

@@ -7,16 +7,15 @@ model, and libraries that switch layers one by one, see the same state.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
 
 from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING, is_adapter_key
-from ..utils.other import AdapterParts, AuxiliaryTrainingWrapper, replace_module
+from ..utils.other import AdapterParts, AuxiliaryTrainingWrapper, Places
 from ..utils.placement import reshard
-from ..utils.warning import PeftWarning
+from ..utils.warning import warn
 from .tuners_utils import BaseTunerLayer, as_list
 
 _BIASES = "_peft_trained_biases"  # attribute of a base model: its `TrainedBiases`, if an adapter trains any
@@ -136,7 +135,7 @@ def set_adapter(
             part.check_active(names)
     reshard(model)
     if any(isinstance(part, BaseTunerLayer) and part.merged and part.active_adapters != names for part in chosen):
-        warnings.warn("Adapters are merged into the base weights; they are unmerged before switching", PeftWarning, 4)
+        warn("Adapters are merged into the base weights; they are unmerged before switching")
     for part in chosen:
         if isinstance(part, BaseTunerLayer) and part.merged and part.active_adapters != names:
             part.unmerge()
@@ -144,12 +143,10 @@ def set_adapter(
     flags = [t.requires_grad for p in chosen for n in names for _, t in p.adapter_tensors(n) if t.is_floating_point()]
     # Under no_grad the adapter is wanted for a forward pass, such as that of a reference model.
     if flags and not any(flags) and not inference_mode and torch.is_grad_enabled():
-        warnings.warn(
+        warn(
             f"The adapters {names} are active now, but nothing of them will train: their parameters were frozen by "
             f"hand (requires_grad), and that holds. To train them call set_requires_grad({names}, True); to say that "
             "they are not to be trained, set_adapter(..., inference_mode=True)",
-            PeftWarning,
-            stacklevel=4,
         )
 
 
@@ -166,11 +163,12 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     """Delete an adapter; modules that have no other one get their old place in the model back."""
+    places = Places(model)
     for part in list(parts(model)):
         part.delete_adapter(adapter_name)
         if isinstance(part, nn.Module) and not part._available_adapters:
             plain = part.base_layer if isinstance(part, BaseTunerLayer) else part.original_module
-            replace_module(model, part, plain)
+            places.replace(part, plain)
 
 
 def _check_method(model: nn.Module, adapter_name: str, prefix: str) -> None:
@@ -216,7 +214,7 @@ def delete_adapter(
     others = [name for name in configs if name != adapter_name]
     if active and not left and others:
         left = others[:1]
-        warnings.warn(f"The active adapter was deleted; {left[0]!r} is active now", PeftWarning, stacklevel=4)
+        warn(f"The active adapter was deleted; {left[0]!r} is active now")
         set_adapter(model, left, configs[left[0]].inference_mode, layer_cls)
     return left
 

@@ -55,9 +55,14 @@ class Recipe:
 _ITSELF = Recipe(lambda parts: parts[0])
 
 
-def keep(x: torch.Tensor) -> tuple[list[torch.Tensor], Recipe]:
-    """`(parts, recipe)`: save the parts, and in backward `recipe(parts)` is `x`."""
-    if torch.compiler.is_compiling() or _hooks_are_active():
+def keep(x: torch.Tensor, counted: bool = True) -> tuple[list[torch.Tensor], Recipe]:
+    """`(parts, recipe)`: save the parts, and in backward `recipe(parts)` is `x`.
+
+    Args:
+        counted: the caller will use the recipe once per backward pass; who may not use it gets one of its own, since
+            those who share one wait for each other.
+    """
+    if torch.compiler.is_compiling() or hooks_are_active():
         return [x], _ITSELF
     node = x.grad_fn
     if node is None or x._version:  # what was changed in place behind autograd's back its node would not make
@@ -66,6 +71,8 @@ def keep(x: torch.Tensor) -> tuple[list[torch.Tensor], Recipe]:
     build = _rebuild(node, parts, DEPTH)
     if build is None:
         return [x], _ITSELF
+    if not counted:
+        return parts, Recipe(build)
     recipe = node.metadata.get(_METADATA)
     if recipe is None:
         recipe = node.metadata[_METADATA] = Recipe(build)
@@ -74,7 +81,7 @@ def keep(x: torch.Tensor) -> tuple[list[torch.Tensor], Recipe]:
     return parts, recipe
 
 
-def _hooks_are_active() -> bool:
+def hooks_are_active() -> bool:
     try:
         with torch.autograd.graph.disable_saved_tensors_hooks("not entered while hooks are active"):
             return False

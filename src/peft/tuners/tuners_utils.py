@@ -10,7 +10,6 @@ Several active adapters compose in the order in which they are listed: layer `F_
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -20,7 +19,7 @@ from .._lazy import explain_missing
 from ..utils.mixed_batch import run_by_row
 from ..utils.other import AdapterParts
 from ..utils.placement import whole_modules
-from ..utils.warning import PeftWarning
+from ..utils.warning import warn
 from .ops import Op, make_op
 
 __all__ = ["AdditiveLayer", "BASE_ADAPTER", "BaseTunerLayer", "WeightSpaceLayer"]
@@ -198,14 +197,14 @@ class BaseTunerLayer(AdapterParts):
         names = self.active_adapters if adapter_names is None else as_list(adapter_names)
         for name in names:
             if name in self.merged_adapters:
-                warnings.warn(f"Adapter {name!r} is merged already, nothing to do", PeftWarning, stacklevel=3)
+                warn(f"Adapter {name!r} is merged already, nothing to do")
         if safe_merge:
             self.check_merge(names)
         before = len(self.merged_adapters)
         try:
             for name in self._mergeable(names):
                 W, b = self.op.load()
-                with self.whole_adapters():
+                with self.whole_adapter(name):
                     memory = self.remember(name, W, b)
                     W, b = self.fold(name, _wide(W), None if b is None else _wide(b))
                 self.op.store(W, b)
@@ -225,16 +224,19 @@ class BaseTunerLayer(AdapterParts):
         W, b = self.op.load()
         dtype = W.dtype
         for name in self._mergeable(adapter_names):
-            with self.whole_adapters():
+            with self.whole_adapter(name):
                 W, b = self.fold(name, _wide(W), None if b is None else _wide(b))
             W = W.to(dtype)
             if not (W.isfinite().all() and (b is None or b.to(dtype).isfinite().all())):
                 raise ValueError(f"Merging adapter {name!r} would give values that are not finite; nothing was merged")
 
-    def whole_adapters(self, write: bool = False):
-        """Within this context the layer's adapters are whole and here, as in a forward; see `whole_modules`."""
+    def whole_adapter(self, name: str, write: bool = False):
+        """Within this context an adapter's parameters are whole and here, as in a forward; see `whole_modules`."""
         containers = [getattr(self, attribute, None) for attribute in self.adapter_layer_names]
-        parts = [part for c in containers if isinstance(c, nn.Module) for part in c.modules()]
+        containers = [container for container in containers if container is not None and name in container]
+        # Bare parameters are held by the container itself; those of the other adapters come along with them.
+        held = [c[name] if isinstance(c[name], nn.Module) else c for c in containers]
+        parts = [part for holder in held for part in holder.modules()]
         return whole_modules(parts, write)
 
     def _mergeable(self, names: Sequence[str]) -> list[str]:
@@ -244,7 +246,7 @@ class BaseTunerLayer(AdapterParts):
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight again."""
         if not self.merged:
-            warnings.warn("Nothing is merged, so there is nothing to unmerge", PeftWarning, stacklevel=3)
+            warn("Nothing is merged, so there is nothing to unmerge")
             return
         self.unmerge_to(0)
 
@@ -255,7 +257,7 @@ class BaseTunerLayer(AdapterParts):
         while len(self.merged_adapters) > count:
             W, b = self.op.load()
             name = self.merged_adapters[-1]
-            with self.whole_adapters():
+            with self.whole_adapter(name):
                 W, b = self.unfold(name, W, b, self._merge_memory.pop(name))
             self.op.store(W, b)
             self.merged_adapters.pop()

@@ -35,7 +35,8 @@ def write_model_card(model, folder: str | os.PathLike) -> None:
     from .. import __version__
 
     path = os.path.join(folder, "README.md")
-    config = model.active_peft_config
+    # Of the active adapter; where none is, of the first.
+    config = model.peft_config.get(model.active_adapter) or next(iter(model.peft_config.values()))
     base = config.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", None)
     base = None if not base or os.path.isdir(base) else base
     method = getattr(config.peft_type, "value", str(config.peft_type))

@@ -187,11 +187,23 @@ def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, s
     return model.get_submodule(parent), model.get_submodule(key), name
 
 
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever the model holds `old`; one module may stand in several places."""
-    holders = [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is old]
-    for parent, name in holders:
-        setattr(parent, name, new)
+class Places:
+    """Where a model holds each of its modules; one module may stand in several places.
+
+    Found in one walk, so that replacing many modules does not walk the model once for each of them.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._of: dict[nn.Module, list[tuple[nn.Module, str]]] = {}  # module -> its parents, and its names in them
+        for parent in model.modules():
+            for name, child in parent._modules.items():
+                if child is not None:
+                    self._of.setdefault(child, []).append((parent, name))
+
+    def replace(self, old: nn.Module, new: nn.Module) -> None:
+        """Put `new` wherever the model held `old`."""
+        for parent, name in self._of[old]:
+            setattr(parent, name, new)
 
 
 def shared_parameters(model: nn.Module) -> set[int]:

@@ -309,8 +309,14 @@ def independent_copy(module: nn.Module) -> nn.Module:
             stand_ins[id(hook)] = type(hook)(
                 hook.execution_device, io_same_device=hook.io_same_device, skip_keys=hook.skip_keys
             )
-    with whole_modules(module.modules()):
+    # Parts that are empty, with nothing to bring their numbers, stay so: those of a model whose weights come later.
+    reachable = [part for part in module.modules() if offload_hook(part) is not None or not _is_empty(part)]
+    with whole_modules(reachable):
         return copy.deepcopy(module, stand_ins)
+
+
+def _is_empty(module: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in module._parameters.values() if parameter is not None)
 
 
 def own_tensor(model: nn.Module, name: str) -> tuple[nn.Module, str]:

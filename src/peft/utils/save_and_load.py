@@ -7,9 +7,8 @@ saving and loading alike: the adapter's name is left out, everything else stays.
 from __future__ import annotations
 
 import os
-import warnings
 from collections import namedtuple
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 from torch import nn
@@ -29,7 +28,7 @@ from .placement import (
     whole_tensor,
     whole_tensors,
 )
-from .warning import PeftWarning
+from .warning import warn
 
 IncompatibleKeys = namedtuple("IncompatibleKeys", ["missing_keys", "unexpected_keys"])
 # What wrappers around a module (FSDP, torch.compile, activation checkpointing) put into its parameters' names.
@@ -88,11 +87,9 @@ def _embedding_keys(model: nn.Module, save_embedding_layers: bool | str, config,
         if not _vocabulary_changed(model, config):
             modules = [m for m in modules if isinstance(m, BaseTunerLayer) and adapter_name in m._available_adapters]
         if modules:
-            warnings.warn(
+            warn(
                 "The base model's embeddings are saved with the adapter, because the adapter targets them or the "
                 "vocabulary was resized. Give save_embedding_layers=True or False to choose",
-                PeftWarning,
-                stacklevel=4,
             )
     bases = [module.get_base_layer() if isinstance(module, BaseTunerLayer) else module for module in modules]
     bases = [base for base in bases if not isinstance(base, AuxiliaryTrainingWrapper)]
@@ -205,7 +202,7 @@ def set_peft_model_state_dict(
     expected.update({_plain_name(name): name for name in _bias_keys(model, config, adapter_name)})
     # Of the base model a file may bring the embeddings, nothing else.
     embeddings = {file: name for name, file in _embedding_keys(model, True, config, adapter_name).items()}
-    renamed = {_file_key(key): tensor for key, tensor in peft_model_state_dict.items()}
+    renamed = {_file_key(key, expected): tensor for key, tensor in peft_model_state_dict.items()}
     incoming = {expected[key]: tensor for key, tensor in renamed.items() if key in expected}
     for path, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and adapter_name in module._available_adapters:
@@ -227,7 +224,7 @@ def set_peft_model_state_dict(
         message = f"{len(mismatched)} tensors have another shape than the adapter's, such as {mismatched[:3]}"
         if not ignore_mismatched_sizes:
             raise RuntimeError(f"Error(s) in loading adapter {adapter_name!r}: size mismatch: {message}")
-        warnings.warn(f"{message}; they are skipped", PeftWarning, stacklevel=2)
+        warn(f"{message}; they are skipped")
     missing = [key for key in expected if key not in renamed]
     for name in [name for name in found if _is_elsewhere(model, name)]:
         _write_elsewhere(model, name, found.pop(name))
@@ -247,7 +244,7 @@ def set_peft_model_state_dict(
     for module in model.modules():
         if isinstance(module, BaseTunerLayer) and adapter_name in module._available_adapters:
             if not any(t.is_meta for _, t in module.adapter_tensors(adapter_name)):
-                with module.whole_adapters(write=True):
+                with module.whole_adapter(adapter_name, write=True):
                     module.after_load(adapter_name)
     return IncompatibleKeys(missing, unexpected)
 
@@ -289,9 +286,16 @@ def _device_of(model: nn.Module, name: str, current: torch.device) -> torch.devi
     return current if home.type == "meta" else home
 
 
-def _file_key(key: str) -> str:
-    """A key of a file in today's form; deltatuner's wrapped bases are called `linear_sub`."""
-    return _plain_name(key).replace(".linear_sub.", ".")
+def _file_key(key: str, expected: Container[str]) -> str:
+    """A key of a file in today's form.
+
+    deltatuner calls wrapped bases `linear_sub`, and leaves layers unwrapped that its search switched off: their biases
+    have the plain name.
+    """
+    key = _plain_name(key).replace(".linear_sub.", ".base_layer.")
+    module, _, name = key.rpartition(".")
+    wrapped = f"{module}.base_layer.{name}"
+    return wrapped if key not in expected and wrapped in expected else key
 
 
 def report_incompatible(result: IncompatibleKeys, adapter_name: str, source) -> None:
@@ -301,11 +305,9 @@ def report_incompatible(result: IncompatibleKeys, adapter_name: str, source) -> 
         (result.unexpected_keys, "has %d tensors that adapter %r has no place for, which are ignored"),
     ):
         if keys:
-            warnings.warn(
+            warn(
                 f"{source} {what % (len(keys), adapter_name)}: {keys[:3]}{' ...' if len(keys) > 3 else ''}. Do the "
                 "base model and the adapter's configuration belong to this file?",
-                PeftWarning,
-                stacklevel=3,
             )
 
 

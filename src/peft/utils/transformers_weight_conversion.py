@@ -12,7 +12,6 @@ projection into three). It does not apply to an adapter's tensors as it stands; 
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -24,7 +23,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 from .._lazy import explain_missing
 from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from .peft_types import PeftType
-from .warning import PeftWarning
+from .warning import warn
 
 FILE_PREFIX = "base_model.model."
 
@@ -176,13 +175,11 @@ def warn_of_single_experts(model: nn.Module, target_modules) -> list[str]:
             merged[_module_pattern(pattern).rpartition(".")[2]] = converter.target_patterns[0].lstrip(".")
     names = sorted(name for name in target_modules if name in merged)
     if names:
-        warnings.warn(
+        warn(
             f"The experts' {', '.join(names)} are not adapted: this version of transformers holds those of all experts "
             f"of a layer in one parameter ({', '.join(sorted({merged[name] for name in names}))}), and adapters of "
             "parameters (target_parameters) are not in this version of peft. Modules of these names outside the "
             "experts are adapted",
-            PeftWarning,
-            stacklevel=7,
         )
     return names
 

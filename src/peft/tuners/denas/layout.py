@@ -7,14 +7,13 @@ encoder's come first), so that every layer has one number and a structure is one
 from __future__ import annotations
 
 import re
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
 from ...mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from ...utils.warning import PeftWarning
+from ...utils.warning import warn
 from ..common_config import TargetedConfig
 from ..ops import Op, make_op
 
@@ -69,11 +68,9 @@ class Layout:
                 "(as in model.layers.3.mlp): choose other target_modules"
             )
         if outside := sorted(set(targets) - set(self.places)):
-            warnings.warn(
+            warn(
                 f"DE-NAS chooses per layer; {outside[:3]} ({len(outside)} of {len(targets)} targets) are in no "
                 "numbered layer and get no adapter",
-                PeftWarning,
-                stacklevel=3,
             )
 
     @staticmethod

@@ -6,14 +6,13 @@ the rest, and keeps the history. Optuna's engines are in `optuna_engines`.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from ...utils.warning import PeftWarning
+from ...utils.warning import warn
 from .config import DenasConfig
 from .knapsack import best_choice
 from .score import de_score
@@ -122,10 +121,8 @@ class Search:
         except KeyboardInterrupt:
             if not self.history:
                 raise
-            warnings.warn(
+            warn(
                 f"The search was interrupted after {len(self.history)} structures; the best of them is taken",
-                PeftWarning,
-                stacklevel=3,
             )
         finally:
             self._bar.close()

@@ -34,8 +34,8 @@ class FusedLora(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])  # (N, I)
         dropped = rows if xd is None else xd.reshape(rows.shape)
         hidden = A @ dropped.T  # (r, N)
-        y = torch.addmm(b, rows, W.T) if b is not None else rows @ W.T  # (N, O)
-        y.addmm_(hidden.T, B.T, alpha=s)
+        y = F.linear(x, W, b)  # (..., O); returned as it is: a view could not be changed in place (ReLU, Falcon's MLP)
+        y.view(-1, y.shape[-1]).addmm_(hidden.T, B.T, alpha=s)
         if bB is not None:
             y.add_(bB, alpha=s)
         ctx.s, ctx.shared_input = s, xd is None
@@ -44,7 +44,7 @@ class FusedLora(torch.autograd.Function):
         # The inputs themselves, not views made here: to a second derivative those would be constants.
         parts, ctx.recipe = keep(x if xd is None else xd) if train else ([], None)
         ctx.save_for_backward(hidden if train else None, W, A, B, x if needs[2] else None, *parts)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     def backward(ctx, gy):

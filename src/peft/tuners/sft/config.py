@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from ...config import documented
 from ...utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ...utils.peft_types import PeftType
 from ..common_config import TargetedConfig
-
-ALGORITHMS = ("rigl", "sm3", "static")
-CRITERIA = ("gradient", "fisher", "magnitude", "random")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
 
 
 @dataclass
@@ -56,6 +50,13 @@ class _SftOptions:
     """Data type of the trained numbers; "auto": that of the weight they belong to."""
 
 
+def choices(field: str) -> tuple[str, ...]:
+    """The values that an option of few values has, besides None; () for any other option."""
+    hint = get_type_hints(_SftOptions)[field]
+    literals = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
+    return tuple(value for literal in literals for value in get_args(literal))
+
+
 @documented
 @dataclass
 class SftArguments(_SftOptions):
@@ -92,15 +93,9 @@ class SftConfig(_SftOptions, TargetedConfig):
         super().__post_init__()
         self.peft_type = PeftType.SFT
         self._check_budget()
-        for name, allowed in (
-            ("granularity", ("element", "row", "column", "block")),
-            ("selection_algorithm", ALGORITHMS),
-            ("budget", ("per_layer", "global")),
-            ("reselection_rate_policy", ("linear", "cosine")),
-            ("dtype", tuple(DTYPES)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        for name in ("granularity", "selection_algorithm", "budget", "reselection_rate_policy", "dtype"):
+            if getattr(self, name) not in choices(name):
+                raise ValueError(f"{name} must be one of {choices(name)}, got {getattr(self, name)!r}")
         if not isinstance(self.block_size, int) or self.block_size < 1:
             raise ValueError(f"block_size must be a positive whole number, got {self.block_size!r}")
         if self.granularity != "block" and self.block_size != type(self).block_size:
@@ -127,8 +122,9 @@ class SftConfig(_SftOptions, TargetedConfig):
     def _check_static(self):
         if self.selection_algorithm == "static" and self.static_criterion is None:
             self.static_criterion = "gradient"
-        if self.static_criterion not in (None, *CRITERIA):
-            raise ValueError(f"static_criterion must be one of {CRITERIA}, got {self.static_criterion!r}")
+        criteria = choices("static_criterion")
+        if self.static_criterion not in (None, *criteria):
+            raise ValueError(f"static_criterion must be one of {criteria}, got {self.static_criterion!r}")
         if self.static_criterion is not None and self.selection_algorithm != "static":
             raise ValueError(
                 f"static_criterion={self.static_criterion!r} has no meaning with selection_algorithm="

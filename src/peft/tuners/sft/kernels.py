@@ -2,8 +2,8 @@
 
 `sparse_linear` writes the delta into the frozen weight for the duration of one matrix product and puts the base
 numbers back, so that outside the product the weight is the base weight, bit for bit. `sparse_product` leaves the
-weight alone and multiplies by the sparse delta alone. `scatter_add` is the plain dense formulation, for everything
-that is not a matrix product.
+weight alone and multiplies by the sparse delta alone. `add` is the plain dense formulation, for everything that is not
+a matrix product. `sparse_linear` and `add` take structured deltas too (`structured`).
 
 Gradients of the values are the entries of the weight's gradient at the delta's positions. Where torch has a sampled
 dense-dense product (on the CPU, in float32 and float64) only they are computed. Elsewhere, and where a reselection has
@@ -36,22 +36,30 @@ _writing = threading.Lock()
 
 
 @contextlib.contextmanager
-def _written(weight: torch.Tensor, values: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]):
-    """The weight with the deltas in it; on leaving it is what it was, bit for bit.
+def _written(weight: torch.Tensor, transposed: bool, deltas, values, indices):
+    """While this lasts the weight has the deltas in it; on leaving it is what it was, bit for bit.
 
     Written through `.data`, whose version counter is its own: autograd graphs that saved the weight stay valid.
     """
-    flat = weight.data.view(-1)
+    W, flat = weight.data.T if transposed else weight.data, weight.data.view(-1)
     base: list[torch.Tensor] = []
     with _writing:
         try:
-            for v, i in zip(values, indices):
-                base.append(flat.index_select(0, i))
-                flat.scatter_(0, i.long(), wide_sum(base[-1], v))
-            yield weight
+            for delta, v, i in zip(deltas, values, indices):
+                base.append(flat.index_select(0, i) if delta.layout is None else delta.layout.read(W, i))
+                _write(delta, W, flat, i, wide_sum(base[-1], v))
+            yield
         finally:
-            for numbers, i in zip(reversed(base), reversed(indices[: len(base)])):
-                flat.scatter_(0, i.long(), numbers)
+            for delta, numbers, i in reversed(list(zip(deltas, base, indices))):
+                _write(delta, W, flat, i, numbers)
+
+
+def _write(delta, W: torch.Tensor, flat: torch.Tensor, indices: torch.Tensor, numbers: torch.Tensor) -> None:
+    """Put numbers into the slots of a weight, given as (O, I) and as stored (n,)."""
+    if delta.layout is None:
+        flat.scatter_(0, indices.long(), numbers)
+    else:
+        delta.layout.write(W, indices, numbers)
 
 
 def wide_sum(base: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -69,9 +77,9 @@ class Candidates:
         self.position = torch.empty(0, dtype=torch.int64, device=delta.indices.device)
 
     def see(self, gradient: torch.Tensor, start: int) -> None:
-        """Take in this process's dense gradient (n,) of the positions from `start` on."""
-        ranks, gradient = self.delta.ranks, gradient.float()
-        self.see_sum(gradient if ranks is None else ranks.sum(self.delta, gradient, start), start)
+        """Take in this process's dense gradient (n,) from flat position `start` on."""
+        ranks = self.delta.ranks
+        self.see_sum(gradient if ranks is None else ranks.sum(self.delta, gradient.float(), start), start)
 
     def see_sum(self, gradient: torch.Tensor, start: int) -> None:
         """Take in the gradient (n,) of the positions from `start` on, summed over all processes."""
@@ -92,6 +100,36 @@ def new_candidates(deltas) -> list:
         if delta.is_gathering and delta.ranks is not None:
             delta.ranks.enter(delta)
     return [d.new_candidates() for d in deltas if d.is_gathering and d.candidates is None]
+
+
+def _gather(delta, rows: int, width: int, dense: Callable, at: Callable) -> None:
+    """Let a gathering delta see the gradient of one backward pass, which is a matrix (rows, width).
+
+    Args:
+        dense: `(start, stop)` -> (stop - start, width), those rows of it.
+        at: slots (m,) -> (m,) or (m, s), the gradient there.
+    """
+    align = 1 if delta.layout is None else delta.layout.align
+    for candidates in new_candidates([delta]):
+        step = WORKSPACE_BYTES // (width * torch.promote_types(delta.values.dtype, torch.float32).itemsize)
+        step = max(align, step // align * align)
+        for start in range(0, rows, step):
+            candidates.see(dense(start, min(start + step, rows)).flatten(), start * width)
+        candidates.choose()
+    if delta.is_gathering:
+        delta.observe(at(delta.candidates))
+
+
+def gather_product(delta, gy: torch.Tensor, x: torch.Tensor) -> None:
+    """`_gather` for a structured delta where the weight's gradient is `gy^T x`; gy (N, O), x (N, I)."""
+    layout = delta.layout
+    _gather(
+        delta,
+        layout.out_features,
+        layout.in_features,
+        lambda start, stop: gy[:, start:stop].T @ x,
+        lambda groups: layout.gradient(gy, layout.inputs(x, groups), groups),
+    )
 
 
 class _Factor:
@@ -189,46 +227,69 @@ def _from_blocks(left, right, wanted: Sequence[torch.Tensor], watchers: Sequence
     return [torch.cat(part) for part in parts]
 
 
-class _SparseLinear(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     """`x (..., I), weight, bias, transposed, deltas, dtype, *values, *indices -> (..., O)`."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, transposed, deltas, dtype, *values_and_indices):
-        n = len(values_and_indices) // 2
+        n = len(deltas)
         values, indices = values_and_indices[:n], values_and_indices[n:]
-        with _written(weight, values, indices), torch.autocast(x.device.type, enabled=False):
+        with _written(weight, transposed, deltas, values, indices), torch.autocast(x.device.type, enabled=False):
             W = weight.data.to(dtype)
             y = F.linear(x, W.T if transposed else W, None if bias is None else bias.to(dtype))
-        parts, ctx.recipe = keep(x) if any(ctx.needs_input_grad[6 : 6 + n]) else ([], None)
-        ctx.save_for_backward(weight, *values_and_indices, *parts)
-        ctx.count, ctx.transposed, ctx.deltas = n, transposed, deltas
+        ctx.trained = any(ctx.needs_input_grad[6 : 6 + n])
+        ctx.recipe, kept = None, []
+        if ctx.trained and any(d.layout is None or d.layout.needs_input or d.is_gathering for d in deltas):
+            kept, ctx.recipe = keep(x)
+        elif ctx.trained:
+            rows = x.reshape(-1, x.shape[-1])
+            kept = [d.layout.inputs(rows, i) for d, i in zip(deltas, indices)]
+        ctx.save_for_backward(weight, *values_and_indices, *kept)
+        ctx.transposed, ctx.deltas = transposed, deltas
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gy):
-        n = ctx.count
+        n = len(ctx.deltas)
         weight, *rest = ctx.saved_tensors
-        values, indices, parts = rest[:n], rest[n : 2 * n], rest[2 * n :]
+        values, indices, kept = rest[:n], rest[n : 2 * n], rest[2 * n :]
         gx = gb = None
         grads: list[torch.Tensor | None] = [None] * n
         with torch.autocast(gy.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                with _written(weight, values, indices):
+                with _written(weight, ctx.transposed, ctx.deltas, values, indices):
                     W = weight.data.to(gy.dtype)
                     gx = gy @ (W.T if ctx.transposed else W)
+            g = gy.reshape(-1, gy.shape[-1])
             if ctx.needs_input_grad[2]:
-                gb = gy.reshape(-1, gy.shape[-1]).sum(0).to(ctx.bias_dtype)
-            if ctx.recipe is not None:
-                x = _Factor(
-                    lambda: ctx.recipe(parts).reshape(-1, parts[0].shape[-1]),
-                    lambda: ctx.recipe(parts, transposed_rows),
-                )
-                g = _Factor(lambda: gy.reshape(-1, gy.shape[-1]))
-                sampled = _weight_gradient(*((x, g) if ctx.transposed else (g, x)), ctx.deltas, indices)
-                grads = [g.to(v.dtype) for g, v in zip(sampled, values)]
+                gb = g.sum(0).to(ctx.bias_dtype)
+            if ctx.trained:
+                of = _gradients if ctx.deltas[0].layout is None else _structured_gradients
+                grads = [grad.to(v.dtype) for grad, v in zip(of(ctx, g, kept, indices), values)]
         return gx, None, gb, None, None, None, *grads, *([None] * n)
+
+
+def _gradients(ctx, g: torch.Tensor, kept, indices) -> list[torch.Tensor]:
+    """Gradients of the values of single weights in `_Linear`; g (N, O)."""
+    x = _Factor(
+        lambda: ctx.recipe(kept).reshape(-1, kept[0].shape[-1]),
+        lambda: ctx.recipe(kept, transposed_rows),
+    )
+    g = _Factor(lambda g=g: g)
+    return _weight_gradient(*((x, g) if ctx.transposed else (g, x)), ctx.deltas, indices)
+
+
+def _structured_gradients(ctx, g: torch.Tensor, kept, indices) -> list[torch.Tensor]:
+    """Gradients of the values of structured deltas in `_Linear`; g (N, O)."""
+    if ctx.recipe is not None:
+        x = ctx.recipe(kept)
+        x = x.reshape(-1, x.shape[-1])
+        kept = [delta.layout.inputs(x, i) for delta, i in zip(ctx.deltas, indices)]
+        for delta in ctx.deltas:
+            gather_product(delta, g, x)
+    return [delta.layout.gradient(g, inputs, i) for delta, inputs, i in zip(ctx.deltas, kept, indices)]
 
 
 def sparse_linear(x: torch.Tensor, weight, bias, deltas, transposed: bool) -> torch.Tensor:
@@ -238,7 +299,7 @@ def sparse_linear(x: torch.Tensor, weight, bias, deltas, transposed: bool) -> to
         x: (..., I).
         weight: (O, I), or (I, O) if `transposed`; frozen.
         bias: (O,) or None.
-        deltas: the `SparseDelta`s, in order.
+        deltas: the `SparseDelta`s, in order; all of single weights, or all structured.
 
     Returns:
         (..., O), in autocast's dtype under autocast.
@@ -248,7 +309,7 @@ def sparse_linear(x: torch.Tensor, weight, bias, deltas, transposed: bool) -> to
     dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
     values, indices = [d.values for d in deltas], [d.indices for d in deltas]
     x = x.to(dtype) if autocast else x
-    return _SparseLinear.apply(x, weight, bias, transposed, deltas, dtype, *values, *indices)
+    return _Linear.apply(x, weight, bias, transposed, deltas, dtype, *values, *indices)
 
 
 class _SparseProduct(torch.autograd.Function):
@@ -293,24 +354,24 @@ def sparse_product(x: torch.Tensor, delta, transposed: bool) -> torch.Tensor:
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-class _ScatterAdd(torch.autograd.Function):
+class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx, flat, values, indices, delta):
         ctx.save_for_backward(indices)
         ctx.delta, ctx.dtype = delta, values.dtype
-        return added(flat, values, indices)
+        return added(flat, values.flatten(), delta.positions(indices).flatten())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         (indices,) = ctx.saved_tensors
         delta = ctx.delta
-        for candidates in new_candidates([delta]):
-            candidates.see(gradient, 0)
-            candidates.choose()
-        if delta.is_gathering:
-            delta.observe(gradient[delta.candidates.long()])
-        return gradient if ctx.needs_input_grad[0] else None, gradient[indices.long()].to(ctx.dtype), None, None
+        # As groups are numbered, or as positions are: (O, I * K), or the weight as it is stored.
+        is_turned = delta.layout is not None and delta.layout.transposed
+        matrix = gradient.view(delta.shape).T if is_turned else gradient.view(delta.shape[0], -1)
+        at = lambda slots: gradient[delta.positions(slots)]  # noqa: E731
+        _gather(delta, *matrix.shape, lambda start, stop: matrix[start:stop], at)
+        return gradient if ctx.needs_input_grad[0] else None, at(indices).to(ctx.dtype), None, None
 
 
 def added(flat: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -319,6 +380,6 @@ def added(flat: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> to
     return flat.index_copy(0, position, wide_sum(flat[position], values))
 
 
-def scatter_add(flat: torch.Tensor, delta) -> torch.Tensor:
+def add(flat: torch.Tensor, delta) -> torch.Tensor:
     """A copy of the flattened weight (n,) with the delta added, differentiable."""
-    return _ScatterAdd.apply(flat, delta.values, delta.indices, delta)
+    return _Add.apply(flat, delta.values, delta.indices, delta)

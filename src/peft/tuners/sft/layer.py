@@ -18,9 +18,8 @@ from torch import nn
 from ...utils.quantization_utils import is_quantized
 from ..ops import is_plain, no_global_hooks
 from ..tuners_utils import AdditiveLayer
-from .config import DTYPES
-from .kernels import Candidates, added, scatter_add, sparse_linear, sparse_product
-from .structured import GroupCandidates, Layout, add, add_product, make_layout, structured_linear
+from .kernels import Candidates, add, added, sparse_linear, sparse_product
+from .structured import GroupCandidates, Layout, add_product, make_layout
 
 if TYPE_CHECKING:
     from .parallel import Ranks
@@ -90,9 +89,17 @@ class SparseDelta(nn.Module):
         """Number of positions or groups that there are."""
         return self.dense_numel if self.layout is None else self.layout.count
 
-    def positions(self) -> torch.Tensor:
-        """Flat row-major position of every trained number in the weight as it is stored; int64, shaped like values."""
-        return self.indices.detach().long() if self.layout is None else self.layout.positions(self.indices)
+    def positions(self, slots: torch.Tensor | None = None) -> torch.Tensor:
+        """Flat row-major positions of all numbers of some slots in the weight as it is stored, int64.
+
+        Args:
+            slots: (m,) as in `indices`; None: those.
+
+        Returns:
+            (m,) or (m, s).
+        """
+        slots = self.indices.detach() if slots is None else slots
+        return slots.long() if self.layout is None else self.layout.positions(slots)
 
     def extra_repr(self) -> str:
         what = "" if self.layout is None else f" in {type(self.layout).__name__.lower()} of {self.slot_size}"
@@ -119,17 +126,20 @@ class SparseDelta(nn.Module):
             _put(self.values, self.values.new_zeros(k, *self.values.shape[1:]))
             _put(self.indices, self.indices.new_zeros(k))
 
+    # Reselection
+
     @torch.no_grad()
     def exchange(self, given_up: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Give up slots and take up positions with value 0, not necessarily as many. `values` and `indices` stay the
-        same parameters, but lose their `.grad` if k changes.
+        """Give up slots and take up positions or groups with value 0, not necessarily as many, all sorted again.
+        `values` and `indices` stay the same parameters, but lose their `.grad` if their number changes.
 
         Args:
             given_up: (m,) slots.
             positions: (n,) that are not there yet.
 
         Returns:
-            (k - m + n,) the slot in which every position was before, -1 for the new ones.
+            (slots - m + n,) the slot in which every slot's content was before, -1 for the new ones; the optimiser's
+            state must follow it (`SftOptimizer.move_slots`).
         """
         kept = torch.ones(self.indices.numel(), dtype=torch.bool, device=self.indices.device)
         kept[given_up] = False
@@ -179,22 +189,6 @@ class SparseDelta(nn.Module):
         """Add the gradient at the candidates, (c,) or (c, s), of one backward pass."""
         gradient = gradient.detach().float()
         self.candidate_grad = gradient if self.candidate_grad is None else self.candidate_grad + gradient
-
-    # Reselection
-
-    @torch.no_grad()
-    def replace(self, positions: torch.Tensor, new_indices: torch.Tensor) -> torch.Tensor:
-        """Let the slots `positions` (m,) stand for `new_indices` (m,) with value 0, and sort all slots again.
-
-        Returns:
-            (slots,) permutation p: slot i now holds what slot p[i] held; the optimiser's state must follow it.
-        """
-        self.indices[positions] = new_indices.to(self.indices.dtype)
-        self.values[positions] = 0
-        order = self.indices.argsort()
-        self.indices.copy_(self.indices[order])
-        self.values.copy_(self.values[order])
-        return order
 
     @torch.no_grad()
     def sort(self) -> None:
@@ -246,7 +240,8 @@ class SftLayer(AdditiveLayer, nn.Module):
 
     def update_layer(self, name, config, *, k: int):
         weight = self.get_base_layer().weight
-        dtype = DTYPES[config.dtype] or (weight.dtype if weight.is_floating_point() else torch.float32)
+        natural = weight.dtype if weight.is_floating_point() else torch.float32  # a packed weight has none of its own
+        dtype = natural if config.dtype == "auto" else getattr(torch, config.dtype)
         layout = make_layout(self.op, config, type(self.get_base_layer()).__name__)
         elastic = config.budget == "global"
         self.sft_delta[name] = SparseDelta(self.op.stored_shape, k, dtype, layout, elastic)
@@ -272,12 +267,15 @@ class SftLayer(AdditiveLayer, nn.Module):
         return self.op.to_view(_added(stored.reshape(-1), delta).view(stored.shape)), b
 
     def remember(self, name, W, b):
-        """The base weight's numbers at the delta's positions: with them unmerging is exact."""
-        return self.op.to_view(W.detach()).reshape(-1)[self.sft_delta[name].positions()]
+        """The delta's positions, which may be others by the time of unmerging, and the base weight's numbers there:
+        with them unmerging is exact."""
+        positions = self.sft_delta[name].positions()
+        return positions, self.op.to_view(W.detach()).reshape(-1)[positions]
 
     def unfold(self, name, W, b, memory):
         stored = self.op.to_view(W).contiguous().clone()
-        stored.view(-1)[self.sft_delta[name].positions()] = memory
+        positions, numbers = memory
+        stored.view(-1)[positions] = numbers
         return self.op.to_view(stored), b
 
     def post(self, name, x, y, before=()):
@@ -300,12 +298,10 @@ class SftLayer(AdditiveLayer, nn.Module):
             and (not base.weight.is_inference() or torch.is_inference_mode_enabled())
         )
         deltas = [self.sft_delta[n] for n in names]
-        if writable and all(d.layout is None for d in deltas):
-            return sparse_linear(x, base.weight, base.bias, deltas, op.transposed)
+        structured = {d.layout is not None for d in deltas}
         # Written into weights of half precision, a structured delta would be rounded like them (see `structured`).
-        wide = writable and base.weight.dtype in (torch.float32, torch.float64)
-        if wide and all(d.layout is not None for d in deltas):
-            return structured_linear(x, base.weight, base.bias, deltas, op.transposed)
+        if writable and len(structured) == 1 and (structured == {False} or base.weight.dtype.itemsize >= 4):
+            return sparse_linear(x, base.weight, base.bias, deltas, op.transposed)
         return super()._apply_adapters(names, x, *args, **kwargs)
 
 
@@ -317,7 +313,7 @@ def _added(flat: torch.Tensor, delta: SparseDelta) -> torch.Tensor:
             which they could be.
     """
     if not torch._C._are_functorch_transforms_active():
-        return scatter_add(flat, delta) if delta.layout is None else add(flat, delta)
+        return add(flat, delta)
     if delta.is_gathering:
         raise RuntimeError(
             "Gradients taken by torch.func cannot be gathered for a reselection. Train with loss.backward(), or close "

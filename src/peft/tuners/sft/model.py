@@ -27,13 +27,20 @@ def share_out(total: int, sizes: dict[str, int], slot_sizes: dict[str, int] | No
         slot_sizes: number of weights in a group of each layer; None: single weights.
 
     Raises:
-        ValueError: more than the layers hold, or not enough for a single group.
+        ValueError: more than the layers hold, or so little that no layer gets anything.
     """
     room = sum(sizes.values())
     if total > room:
         raise ValueError(f"The budget of {total:,} trained weights is larger than the targets, which hold {room:,}")
     if slot_sizes is None:
-        return {key: total * size // room for key, size in sizes.items()}
+        shares = {key: total * size // room for key, size in sizes.items()}
+        if not any(shares.values()):
+            raise ValueError(
+                f"The budget of {total:,} trained weights, shared out over {len(sizes):,} layers in proportion to "
+                f"their sizes and rounded down, leaves every layer with none. Raise density or num_tunable_weights, "
+                f"or say where they go with num_deltas"
+            )
+        return shares
     shares = {key: total * size // (room * slot_sizes[key]) * slot_sizes[key] for key, size in sizes.items()}
     left = total - sum(shares.values())
     lost = {key: (total * size - shares[key] * room) / (room * slot_sizes[key]) for key, size in sizes.items()}

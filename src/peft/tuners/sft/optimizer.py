@@ -85,25 +85,12 @@ class SftOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     @torch.no_grad()
-    def permute_elements(self, param: nn.Parameter, permutation: Tensor) -> None:
-        """Move the state along with a parameter whose slots were reordered.
+    def move_slots(self, param: nn.Parameter, source: Tensor) -> None:
+        """Move the state along with a parameter whose slots have changed places, and their number perhaps.
 
         Args:
             param: The values of a delta, (k,) or (g, s): slots along the first dimension.
-            permutation: One int64 per slot; new slot i is the old slot permutation[i].
-        """
-        state = self.state[param]
-        for name in self.element_state:
-            if name in state:
-                state[name].copy_(state[name][permutation])
-
-    @torch.no_grad()
-    def resize_elements(self, param: nn.Parameter, source: Tensor) -> None:
-        """Move the state along with a parameter that has changed its size.
-
-        Args:
-            param: A flat parameter, (k,).
-            source: (k,) int64; new element i is the old element source[i], or one that starts afresh if that is -1.
+            source: One int64 per slot of today: the slot that it was before, or -1 for one that starts afresh.
         """
         state = self.state[param]
         kept = source >= 0
@@ -348,18 +335,6 @@ class SftSM3(SftOptimizer):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(update)
         return state["momentum_buffer"].lerp_(update, 1.0 - momentum)
-
-    @torch.no_grad()
-    def reset_elements(self, param: nn.Parameter, slots: Tensor) -> None:
-        """Forget the momentum of elements that start anew; the accumulators belong to rows and columns and stay.
-
-        Args:
-            param: The values of a delta, (k,) or (g, s).
-            slots: (m,) int64, the slots.
-        """
-        state = self.state[param]
-        if "momentum_buffer" in state:
-            state["momentum_buffer"][slots] = 0.0
 
 
 def matrix_shape(delta: SparseDelta) -> tuple[int, int]:

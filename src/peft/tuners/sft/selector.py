@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -237,7 +237,7 @@ class SftSelector:
     def _reselect(self) -> None:
         step = self.completed_steps
         share = self.share(step)
-        moved = self._exchange_anywhere(share) if self.config.budget == "global" else self._exchange_per_layer(share)
+        moved = self._exchange(share)
         self.last_report = [
             {"name": name, "moved": moved[name] * delta.slot_size, "total": delta.values.numel()}
             for name, delta in self.deltas.items()
@@ -255,89 +255,70 @@ class SftSelector:
         layers = {entry["name"]: entry["moved"] for entry in self.last_report}
         self.history.append({"step": step, "share": share, **summary, "layers": layers})
 
-    def _grow_by_gradient(self, delta: SparseDelta, statistics: _Statistics, count: int) -> int:
-        """Drop the `count` smallest values for the candidates of largest summed gradient; return how many moved."""
-        if count == 0 or statistics.updates == 0:
-            return 0
-        given_up, grown = exchange(*_offer(delta, statistics), count)
-        values, candidates = delta.values, delta.candidates
-        mean, mean_square = (sums[grown] / statistics.updates for sums in (statistics.total, statistics.squares))
-        self.optimizer.seed_elements(values, given_up, mean, mean_square, statistics.updates)
-        self.optimizer.permute_elements(values, delta.replace(given_up, candidates[grown]))
-        return grown.numel()
-
-    def _grow_by_accumulators(self, delta: SparseDelta, count: int) -> int:
-        """Drop the `count` smallest values for the inactive slots of largest (sum of) accumulator products."""
-        count = min(count, delta.choices - delta.slots)
-        if count == 0:
-            return 0
-        given_up = largest(_magnitude(delta).neg(), count).nonzero().squeeze(1)
-        factors = self.optimizer.accumulators(delta.values)
-        if delta.layout is not None:
-            factors = delta.layout.factors(*factors)
-        grown = largest_products(*factors, delta.indices.detach().long(), count)
-        self.optimizer.reset_elements(delta.values, given_up)
-        self.optimizer.permute_elements(delta.values, delta.replace(given_up, grown))
-        return count
-
-    def _exchange_per_layer(self, share: float) -> dict[str, int]:
-        """Exchange positions within every layer; return how many moved."""
+    def _exchange(self, share: float) -> dict[str, int]:
+        """Drop and grow `share` of the slots, of every layer or of all together; return how many came into each."""
+        by_gradient = self.config.selection_algorithm == "rigl"
+        is_global = self.config.budget == "global"
+        sizes = [delta.slots for delta in self.deltas.values()]
+        counts = [math.floor(size * share) for size in ([sum(sizes)] if is_global else sizes)]
+        moves = self._moves_by_gradient(counts) if by_gradient else self._moves_by_accumulators(counts)
         moved = {}
-        for name, delta in self.deltas.items():
-            count = math.floor(delta.indices.numel() * share)
-            if self.config.selection_algorithm == "rigl":
-                moved[name] = self._grow_by_gradient(delta, self._statistics[name], count)
-            else:
-                moved[name] = self._grow_by_accumulators(delta, count)
-        return moved
-
-    def _exchange_anywhere(self, share: float) -> dict[str, int]:
-        """Exchange positions of all layers for those of all layers; return how many came into each."""
-        deltas = list(self.deltas.values())
-        count = math.floor(sum(delta.indices.numel() for delta in deltas) * share)
-        if self.config.selection_algorithm == "rigl":
-            moves = self._moves_by_gradient(deltas, count)
-        else:
-            moves = self._moves_by_accumulators(deltas, count)
-        for delta, (given_up, positions, seed) in zip(deltas, moves):
-            if not given_up.numel() and not positions.numel():
+        for (name, delta), (given_up, positions) in zip(self.deltas.items(), moves):
+            moved[name] = positions.numel()
+            if not given_up.numel() and not moved[name]:
                 continue
             device = delta.indices.device
+            candidates = delta.candidates
             source = delta.exchange(given_up.to(device), positions.to(device))
-            self.optimizer.resize_elements(delta.values, source)
-            if seed is not None:
-                self.optimizer.seed_elements(delta.values, (source < 0).nonzero().squeeze(1), *seed)
-        self._model.record_budget()
-        return {name: positions.numel() for name, (_, positions, _) in zip(self.deltas, moves)}
+            self.optimizer.move_slots(delta.values, source)
+            if by_gradient and moved[name]:
+                known, found = self._statistics[name], find(positions.to(device), candidates)[0]
+                mean, mean_square = (sums[found] / known.updates for sums in (known.total, known.squares))
+                fresh = (source < 0).nonzero().squeeze(1)
+                self.optimizer.seed_elements(delta.values, fresh, mean, mean_square, known.updates)
+        if is_global:
+            self._model.record_budget()
+        return moved
 
-    def _moves_by_gradient(self, deltas: list[SparseDelta], count: int) -> list[tuple[Tensor, Tensor, tuple | None]]:
-        """For each delta the slots it gives up, the sorted positions it takes up, and what is known about these."""
-        statistics = [self._statistics[name] for name in self.deltas]
-        plan = exchange_anywhere([_offer(delta, known) for delta, known in zip(deltas, statistics)], count)
-        moves = []
-        for delta, known, (given_up, grown) in zip(deltas, statistics, plan):
-            if not grown.numel():
-                moves.append((given_up, delta.indices[:0].long(), None))
-                continue
-            grown = grown.to(delta.indices.device)
-            mean, mean_square = (sums[grown] / known.updates for sums in (known.total, known.squares))
-            moves.append((given_up, delta.candidates[grown], (mean, mean_square, known.updates)))
-        return moves
+    def _moves_by_gradient(self, counts: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each delta the slots it gives up, and the sorted candidates of largest summed gradient it takes up.
 
-    def _moves_by_accumulators(self, deltas: list[SparseDelta], count: int) -> list[tuple[Tensor, Tensor, None]]:
-        """As `_moves_by_gradient`; the positions are the inactive ones of largest accumulator product."""
-        rooms = [delta.dense_numel - delta.indices.numel() for delta in deltas]
-        count = min(count, sum(rooms))
-        given_up = smallest_anywhere([_magnitude(delta) for delta in deltas], count)
+        Args:
+            counts: How many to exchange in each layer; a single one under a global budget.
+        """
+        known = [(delta, self._statistics[name]) for name, delta in self.deltas.items()]
+        if self.config.budget == "global":
+            plan = exchange_anywhere([_offer(*each) for each in known], *counts)
+        else:
+            plan = (exchange(*_offer(*each), count) for each, count in zip(known, counts))
+        for (delta, statistics), (given_up, grown) in zip(known, plan):
+            candidates = delta.candidates if statistics.updates else delta.indices.detach()[:0]
+            yield given_up, candidates[grown.to(candidates.device)]
 
-        def offer(layer: int, wanted: int) -> tuple[Tensor, Tensor]:
-            delta = deltas[layer]
-            rows, columns = self.optimizer.accumulators(delta.values)
-            best = largest_products(rows, columns, delta.indices.detach().long(), wanted)
-            return best.cpu(), _RankOne.of(rows, columns).at(best.cpu())
+    def _moves_by_accumulators(self, counts: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `_moves_by_gradient`; the slots are the inactive ones of largest (sum of) accumulator products."""
+        deltas = list(self.deltas.values())
+        rooms = [delta.choices - delta.slots for delta in deltas]
 
-        grown = best_anywhere(offer, rooms, count)
-        return [(slots, positions, None) for slots, positions in zip(given_up, grown)]
+        def best(delta: SparseDelta, count: int) -> tuple[Tensor, Tensor, Tensor]:
+            factors = self.optimizer.accumulators(delta.values)
+            if delta.layout is not None:
+                factors = delta.layout.factors(*factors)
+            return largest_products(*factors, delta.indices.detach().long(), count), *factors
+
+        if self.config.budget == "global":
+            count = min(*counts, sum(rooms))
+
+            def offer(layer: int, wanted: int) -> tuple[Tensor, Tensor]:
+                positions, *factors = best(deltas[layer], wanted)
+                return positions.cpu(), _RankOne.of(*factors).at(positions.cpu())
+
+            smallest = smallest_anywhere([_magnitude(delta) for delta in deltas], count)
+            yield from zip(smallest, best_anywhere(offer, rooms, count))
+            return
+        for delta, room, count in zip(deltas, rooms, counts):
+            count = min(count, room)
+            yield largest(_magnitude(delta).neg(), count).nonzero().squeeze(1), best(delta, count)[0]
 
     # ---- State ----
 

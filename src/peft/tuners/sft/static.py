@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from ...utils.warning import PeftWarning
 from .budget import Pool, largest
-from .config import CRITERIA
+from .config import choices
 from .parallel import find_group
 from .selector import sft_model
 
@@ -92,9 +92,9 @@ def select_static(
         for _, _, delta in active:
             delta.is_selected = True
         return
-    with torch.no_grad():
-        scores = _magnitudes(active) if criterion == "magnitude" else None
-    if scores is None:
+    if criterion == "magnitude":
+        scores = _magnitudes(active)
+    else:
         batches = list(batches) if batches is not None else []
         if not batches:
             raise ValueError(f"criterion={criterion!r} needs `batches` of the training data, got none")
@@ -120,6 +120,8 @@ def select_static(
             PeftWarning,
             stacklevel=2,
         )
+    for _, _, delta in active:
+        delta.is_selected = True
 
 
 def _resolve_criterion(tuner: nn.Module, criterion: str | None) -> str:
@@ -132,8 +134,8 @@ def _resolve_criterion(tuner: nn.Module, criterion: str | None) -> str:
                 f"adapter with SftConfig(selection_algorithm='static'), or give `criterion`"
             )
         criterion = found.pop()
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion must be one of {CRITERIA}, got {criterion!r}")
+    if criterion not in choices("static_criterion"):
+        raise ValueError(f"criterion must be one of {choices('static_criterion')}, got {criterion!r}")
     return criterion
 
 
@@ -160,7 +162,9 @@ def _gradient_scores(tuner, active, batches, loss_fn, criterion, workspace_bytes
             with _observed(tuner, sums), undisturbed_randomness():  # every group sees the same random numbers
                 for batch in batches:
                     with torch.enable_grad():
-                        loss_fn(tuner, batch).backward()
+                        loss = loss_fn(tuner, batch)
+                    if loss.requires_grad:  # else it depends on no layer of this group
+                        loss.backward()
                     for one in sums:
                         one.end_batch()
                     bar.update()
@@ -304,7 +308,6 @@ def _place(scores: Scores) -> list[str]:
             unseen.append(name)
         else:
             delta.choose(largest(score, delta.indices.numel()).nonzero().squeeze(1))
-        delta.is_selected = True
     return unseen
 
 
@@ -313,7 +316,6 @@ def _place_anywhere(scores: Scores, active: Sequence[tuple[SftLayer, str, Sparse
     total = sum(delta.indices.numel() for _, _, delta in active)
     pool, used, unseen = Pool(total), [], []
     for number, (name, delta, score) in enumerate(scores):
-        delta.is_selected = True
         if score is None:
             unseen.append(name)
             total -= delta.indices.numel()

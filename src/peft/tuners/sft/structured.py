@@ -28,17 +28,13 @@ in each, b the side of a block.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..recompute import keep
 from . import kernels
 
 if TYPE_CHECKING:
@@ -62,7 +58,9 @@ class Layout:
     size: int
     """Numbers in each, s."""
     align = 1
-    """Row blocks of the weight must begin at multiples of this for `scores` to see whole groups."""
+    """Row blocks of the weight must begin at multiples of this for `add_squares` to see whole groups."""
+    needs_input = True
+    """Whether the groups' gradients need the whole input of a linear layer."""
 
     def positions(self, groups: Tensor) -> Tensor:
         """(g, s) int64, the flat row-major positions of the groups' numbers in the weight as it is stored."""
@@ -152,6 +150,8 @@ class Rows(Layout):
 
 class Columns(Layout):
     """One group per input channel; the order within it is (O, K)."""
+
+    needs_input = False
 
     def _coordinates(self, groups):
         o, k = (torch.arange(n, device=groups.device) for n in (self.out_features, self.kernel))
@@ -303,25 +303,22 @@ def make_layout(op: Op, config: SftConfig, name: str) -> Layout | None:
 # ---- Gathering of gradients for a reselection ----
 
 
-class GroupCandidates:
-    """Choice of the groups whose gradient has the largest norm, `candidate_count` of them, for one delta."""
+class GroupCandidates(kernels.Candidates):
+    """Choice of the groups whose gradient has the largest norm, `candidate_count` of them, for one delta.
+
+    It sees the gradient of the view (O, I * K), whole rows, a multiple of `layout.align` at a time.
+    """
 
     def __init__(self, delta: SparseDelta):
         self.delta = delta
         self._width = delta.layout.in_features * delta.layout.kernel
         self._squares: Tensor | float = 0.0
 
-    def see(self, gradient: Tensor, start: int) -> None:
-        """Take in this process's dense gradient (n,) from flat position `start` of the view (O, I * K) on: whole rows,
-        a multiple of `layout.align`."""
-        ranks, gradient = self.delta.ranks, gradient.to(_wide(gradient.dtype))
-        self.see_sum(gradient if ranks is None else ranks.sum(self.delta, gradient.float(), start), start)
-
     def see_sum(self, gradient: Tensor, start: int) -> None:
         """Take in the gradient (n,) summed over all processes."""
         layout = self.delta.layout
         if not isinstance(self._squares, Tensor):
-            self._squares = gradient.new_zeros(layout.count)
+            self._squares = gradient.new_zeros(layout.count, dtype=_wide(gradient.dtype))
         layout.add_squares(self._squares, gradient.view(-1, self._width), start // self._width)
 
     def choose(self) -> None:
@@ -330,115 +327,7 @@ class GroupCandidates:
         self.delta.candidates = best.sort().values.to(self.delta.indices.dtype)
 
 
-def _gather(delta: SparseDelta, dense: Callable[[int, int], Tensor], at: Callable[[Tensor], Tensor]) -> None:
-    """Let a gathering delta see the gradient of one backward pass.
-
-    Args:
-        dense: `(start, stop)` -> (stop - start, I * K), those rows of the weight's gradient.
-        at: group numbers (g,) -> (g, s), the groups' gradient.
-    """
-    layout = delta.layout
-    for candidates in kernels.new_candidates([delta]):
-        width = layout.in_features * layout.kernel
-        step = kernels.WORKSPACE_BYTES // (width * _wide(delta.values.dtype).itemsize)
-        step = max(layout.align, step // layout.align * layout.align)
-        for start in range(0, layout.out_features, step):
-            block = dense(start, min(start + step, layout.out_features))
-            candidates.see(block.flatten(), start * width)
-        candidates.choose()
-    if delta.is_gathering:
-        delta.observe(at(delta.candidates))
-
-
-def _gather_product(delta: SparseDelta, gy: Tensor, x: Tensor) -> None:
-    """`_gather` where the weight's gradient is `gy^T x`."""
-    layout = delta.layout
-    _gather(
-        delta,
-        lambda start, stop: gy[:, start:stop].T @ x,
-        lambda numbers: layout.gradient(gy, layout.inputs(x, numbers), numbers),
-    )
-
-
 # ---- Products ----
-
-
-class _StructuredLinear(torch.autograd.Function):
-    """`x (..., I), weight, bias, transposed, deltas, dtype, *values, *indices -> (..., O)`."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, transposed, deltas, dtype, *values_and_indices):
-        n = len(deltas)
-        values, indices = values_and_indices[:n], values_and_indices[n:]
-        with _written(weight, transposed, deltas, values, indices):
-            W = weight.data.to(dtype)
-            y = F.linear(x, W.T if transposed else W, None if bias is None else bias.to(dtype))
-        ctx.inputs, kept = [], []
-        trained = any(ctx.needs_input_grad[6 : 6 + n])
-        if trained and all(isinstance(d.layout, Columns) and not d.is_gathering for d in deltas):
-            rows = x.reshape(-1, x.shape[-1])
-            ctx.recipe, kept = None, [d.layout.inputs(rows, i) for d, i in zip(deltas, indices)]
-        elif trained:
-            kept, ctx.recipe = keep(x)
-        ctx.save_for_backward(weight, *values_and_indices, *kept)
-        ctx.deltas, ctx.transposed, ctx.trained = deltas, transposed, trained
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gy):
-        deltas, n = ctx.deltas, len(ctx.deltas)
-        weight, *rest = ctx.saved_tensors
-        values, indices, kept = rest[:n], rest[n : 2 * n], rest[2 * n :]
-        gx = gb = None
-        grads: list[Tensor | None] = [None] * n
-        with torch.autocast(gy.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                with _written(weight, ctx.transposed, deltas, values, indices):
-                    W = weight.data.to(gy.dtype)
-                    gx = gy @ (W.T if ctx.transposed else W)
-            g = gy.reshape(-1, gy.shape[-1])
-            if ctx.needs_input_grad[2]:
-                gb = g.sum(0).to(ctx.bias_dtype)
-            if ctx.trained:
-                x = None
-                if ctx.recipe is not None:
-                    x = ctx.recipe(kept)
-                    x = x.reshape(-1, x.shape[-1])
-                    kept = [d.layout.inputs(x, i) for d, i in zip(deltas, indices)]
-                for place, (delta, v, i, inputs) in enumerate(zip(deltas, values, indices, kept)):
-                    grads[place] = delta.layout.gradient(g, inputs, i).to(v.dtype)
-                    if x is not None:
-                        _gather_product(delta, g, x)
-        return gx, None, gb, None, None, None, *grads, *([None] * n)
-
-
-@contextlib.contextmanager
-def _written(weight: Tensor, transposed: bool, deltas, values, indices) -> Iterator[None]:
-    """While this lasts the weight has the deltas in it, as with `kernels._written`."""
-    W = weight.data.T if transposed else weight.data
-    base: list[Tensor] = []
-    with kernels._writing:
-        try:
-            for delta, v, i in zip(deltas, values, indices):
-                base.append(delta.layout.read(W, i))
-                delta.layout.write(W, i, kernels.wide_sum(base[-1], v))
-            yield
-        finally:
-            for numbers, delta, i in zip(reversed(base), reversed(deltas[: len(base)]), reversed(indices[: len(base)])):
-                delta.layout.write(W, i, numbers)
-
-
-def structured_linear(x: Tensor, weight: Tensor, bias: Tensor | None, deltas, transposed: bool) -> Tensor:
-    """The linear layer with structured deltas added to its weight; see `kernels.sparse_linear`."""
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else weight.dtype
-    tensors = [d.values for d in deltas] + [d.indices for d in deltas]
-    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-        x = x.to(dtype) if autocast else x
-        return _StructuredLinear.apply(x, weight, bias, transposed, deltas, dtype, *tensors)
 
 
 class _AddProduct(torch.autograd.Function):
@@ -447,7 +336,7 @@ class _AddProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, x, values, indices, delta):
         layout = delta.layout
-        ctx.delta, ctx.whole = delta, delta.is_gathering or not isinstance(layout, Columns)
+        ctx.delta, ctx.whole = delta, delta.is_gathering or layout.needs_input
         inputs = (x if ctx.whole else layout.inputs(x, indices)) if ctx.needs_input_grad[2] else None
         ctx.save_for_backward(values, indices, inputs)
         y = y.clone()
@@ -467,7 +356,7 @@ class _AddProduct(torch.autograd.Function):
                 picked = layout.inputs(inputs, indices) if ctx.whole else inputs
                 gv = layout.gradient(gy, picked, indices).to(values.dtype)
                 if ctx.whole:
-                    _gather_product(ctx.delta, gy, inputs)
+                    kernels.gather_product(ctx.delta, gy, inputs)
         return gy if ctx.needs_input_grad[0] else None, gx, gv, None, None
 
 
@@ -476,30 +365,3 @@ def add_product(y: Tensor, x: Tensor, delta: SparseDelta) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         rows = x.reshape(-1, x.shape[-1]).to(y.dtype)
         return _AddProduct.apply(y.reshape(-1, y.shape[-1]), rows, delta.values, delta.indices, delta).view(y.shape)
-
-
-class _Add(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, flat, values, indices, delta):
-        ctx.save_for_backward(indices)
-        ctx.delta, ctx.dtype = delta, values.dtype
-        return kernels.added(flat, values.flatten(), delta.layout.positions(indices).flatten())
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        (indices,) = ctx.saved_tensors
-        layout = ctx.delta.layout
-        stored = gradient.view(ctx.delta.shape)
-        matrix = stored.T if layout.transposed else stored.flatten(1)  # (O, I * K)
-
-        def at(numbers):
-            return gradient[layout.positions(numbers)]
-
-        _gather(ctx.delta, lambda start, stop: matrix[start:stop], at)
-        return gradient if ctx.needs_input_grad[0] else None, at(indices).to(ctx.dtype), None, None
-
-
-def add(flat: Tensor, delta: SparseDelta) -> Tensor:
-    """A copy of the flattened weight (n,) with the delta added, differentiable."""
-    return _Add.apply(flat, delta.values, delta.indices, delta)

@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..ops import is_plain, no_global_hooks
+from ..recompute import hooks_are_active
 from ..tuners_utils import BaseTunerLayer
+from .fused import ScaledLinear, ScaleShift, scale_shift
 
 
 class SsfLayer(BaseTunerLayer, nn.Module):
@@ -31,9 +34,32 @@ class SsfLayer(BaseTunerLayer, nn.Module):
             nn.init.normal_(self.ssf_shift[name], mean=0.0, std=0.02)
 
     def post(self, name, x, y, before=()):
-        # In the parameters' precision: bfloat16 would round a scale of 1.003 to 1.
         scale, shift = (self.op.channels(v[name], y) for v in (self.ssf_scale, self.ssf_shift))
-        return torch.addcmul(shift, y.to(torch.promote_types(y.dtype, scale.dtype)), scale).to(y.dtype)
+        if torch.compiler.is_compiling() or not no_global_hooks():
+            return scale_shift(y, scale, shift)
+        return ScaleShift.apply(y, scale, shift)
+
+    def _apply_adapters(self, names, x, *args, **kwargs):
+        if args or kwargs or not self._keeps_output(names[0], x):
+            return super()._apply_adapters(names, x, *args, **kwargs)
+        base, first = self.base_layer, names[0]
+        y = ScaledLinear.apply(x, self.op.to_view(base.weight), base.bias, self.ssf_scale[first], self.ssf_shift[first])
+        for i, name in enumerate(names[1:], start=1):
+            y = self.post(name, x, y, names[:i])
+        return y
+
+    def _keeps_output(self, name: str, x: torch.Tensor) -> bool:
+        """Whether `ScaledLinear` computes this layer with this input.
+
+        The layer is plain, all is in full precision, and nobody wants to see the saved tensors.
+        """
+        base = self.base_layer
+        if not (is_plain(base) and no_global_hooks()) or base.weight.requires_grad:
+            return False
+        dtypes = {x.dtype, base.weight.dtype, self.ssf_scale[name].dtype, self.ssf_shift[name].dtype}
+        if dtypes not in ({torch.float32}, {torch.float64}) or torch.is_autocast_enabled(x.device.type):
+            return False
+        return not (torch.compiler.is_compiling() or hooks_are_active())
 
     def fold(self, name, W, b):
         scale, shift = self.ssf_scale[name].to(W), self.ssf_shift[name].to(W)
