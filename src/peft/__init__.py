@@ -1,5 +1,5 @@
-"""Parameter-efficient fine-tuning: the API and the adapter files of Hugging Face PEFT, plus sparse fine-tuning (SFT)
-and scaling and shifting (SSF).
+"""Parameter-efficient fine-tuning: the API and the adapter files of Hugging Face PEFT, plus sparse fine-tuning (SFT),
+scaling and shifting (SSF), and the search for compact deltas (DE-NAS).
 
 Nothing is imported until it is used, torch included: every public name and submodule is resolved on first access, from
 the one table in `_names.py`. Type checkers and IDEs read the same names from the block below.
@@ -48,6 +48,11 @@ if TYPE_CHECKING:
         PeftModelForTokenClassification as PeftModelForTokenClassification,
         get_layer_status as get_layer_status,
         get_model_status as get_model_status,
+    )
+    from .tuners.denas import (
+        CompactLoraConfig as CompactLoraConfig,
+        DenasConfig as DenasConfig,
+        search_structure as search_structure,
     )
     from .tuners.lora import (
         LoraConfig as LoraConfig,

@@ -37,6 +37,7 @@ EXPORTS: dict[str, tuple[str, ...]] = {
         "get_layer_status",
         "get_model_status",
     ),
+    ".tuners.denas": ("CompactLoraConfig", "DenasConfig", "search_structure"),
     ".tuners.lora": ("LoraConfig", "LoraModel", "LoraRuntimeConfig"),
     ".tuners.sft.config": ("SftArguments", "SftConfig"),
     ".tuners.sft.model": ("SftModel",),
@@ -62,6 +63,7 @@ EXPORTS: dict[str, tuple[str, ...]] = {
 SUBMODULES = (
     "auto",
     "config",
+    "deltatuner",
     "functional",
     "helpers",
     "import_utils",

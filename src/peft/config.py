@@ -17,7 +17,7 @@ import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from .utils.constants import CONFIG_NAME
 from .utils.peft_types import PeftType, TaskType
@@ -125,6 +125,7 @@ def documented(cls: type) -> type:
 class PeftConfigMixin:
     """Reading, writing and converting of configurations."""
 
+    structure: ClassVar[dict | None] = None  # what DE-NAS found, which is written beside the file; no field
     from_file = False  # whether it was read from a file, and so describes an adapter that exists; no field
 
     task_type: str | TaskType | None = None
@@ -179,6 +180,10 @@ class PeftConfigMixin:
                 file.write(text)
 
         write_atomically(os.path.join(save_directory, CONFIG_NAME), write)
+        if self.structure is not None:
+            from .tuners.denas.structure import write_structure
+
+            write_structure(self.structure, save_directory)
 
     @classmethod
     def from_peft_type(cls, **kwargs):
@@ -247,6 +252,10 @@ class PeftConfigMixin:
         from .utils.hub import push_to_hub
 
         return push_to_hub(self, repo_id, **kwargs)
+
+    def for_model(self, model):
+        """The configuration that the adapter of this model gets. One that depends on the model returns another."""
+        return self
 
     @property
     def is_prompt_learning(self) -> bool:

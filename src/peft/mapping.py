@@ -32,6 +32,7 @@ METHODS: dict[str, Method] = {
     PeftType.LORA: Method("peft.tuners.lora:LoraConfig", "peft.tuners.lora:LoraModel", "lora_"),
     PeftType.SFT: Method("peft.tuners.sft:SftConfig", "peft.tuners.sft:SftModel", "sft_"),
     PeftType.SSF: Method("peft.tuners.ssf:SsfConfig", "peft.tuners.ssf:SsfModel", "ssf_"),
+    PeftType.COMPACT_LORA: Method("peft.tuners.denas.config:CompactLoraConfig", "peft.tuners.lora:LoraModel", "lora_"),
 }
 
 

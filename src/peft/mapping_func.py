@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from .config import PeftConfig
@@ -25,6 +27,9 @@ def get_peft_model(
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
+    *,
+    tokenizer: Any = None,
+    batch: Any = None,
 ) -> PeftModel:
     """Put a new adapter on a base model.
 
@@ -36,12 +41,14 @@ def get_peft_model(
         autocast_adapter_dtype: widen adapter parameters of half precision to float32.
         revision: of the base model, to be written into the configuration.
         low_cpu_mem_usage: create the adapter on the meta device, to be filled by loading.
+        tokenizer, batch: what a `CompactLoraConfig` searches on; see `search_structure`.
 
     Returns:
         A `PeftModel` of the class for `peft_config.task_type`.
 
     Raises:
         ValueError: as in `BaseTuner.inject_adapter`.
+        TypeError: `tokenizer` or `batch` for a configuration that has no use for it.
         NotImplementedError: `mixed=True`.
     """
     if mixed:
@@ -56,6 +63,13 @@ def get_peft_model(
             "The model has adapter layers already; the new adapter is added to them. To start over, call .unload() on "
             "the first PeftModel before",
         )
+    if tokenizer is not None or batch is not None:
+        if not hasattr(peft_config, "use_examples"):
+            raise TypeError(
+                f"tokenizer and batch are for configurations that search (CompactLoraConfig), not for "
+                f"{type(peft_config).__name__}"
+            )
+        peft_config.use_examples(tokenizer, batch)
     peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     if revision is not None:
         if peft_config.revision not in (None, revision):

@@ -166,6 +166,7 @@ class PeftModel(nn.Module):
         check_adapter_name(adapter_name)
         if adapter_name in self.peft_config:
             raise ValueError(f"There is an adapter {adapter_name!r} already: delete it first, or take another name")
+        peft_config = peft_config.for_model(self.get_base_model())
         own = next(iter(self.peft_config.values())).peft_type if self.peft_config else peft_config.peft_type
         if peft_config.peft_type != own:
             raise ValueError(

@@ -28,6 +28,9 @@ METHOD_OPTIONS = {
 }
 """Method -> options that only it has."""
 
+SEARCH_METHOD_OPTIONS = {"lora": ("rank", "alpha", "max_rank"), "sft": ("density",)}
+"""Likewise, of `peft search`."""
+
 EXCLUSIVE = (("density", "num_tunable_weights"), ("epochs", "max_steps"), ("resume", "overwrite"))
 """Pairs of options of which at most one can be given."""
 
@@ -64,6 +67,20 @@ def find_conflict(args: argparse.Namespace) -> str | None:
         return f"--data {TASK_PREFIX} lacks the name of the task, as in {TASK_PREFIX}spell_backward"
     if args.task_args is not None and not args.data.startswith(TASK_PREFIX):
         return f"--task-args is for --data {TASK_PREFIX}NAME, got --data {args.data}"
+    return None
+
+
+def find_search_conflict(args: argparse.Namespace) -> str | None:
+    """What is wrong with options of `peft search` that are right each by itself, or None."""
+    for method, names in SEARCH_METHOD_OPTIONS.items():
+        for name in names:
+            if method != args.method and getattr(args, name) is not None:
+                return f"{option(name)} belongs to --method {method} and has no effect on --method {args.method}"
+    for name in ("storage", "study"):
+        if getattr(args, name) is not None and args.engine not in ("tpe", "nsga2"):
+            return f"{option(name)} is for --engine tpe and nsga2"
+    if args.latency_objective and args.engine != "nsga2":
+        return "--latency-objective is for --engine nsga2"
     return None
 
 
@@ -130,8 +147,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         SystemExit: exit code 2 after one line on stderr, if the arguments are wrong; 0 after `--help`.
     """
     args = make_parser().parse_args(argv)
-    if args.command == "train" and (message := find_conflict(args)):
-        make_parser().exit(2, f"peft train: error: {message}\n")
+    checks = {"train": find_conflict, "search": find_search_conflict}
+    if args.command in checks and (message := checks[args.command](args)):
+        make_parser().exit(2, f"peft {args.command}: error: {message}\n")
     return args
 
 
@@ -142,6 +160,7 @@ def make_parser() -> Parser:
     add_evaluate(commands)
     add_inspect(commands)
     add_merge(commands)
+    add_search(commands)
     return parser
 
 
@@ -269,3 +288,53 @@ def add_merge(commands: argparse._SubParsersAction) -> None:
     merge.add_argument("-o", "--output", required=True, metavar="DIR", help="folder for the merged model")
     merge.add_argument("--dtype", choices=DTYPES, default="auto", help="auto (default): that of the base model's files")
     merge.add_argument("--overwrite", action="store_true", help="replace what is in --output")
+
+
+def add_search(commands: argparse._SubParsersAction) -> None:
+    text = "Find, without training, which layers of a model should get an adapter, and of what size (DE-NAS)."
+    search = commands.add_parser("search", help="find the best structure of an adapter", description=text)
+    search.add_argument("model", metavar="MODEL", help="folder, hub id, or smollm2, from its package")
+    search.add_argument("--method", default="lora", choices=("lora", "ssf", "sft"), help="default: lora")
+    search.add_argument("--output", required=True, metavar="DIR", help="folder for structure, history and pictures")
+    search.add_argument("--overwrite", action="store_true", help="replace the structure in --output")
+    search.add_argument("--data", metavar="FILE", help="JSONL file to score on; default: a text of ours")
+    search.add_argument("--batch-size", type=positive_int, metavar="N", help="rows to score on; default: 4")
+    search.add_argument("--length", type=positive_int, metavar="N", help="tokens in each of them; default: 32")
+    search.add_argument(
+        "--target-modules", type=module_names, metavar="NAMES", help="modules to choose from; default: the method's own"
+    )
+    search.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model; default: as of peft train")
+    add_search_limits(search.add_argument_group("limits"))
+    add_search_engines(search.add_argument_group("search"))
+    lora = search.add_argument_group("--method lora")
+    lora.add_argument("--rank", type=positive_int, metavar="R", help="the budget, if there is no other: as a LoRA of R")
+    lora.add_argument("--alpha", type=positive_int, metavar="A", help="for --rank; default: twice the rank")
+    lora.add_argument("--max-rank", type=positive_int, metavar="R", help="largest rank of a layer; default: 12")
+    sft = search.add_argument_group("--method sft")
+    sft.add_argument("--density", type=share, metavar="X", help="trained share of the weights; default: 0.01")
+
+
+def add_search_limits(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--max-params", type=positive, metavar="X", help="most trained parameters, in millions")
+    group.add_argument("--min-params", type=positive, metavar="X", help="fewest, in millions")
+    group.add_argument("--max-latency", type=positive, metavar="MS", help="longest forward pass, in milliseconds")
+
+
+def add_search_engines(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--score",
+        choices=("gradient_energy", "gradient_norm", "deltatuner"),
+        help="default: gradient_energy",
+    )
+    group.add_argument(
+        "--engine",
+        choices=("exact", "evolutionary", "random", "tpe", "nsga2"),
+        help="default: exact where the score is a sum over layers, else evolutionary",
+    )
+    group.add_argument("--granularity", choices=("layer", "module"), help="what is decided as one; default: layer")
+    group.add_argument("--rounds", type=positive_int, metavar="N", help="at most so many; default: 10")
+    group.add_argument("--population", type=positive_int, metavar="N", help="structures in a round; default: 50")
+    group.add_argument("--seed", type=any_int, help="default: 12345")
+    group.add_argument("--storage", metavar="WHERE", help="journal file or database URL, to share and to go on from")
+    group.add_argument("--study", metavar="NAME", help="name of the search in it; default: denas")
+    group.add_argument("--latency-objective", action="store_true", help="nsga2: trade off latency as well")

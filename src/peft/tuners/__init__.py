@@ -6,6 +6,8 @@ from .._names import MISSING_TABLE
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "CompactLoraConfig": "peft.tuners.denas",
+        "DenasConfig": "peft.tuners.denas",
         "LoraConfig": "peft.tuners.lora",
         "LoraModel": "peft.tuners.lora",
         "LoraRuntimeConfig": "peft.tuners.lora",
@@ -16,5 +18,5 @@ __getattr__, __dir__, __all__ = attach(
         "SsfModel": "peft.tuners.ssf",
     },
     MISSING_TABLE,
-    ("base", "lora", "ops", "parts", "sft", "ssf", "targeting", "tuners_utils"),
+    ("base", "denas", "lora", "ops", "parts", "sft", "ssf", "targeting", "tuners_utils"),
 )

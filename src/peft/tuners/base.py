@@ -7,6 +7,7 @@ trains, and carries out what concerns all layers at once: switching, merging, de
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
@@ -99,6 +100,7 @@ class BaseTuner(nn.Module):
         self.model = model
         self.targeted_module_names: list[str] = []
         new = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+        new = {name: config.for_model(model) for name, config in new.items()}
         had_config = hasattr(model, "peft_config")
         if adapter_name in getattr(model, "peft_config", {}):
             raise ValueError(f"The model has an adapter {adapter_name!r} already: delete it, or take another name")
@@ -155,6 +157,15 @@ class BaseTuner(nn.Module):
             self.model, config.target_modules, lambda module: isinstance(module, BaseTunerLayer)
         )
         return config
+
+    @classmethod
+    def targets_of(cls, model: nn.Module, config) -> dict[str, nn.Module]:
+        """The targets (`{key: base layer}`) that an adapter with this configuration would get; nothing is changed."""
+        tuner = cls.__new__(cls)
+        nn.Module.__init__(tuner)
+        tuner.model = model
+        config = tuner.prepare_config(copy.copy(config))
+        return tuner._without_whole_modules(config, tuner._find_targets(config, None), explicit=False)
 
     def check_new_config(self, config) -> None:
         """Refuse a configuration that cannot live beside the others."""

@@ -58,6 +58,7 @@ class PeftType(str, enum.Enum):
     DEFT = "DEFT"
     SFT = "SFT"
     SSF = "SSF"
+    COMPACT_LORA = "COMPACT_LORA"
 
 
 class TaskType(str, enum.Enum):

@@ -1,0 +1,133 @@
+"""`DeltaTunerArguments`: deltatuner's fields, with its names and defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import documented
+from ..tuners.denas.config import ENGINES, SCORES, DenasConfig
+
+ALGOS = ("auto", "lora", "ssf", "sft")
+SEARCH_ENGINES = {
+    "EvolutionarySearchEngine": "evolutionary",
+    "RandomSearchEngine": "random",
+    **{engine: engine for engine in ENGINES},
+}
+"""deltatuner's names of engines, and ours."""
+
+
+@documented
+@dataclass
+class DeltaTunerArguments:
+    """What `optimize` does; for programs and `transformers.HfArgumentParser`.
+
+    Raises:
+        ValueError: a value that is not possible; it is named with the rule.
+    """
+
+    search_engine: str = "EvolutionarySearchEngine"
+    """"EvolutionarySearchEngine", "RandomSearchEngine", or one of our engines: "exact", "tpe", "nsga2"."""
+    model_id: str | None = None
+    """Name of the base model, for the configuration of the adapter; None: what the model says itself."""
+    batch_size: int = 4
+    """Rows of the batch that candidates are scored on."""
+    max_epochs: int = 10
+    """Rounds of the search."""
+    scale_factor: int = 10
+    """Tries for each candidate that is needed."""
+    select_num: int = 50
+    """Best candidates that the next round is made from."""
+    population_num: int = 50
+    """Candidates of one round."""
+    m_prob: float = 0.2
+    """Probability that a mutation draws a size of a layer anew."""
+    s_prob: float = 0.4
+    """Probability that a mutation switches a layer on or off."""
+    crossover_num: int = 25
+    """Candidates of a round that are crossed from two of the best."""
+    mutation_num: int = 25
+    """Candidates of a round that are mutated from one of the best."""
+    img_size: int = 32
+    """Tokens in each row of the batch."""
+    expressivity_weight: float = 0.0
+    """Weight of this term of the score "deltatuner"."""
+    complexity_weight: float = 0.0
+    """Likewise."""
+    diversity_weight: float = 1.0
+    """Likewise."""
+    saliency_weight: float = 1.0
+    """Likewise."""
+    latency_weight: float = 0.0
+    """Likewise."""
+    max_param_limits: float | None = None
+    """Most trained parameters, in millions; None: as many as the adapter that the search starts from."""
+    min_param_limits: float | None = None
+    """Fewest trained parameters, in millions."""
+    budget_latency_max: float | None = None
+    """Longest forward pass, in milliseconds."""
+    budget_latency_min: float | None = None
+    """Shortest forward pass, in milliseconds."""
+    layer_name: str = "num_hidden_layers"
+    """Key of structures that says which layers are on."""
+    best_model_structure: str | None = None
+    """A file that holds the structure, or the structure itself; nothing is searched then."""
+    search_space_name: str | None = None
+    """deltatuner's name of the ranges to search. There is one set of ranges for each algorithm here, so None or the
+    algorithm's name."""
+    random_seed: int = 12345
+    """Of the search."""
+    denas: bool = True
+    """Whether to search; False leaves LoRA as it is, or puts the algorithm on all its targets."""
+    ssf_target_module: list[str] | str | None = None
+    """Modules that SSF, or SFT, may take, as target_modules; None: every linear layer."""
+    task_type: str = "CAUSAL_LM"
+    """The task of the adapter where the model has none yet."""
+    algo: str = "auto"
+    """"lora", "ssf", "sft", or "auto": lora for a model that has LoRA already, else ssf."""
+    score: str | None = None
+    """The score: "deltatuner", "gradient_energy" or "gradient_norm". None: "deltatuner", and for sft and the engine
+    "exact", which it is not for, "gradient_energy"."""
+
+    def __post_init__(self):
+        if self.algo not in ALGOS:
+            raise ValueError(f"algo must be one of {ALGOS}, got {self.algo!r}")
+        if self.search_engine not in SEARCH_ENGINES:
+            raise ValueError(
+                f"search_engine must be one of {sorted(SEARCH_ENGINES)}, got {self.search_engine!r}"
+                + (" (SigOpt's service is closed: 'tpe' or 'nsga2' search by Optuna)" if "igopt" in
+                   self.search_engine.lower() else "")
+            )  # fmt: skip
+        if self.score not in (None, *SCORES):
+            raise ValueError(f"score must be one of {SCORES} or None, got {self.score!r}")
+        if self.search_space_name not in (None, *ALGOS[1:]):
+            raise ValueError(f"search_space_name must be None or one of {ALGOS[1:]}, got {self.search_space_name!r}")
+
+    def to_search(self, algo: str) -> DenasConfig:
+        """The search that these arguments describe.
+
+        Raises:
+            ValueError: values that exclude each other.
+        """
+        if self.search_space_name not in (None, algo):
+            raise ValueError(f"search_space_name={self.search_space_name!r} is not that of algo={algo!r}")
+        engine = SEARCH_ENGINES[self.search_engine]
+        score = self.score or ("gradient_energy" if algo == "sft" or engine == "exact" else "deltatuner")
+        same = (
+            "batch_size", "max_epochs", "scale_factor", "select_num", "population_num", "m_prob", "s_prob",
+            "crossover_num", "mutation_num", "expressivity_weight", "complexity_weight", "diversity_weight",
+            "saliency_weight", "latency_weight",
+        )  # fmt: skip
+        fields: dict[str, Any] = {name: getattr(self, name) for name in same}
+        return DenasConfig(
+            **fields,
+            score=score,
+            engine=engine,
+            patience=None,
+            sequence_length=self.img_size,
+            max_params=self.max_param_limits,
+            min_params=self.min_param_limits,
+            max_latency=self.budget_latency_max,
+            min_latency=self.budget_latency_min,
+            seed=self.random_seed,
+        )

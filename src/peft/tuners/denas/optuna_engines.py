@@ -1,0 +1,158 @@
+"""Optuna's samplers as engines: TPE for one objective, NSGA-II for several, with a storage to share and to go on from.
+
+Optuna proposes sizes and switches freely; a proposal is brought into the budget of parameters before it is scored, by
+random steps that depend on nothing but the seed and the trial's number. The samplers are seeded the same way, anew for
+each trial, so that a search that was killed goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .config import DenasConfig
+from .structure import SIZES, parse_structure
+
+if TYPE_CHECKING:
+    import optuna
+
+    from .search import Record, Search
+
+STRUCTURE, SETTINGS = "structure", "settings"
+_NOT_THE_SEARCHS_OWN = ("storage", "study_name", "max_epochs", "patience", "seed")
+"""Settings that may differ between processes that search together, or when a search goes on."""
+
+
+def search_with_optuna(search: Search) -> None:
+    """Run or go on with a study until it has `max_epochs * population_num` trials.
+
+    Raises:
+        ImportError: Optuna is not installed.
+        ValueError: the storage holds a search with other settings.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise ImportError(
+            f"engine={search.config.engine!r} needs the package optuna: pip install 'peft[denas]', or pip install "
+            "optuna; the other engines do without"
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = _open(optuna, search)
+    known = set()
+
+    def take_over() -> None:
+        """Remember what earlier runs and other processes have scored."""
+        for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)):
+            if trial.number not in known:
+                known.add(trial.number)
+                _remember(search, trial)
+
+    take_over()
+    size = search.config.population_num
+    for _ in search.rounds():
+        for _ in range(size):
+            if len(study.get_trials(deepcopy=False)) >= search.config.max_epochs * size:
+                break
+            _try_one(optuna, study, search)
+            take_over()
+    if search.config.engine == "nsga2":
+        search.front = pareto_front(search.history, search.config.objectives)
+
+
+def _open(optuna, search: Search) -> optuna.Study:
+    config = search.config
+    directions = {"score": "maximize", "params": "minimize", "latency": "minimize"}
+    goals = config.objectives if config.engine == "nsga2" else ["score"]
+    study = optuna.create_study(
+        storage=_storage(optuna, config.storage),
+        study_name=config.study_name,
+        load_if_exists=config.storage is not None,
+        directions=[directions[goal] for goal in goals],
+    )
+    settings = _settings(search)
+    found = study.user_attrs.get(SETTINGS)
+    if found is None:
+        study.set_user_attr(SETTINGS, settings)
+    elif found != settings:
+        differ = sorted(name for name in settings if settings[name] != found.get(name))
+        raise ValueError(
+            f"The study {config.study_name!r} in {config.storage} is a search with other settings ({differ}): take "
+            "the same ones, another study_name, or another storage"
+        )
+    return study
+
+
+def _settings(search: Search) -> dict:
+    """What all processes of a search must agree on."""
+    own = {name: value for name, value in vars(search.config).items() if name not in _NOT_THE_SEARCHS_OWN}
+    space = [[unit.layer, list(unit.keys)] for unit in search.space.units]
+    budget = [search.budget.max_params, search.budget.min_params]
+    return json.loads(json.dumps(own | {"method": search.space.method.value, "targets": space, "budget": budget}))
+
+
+def _storage(optuna, where: str | None):
+    if where is None or "://" in where:
+        return where
+    journal = optuna.storages.journal
+    return optuna.storages.JournalStorage(journal.JournalFileBackend(where))
+
+
+def _sampler(optuna, config: DenasConfig, number: int):
+    seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
+    if config.engine == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(20, config.population_num))
+    return optuna.samplers.NSGAIISampler(seed=seed, population_size=config.population_num)
+
+
+def _try_one(optuna, study: optuna.Study, search: Search) -> None:
+    study.sampler = _sampler(optuna, search.config, len(study.get_trials(deepcopy=False)))
+    trial = study.ask()
+    rng = np.random.default_rng([search.config.seed, trial.number])
+    codes = search.space.fit(_suggest(trial, search), search.budget, rng)
+    record = None if codes is None else search.evaluate(codes)
+    if record is None:
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        return
+    trial.set_user_attr(STRUCTURE, search.space.to_dict(record.codes))
+    trial.set_user_attr("record", [record.score, record.params, record.latency])
+    study.tell(trial, objectives_of(record, search.config))
+
+
+def objectives_of(record: Record, config: DenasConfig) -> list[float]:
+    """What Optuna is told of a candidate."""
+    return [getattr(record, name) for name in (config.objectives or ("score",))]
+
+
+def _suggest(trial: optuna.Trial, search: Search) -> np.ndarray:
+    space = search.space
+    codes = np.zeros((len(space.units), 1 + len(space.values)), dtype=np.int64)
+    for i in np.flatnonzero(space.usable):
+        codes[i, 0] = trial.suggest_int(f"on_{i}", 0, 1)
+        for d, (name, values) in enumerate(zip(SIZES[space.method], space.values), start=1):
+            codes[i, d] = trial.suggest_int(f"{name}_{i}", 0, len(values) - 1)
+    return space.canonical(codes)
+
+
+def _remember(search: Search, trial: optuna.trial.FrozenTrial) -> None:
+    from .search import Record
+
+    structure = parse_structure(trial.user_attrs[STRUCTURE], search.space.layout, search.space.method)
+    codes = search.space.encode(structure)
+    if search.seen.get(codes.tobytes()) is None:
+        search.remember(Record(codes, *trial.user_attrs["record"]))
+
+
+def pareto_front(records: list[Record], objectives: list[str]) -> list[Record]:
+    """The records that no other one equals or beats in every objective, by falling score; of equals the first."""
+    signs = {"score": -1, "params": 1, "latency": 1}
+    points = [tuple(signs[name] * getattr(record, name) for name in objectives) for record in records]
+    front, taken = [], set()
+    for point, record in sorted(zip(points, records), key=lambda pair: pair[0]):
+        beaten = any(all(a <= b for a, b in zip(other, point)) and other != point for other in points)
+        if not beaten and point not in taken:
+            taken.add(point)
+            front.append(record)
+    return front
