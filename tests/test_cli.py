@@ -303,8 +303,7 @@ def test_training_lowers_the_held_out_loss(method, tiny, rows_file, tmp_path, ca
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
 
     assert run("evaluate", output) == 0
-    figures = re.findall(r"\d\.\d{4}", capsys.readouterr().out)
-    assert figures == [f"{metrics['after']:.4f}"] * 2
+    assert re.findall(r"\d\.\d{4}", capsys.readouterr().out) == [f"{metrics['after']:.4f}"] * 2
     assert run("evaluate", output, "--check") == 0
     (output / "metrics.json").write_text(json.dumps(metrics | {"after": metrics["after"] + 0.01}))
     assert run("evaluate", output, "--check") == 1
