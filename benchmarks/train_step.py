@@ -333,6 +333,8 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
                 for name in random.sample(names, len(names)):
                     results[name]["seconds"].append(workers[name].ask("time"))
                 print(f"round {round_ + 1} of {args.rounds}", file=sys.stderr)
+                if args.output:  # so that an interrupted run is not lost
+                    Path(args.output).write_text(json.dumps({"raw": results}, indent=2))
             for name in names:
                 results[name]["allocated_bytes"] = workers[name].ask("memory")
         finally:
