@@ -459,6 +459,9 @@ def test_load_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match=r"1 deltas that this model has not, such as \['third'\]"):
         selector.load_state_dict({**state, "third.total": torch.zeros(3)})
     name = next(iter(selector.deltas))
+    with pytest.raises(ValueError, match=f"lacks total, updates of {name}"):
+        lacking = (f"{name}.total", f"{name}.updates")
+        selector.load_state_dict({key: tensor for key, tensor in state.items() if key not in lacking})
     with pytest.raises(ValueError, match=rf"{name}.squares has shape \(2,\), but the delta"):
         selector.load_state_dict({**state, f"{name}.squares": torch.zeros(2)})
     with pytest.raises(ValueError, match="reselection_steps=6, selection_accumulation_steps=3, total_update_steps=30"):

@@ -358,6 +358,9 @@ class SftSelector:
             )
         counts = self._candidate_counts()
         for name in saved:
+            missing = [e for e in ("candidates", "total", "squares", "updates") if f"{name}.{e}" not in state]
+            if missing:
+                raise ValueError(f"The selector state is not whole: it lacks {', '.join(missing)} of {name}")
             numbers = (counts[name], *self.deltas[name].values.shape[1:])
             for entry, expected in (("candidates", numbers[:1]), ("total", numbers), ("squares", numbers)):
                 found = tuple(state[f"{name}.{entry}"].shape)
