@@ -5,9 +5,13 @@ Only the model's name is exchanged for a tiny random model on disk, since there 
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 import sys
 import types
+import venv
 from pathlib import Path
 
 import pytest
@@ -38,6 +42,29 @@ def test_code_blocks_run(page, tiny_model, tmp_path, monkeypatch):
             code = code.replace(name, tiny_model)
         exec(compile(code, str(page), "exec"), vars(module))
     assert torch.is_grad_enabled()
+
+
+def test_the_commands_of_the_install_page_run(tmp_path):
+    """All of them in order, in a copy of the repository and an empty environment; dependencies alone are left out."""
+    clone, environment = tmp_path / "clone", tmp_path / "environment"
+    shutil.copytree(ROOT / "src", clone / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    venv.create(environment, with_pip=True)
+    options = {"PIP_NO_DEPS": "1", "PIP_YES": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    path = f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    without = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs/source/install.md").read_text(), re.M | re.S)
+    version = ["python", "-c", "import importlib.metadata as m; print(m.version('peft'))"]
+    printed = []
+    for block in blocks:
+        for command in (["bash", "-euc", block], version):
+            done = subprocess.run(
+                command, cwd=clone, env=without | options | {"PATH": path}, capture_output=True, text=True
+            )
+            assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+        printed.append(done.stdout.strip())
+    assert printed == ["0.21.2+sft.1"] * (len(blocks) - 1) + ["0.21.2"]  # the last block goes back to upstream
 
 
 def test_index_lists_every_page():
