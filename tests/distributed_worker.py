@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from sft_runs import snapshot
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -101,17 +102,6 @@ def train(model, optimizer, selector, batches, scaler=None):
             scaler.update()
         optimizer.zero_grad()
         selector.step()
-
-
-def snapshot(model, optimizer=None):
-    """Everything that training changes, by name."""
-    result = {}
-    for _, name, delta in model.active_deltas():
-        result[f"{name}.indices"], result[f"{name}.values"] = delta.indices.clone(), delta.values.detach().clone()
-        if optimizer is not None:
-            for key, value in optimizer.state[delta.values].items():
-                result[f"{name}.{key}"] = value.clone()
-    return result
 
 
 def scaler():

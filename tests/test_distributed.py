@@ -9,6 +9,7 @@ from pathlib import Path
 import distributed_worker as worker
 import pytest
 import torch
+from sft_runs import assert_same
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from peft import LoraConfig, SftConfig, SftTrainer, SsfConfig, get_peft_model, get_peft_model_state_dict
@@ -31,12 +32,6 @@ def launch(folder, kind):
 
 def results(folder, name):
     return [torch.load(folder / f"{name}.{rank}.pt", weights_only=False) for rank in range(2)]
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for key, value in one.items():
-        assert torch.equal(value, other[key]), key
 
 
 def assert_close(one, other):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from sft_runs import assert_same, snapshot
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -75,21 +76,6 @@ def train(model, optimizer, selector, batches, zero_first=True):
         selector.step()
         if not zero_first:
             optimizer.zero_grad()
-
-
-def snapshot(model, optimizer):
-    result = {}
-    for _, name, delta in model.active_deltas():
-        result[f"{name}.indices"], result[f"{name}.values"] = delta.indices.clone(), delta.values.detach().clone()
-        for key, value in optimizer.state[delta.values].items():
-            result[f"{name}.{key}"] = value.clone()
-    return result
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for key, value in one.items():
-        assert torch.equal(value, other[key]), key
 
 
 def sizes(model):

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sft_runs import assert_same, snapshot
 from torch import nn
 
 from peft.tuners.sft.config import SftConfig
@@ -73,22 +74,6 @@ def train(model, optimizer, selector, batches, zero_first=True):
         selector.step()
         if not zero_first:
             optimizer.zero_grad()
-
-
-def snapshot(model, optimizer):
-    """Everything that training changes, by name."""
-    result = {}
-    for _, name, delta in model.active_deltas():
-        result[f"{name}.indices"], result[f"{name}.values"] = delta.indices.clone(), delta.values.detach().clone()
-        for key, value in optimizer.state[delta.values].items():
-            result[f"{name}.{key}"] = value.clone()
-    return result
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for key, value in one.items():
-        assert torch.equal(value, other[key]), key
 
 
 # ---- The whole algorithm ----

