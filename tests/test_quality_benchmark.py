@@ -133,7 +133,7 @@ def test_cells_of_other_settings_are_refused(tmp_path):
     [
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--steps", "1"], "--steps must be at least 2, got 1"),
-        (["--tasks", "chess"], "--tasks must be of syllogism, aiw with --model minilm, got chess"),
+        (["--tasks", "chess"], "--tasks must be of syllogism, family_relationships with --model minilm, got chess"),
         (["--model", "smollm2", "--only", "head"], "with --model smollm2, got head"),
     ],
 )
