@@ -116,10 +116,10 @@ def test_cell_that_fails_is_named_and_the_others_run(tmp_path, monkeypatch, caps
         return True
 
     monkeypatch.setattr(quality, "run_cell", run_cell)
-    arguments = ["--only", "lora", "--tasks", "aiw", "--rates", "1e-3", "2e-3", "--seeds", "2"]
+    arguments = ["--only", "lora", "--tasks", "syllogism", "--rates", "1e-3", "2e-3", "--seeds", "2"]
     assert quality.main([*arguments, "--results", str(tmp_path)]) == 1
     assert [cell.rate for cell in ran] == [1e-3, 2e-3]  # no second seed while the choice is open
-    assert "failed: aiw-lora-lr0.002-seed0.json" in capsys.readouterr().err
+    assert "failed: syllogism-lora-lr0.002-seed0.json" in capsys.readouterr().err
 
 
 def test_cells_of_other_settings_are_refused(tmp_path):
