@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .auto import AutoPeftModel
+from .cli.common import format_bytes, format_table
 from .config import PeftConfig
 from .mapping_func import get_peft_model
 from .status import count_parameters
@@ -79,12 +79,12 @@ class MemoryEstimate:
         return sum(self.cpu.values())
 
     def __str__(self) -> str:
-        """A table in GiB (2**30 bytes)."""
+        """A table of what there is."""
         rows = [(part, self.gpu[part], self.cpu[part]) for part in PARTS if self.gpu[part] or self.cpu[part]]
         rows.append(("total", self.gpu_total, self.cpu_total))
-        lines = [f"{'':13}  {'GPU, GiB':>9}  {'CPU, GiB':>9}"]
-        lines += [f"{name:13}  {gpu / 2**30:9.2f}  {cpu / 2**30:9.2f}" for name, gpu, cpu in rows]
-        return "\n".join([*lines, "", f"{self.trained:,} of {self.parameters:,} parameters trained"])
+        cells = [(part, *(format_bytes(size) if size else "-" for size in sizes)) for part, *sizes in rows]
+        table = format_table(cells, ["", "each GPU", "CPU"], right=(1, 2))
+        return f"{table}\n\n{self.trained:,} of {self.parameters:,} parameters trained"
 
 
 def estimate_memory(
@@ -355,36 +355,48 @@ _STAND_INS: dict[Any, Callable] = {
 
 
 @contextlib.contextmanager
-def _read_by_transformers() -> Iterator[None]:
-    """Let transformers look into masks and positions, as it does in training: where nothing is padded or packed it makes
-    no mask. It would not look into fake tensors, for fear of what `_scalar` answers."""
-    from transformers.utils import import_utils
-
-    before = import_utils.is_fake_tensor
-    import_utils.is_fake_tensor = lambda tensor: False
+def _replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Within this context `owner.name` is what `make` makes of it."""
+    before = getattr(owner, name)
+    setattr(owner, name, make(before))
     try:
         yield
     finally:
-        import_utils.is_fake_tensor = before
+        setattr(owner, name, before)
 
 
-class _CudaKernels(TorchFunctionMode):
-    """Chooses on the fake CPU what keeps as much for backward as the kernels on CUDA.
+def _read_masks() -> contextlib.AbstractContextManager[None]:
+    """Let transformers look into masks and positions: so it finds that nothing is padded or packed and that it needs no
+    mask, as in training. Into fake tensors it does not look, which for others have no answers (see `_scalar`)."""
+    from transformers.utils import import_utils
+
+    return _replaced(import_utils, "is_fake_tensor", lambda _: lambda tensor: False)
+
+
+@contextlib.contextmanager
+def _cuda_kernels() -> Iterator[None]:
+    """Choose, for fake tensors on the CPU, what keeps as much for backward as the kernels on CUDA.
 
     There, attention with dropout has fused kernels too, and the mask of a dropout is one byte per number.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            args, kwargs = args[:4], {**kwargs, "dropout_p": 0.0}
-        elif func is F.dropout:
-            return self._dropout(*args, **kwargs)
-        return func(*args, **kwargs)
+    def attention(real: Callable) -> Callable:
+        def attend(query, key, value, attn_mask=None, dropout_p=0.0, *args, **kwargs):
+            dropout_p = 0.0 if isinstance(query, FakeTensor) else dropout_p
+            return real(query, key, value, attn_mask, dropout_p, *args, **kwargs)
 
-    @staticmethod
-    def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        return torch.native_dropout(x, p, training)[0] if training and p > 0 else x
+        return attend
+
+    def dropout(real: Callable) -> Callable:
+        def drop(x, p=0.5, training=True, inplace=False):
+            if isinstance(x, FakeTensor) and training and p > 0:
+                return torch.native_dropout(x, p, training)[0]
+            return real(x, p, training, inplace)
+
+        return drop
+
+    with _replaced(F, "scaled_dot_product_attention", attention), _replaced(F, "dropout", dropout):
+        yield
 
 
 # ---- Playing a step ----
@@ -421,7 +433,7 @@ class _Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = _STAND_INS.get(func, func)(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:  # a sparse one is made of such
                 self._see(tensor.untyped_storage())
         return result
 
@@ -522,10 +534,10 @@ def _play(
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(meter)
         if like_cuda:
-            stack.enter_context(_CudaKernels())
+            stack.enter_context(_cuda_kernels())
         batch = make_batch()
         if "attention_mask" not in batch:
-            stack.enter_context(_read_by_transformers())
+            stack.enter_context(_read_masks())
         _make_fake(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
@@ -553,7 +565,7 @@ def _play(
         return _Played(
             backward,
             step,
-            gradients=sum(parameter.grad.nbytes for parameter in trained),
+            gradients=sum(parameter.grad.nbytes for parameter in trained if parameter.grad is not None),
             masters=sum(parameter.nbytes for parameter in masters) if halved else 0,
             unit=_largest_unit(model),
             trained=counts[0],
@@ -598,7 +610,7 @@ def _loss(model: nn.Module, batch: dict[str, Tensor], autocast: bool) -> Tensor:
 
 def _step(optimizer: torch.optim.Optimizer, trained: list[Tensor], masters: list[Tensor]) -> None:
     for parameter, master in zip(trained, masters):
-        if master is not parameter:
+        if master is not parameter and parameter.grad is not None:
             master.grad = parameter.grad.float()
     optimizer.step()
     for parameter, master in zip(trained, masters):
