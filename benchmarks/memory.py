@@ -10,6 +10,7 @@ The weights are random: memory does not depend on their numbers.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import subprocess
@@ -72,7 +73,7 @@ def train(case: tuple[str, str, int, int, dict[str, Any]]) -> None:
     """Two update steps, as a user's script would take them."""
     name, method, rows, length, options = case
     task, config = MODELS[name]
-    model = build(task, config, options)
+    model = build(task, copy.deepcopy(config), options)
     adapter = METHODS[method]
     if adapter is not None:
         adapter.task_type = task

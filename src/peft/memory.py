@@ -421,7 +421,11 @@ class _Played:
 
 
 class _Meter(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive, by what they are: `part` at the time when they were made."""
+    """Counts the bytes of all storages that are alive, by what they are: `part` at the time when they were made.
+
+    While it watches, autograd does not add gradients up in place, so that an embedding that is also the output layer
+    may take one gradient more here than in training.
+    """
 
     def __init__(self) -> None:
         super().__init__()
