@@ -133,8 +133,9 @@ def estimate_memory(
             as well. Needs `sharding`.
 
     Raises:
-        ValueError: An argument is out of its range, two do not go together, or the model cannot be built or run so.
+        ValueError: An argument is out of its range, or two do not go together.
         TypeError: `model` is neither.
+        NotImplementedError: The model's step depends on numbers, or on operations that fake tensors do not have.
     """
     _check_values(
         {"batch_size": batch_size, "sequence_length": sequence_length, "num_gpus": num_gpus},
@@ -150,16 +151,21 @@ def estimate_memory(
     trained = _build(config, task_type, kind, quantization, gradient_checkpointing)
     if peft_config is not None:
         trained = _adapt(trained, peft_config)
-    played = _play(
-        trained.to(kind) if halved else trained,
-        peft_config,
-        optimizer or _default_optimizer(peft_config),
-        lambda: _batch(task_type, batch_size, sequence_length, padding),
-        autocast=mixed_precision and not halved,
-        halved=halved,
-        accumulated=gradient_accumulation,
-        like_cuda=device == "cuda",
-    )
+    try:
+        played = _play(
+            trained.to(kind) if halved else trained,
+            peft_config,
+            optimizer or _default_optimizer(peft_config),
+            lambda: _batch(task_type, batch_size, sequence_length, padding),
+            autocast=mixed_precision and not halved,
+            halved=halved,
+            accumulated=gradient_accumulation,
+            like_cuda=device == "cuda",
+        )
+    except RuntimeError as error:  # also what fake tensors raise where numbers decide what happens
+        raise NotImplementedError(
+            f"A training step of {config.model_type} cannot be played with fake tensors: {error}"
+        ) from error
     return _place(played, num_gpus, sharding, offload)
 
 
@@ -539,9 +545,6 @@ def _play(
         stack.enter_context(meter)
         if like_cuda:
             stack.enter_context(_cuda_kernels())
-        batch = make_batch()
-        if "attention_mask" not in batch:
-            stack.enter_context(_read_masks())
         _make_fake(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
@@ -550,6 +553,10 @@ def _play(
         masters = [nn.Parameter(parameter.detach().float()) for parameter in trained] if halved else trained
         optimizer = OPTIMIZERS[optimizer_name](masters, model)
         _start_gathering(model, config, optimizer)
+        meter.part = "activations"
+        batch = make_batch()
+        if "attention_mask" not in batch:
+            stack.enter_context(_read_masks())
         for _ in range(1 + accumulated):
             meter.take_peak()
             meter.part = "activations"

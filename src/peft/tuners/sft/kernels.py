@@ -136,7 +136,7 @@ class _Factor:
     """One of the two factors of a weight's gradient: (N, C), and on demand (C, N) in memory too."""
 
     def __init__(self, rows: Callable[[], torch.Tensor], columns: Callable[[], torch.Tensor] | None = None):
-        self._rows, self._columns = rows, columns or (lambda: transposed_rows(self.rows))
+        self._rows, self._columns = rows, columns
 
     @functools.cached_property
     def rows(self) -> torch.Tensor:
@@ -144,7 +144,8 @@ class _Factor:
 
     @functools.cached_property
     def columns(self) -> torch.Tensor:
-        return self._columns()
+        # Not a function made beforehand, which would hold `self`: such a cycle keeps the tensors until Python collects.
+        return self._columns() if self._columns else transposed_rows(self.rows)
 
 
 def transposed_rows(t: torch.Tensor) -> torch.Tensor:
