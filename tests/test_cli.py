@@ -6,7 +6,6 @@ import errno
 import json
 import random
 import re
-import shlex
 import string
 import subprocess
 import sys
@@ -667,16 +666,6 @@ def test_a_merge_that_fails_leaves_nothing(tiny, rows_file, tmp_path, monkeypatc
 
 
 # ---- The command line itself ----
-
-
-def test_the_command_lines_of_the_documentation_parse():
-    blocks = re.findall(r"^```bash\n(.*?)^```", DOCS.read_text(encoding="utf-8"), re.M | re.S)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    lines = [line for line in lines if re.search(r"(^|-m )peft ", line)]
-    assert len(lines) >= 5
-    for line in lines:
-        words_of_line = shlex.split(line, comments=True)
-        arguments.parse(words_of_line[words_of_line.index("peft") + 1 :])
 
 
 def test_the_documentation_names_the_default_learning_rates():
