@@ -139,7 +139,10 @@ class LoraConfig(TargetedConfig):
         for name, r in ranks.items():
             if r < 1:
                 raise ValueError(f"LoRA rank must be a positive whole number, got {name}={r!r}")
-        alphas = {"lora_alpha": self.lora_alpha, **{f"alpha_pattern[{key!r}]": a for key, a in self.alpha_pattern.items()}}
+        alphas = {
+            "lora_alpha": self.lora_alpha,
+            **{f"alpha_pattern[{key!r}]": a for key, a in self.alpha_pattern.items()},
+        }
         for name, alpha in alphas.items():
             if alpha == 0 or not math.isfinite(alpha):
                 raise ValueError(f"{name} scales the delta, so it must be finite and not 0, got {alpha!r}")
