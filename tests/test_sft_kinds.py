@@ -133,13 +133,14 @@ def test_convolutions_are_the_dense_ones(kind, how, workspace, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
-def test_the_sampled_product_is_the_entries_of_the_dense_one(kind, monkeypatch):
+@pytest.mark.parametrize("window_bytes", [1, 2**20])
+def test_the_sampled_product_is_the_entries_of_the_dense_one(kind, window_bytes, monkeypatch):
     """Few entries are sampled, many are taken from row blocks."""
     make, shape = CONVOLUTIONS[kind]
+    monkeypatch.setattr(gradients, "SAMPLED_CHANNELS", 1)
+    monkeypatch.setattr(gradients, "WINDOW_BYTES", window_bytes)
     sampled, real = [], gradients.ProductGradient._sampled_windows
-    monkeypatch.setattr(
-        gradients.ProductGradient, "_sampled_windows", lambda *args: sampled.append(1) or real(*args)
-    )
+    monkeypatch.setattr(gradients.ProductGradient, "_sampled_windows", lambda *args: sampled.append(1) or real(*args))
     model = adapt(make(), slots=2)
     assert_like_dense(model, draw(base_of(model), shape))
     assert sampled
@@ -311,6 +312,7 @@ def test_no_tensor_of_the_size_of_the_weight_is_made(kind, how, gathering, monke
     weight = base_of(model).weight
     size = weight.numel() * 8
     monkeypatch.setattr(gradients, "WORKSPACE_BYTES", size // 16)
+    monkeypatch.setattr(gradients, "WINDOW_BYTES", size // 16)
     if gathering:
         for delta in deltas_of(model):
             delta.start_gathering()

@@ -480,7 +480,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def is_plain(module: nn.Module, types: tuple[type, ...] = _LINEAR) -> bool:
-    """Whether calling `module` (of one of `types`, or Conv1D) is exactly its product, and nothing wants to see the call.
+    """Whether calling `module` (of one of `types`, or Conv1D) is its product and nothing else, seen by nobody.
 
     Not plain: subclasses (FSDP, parametrisations, quantised), hooks (off-loading, ZeRO-3, the user's), a replaced
     `forward` (accelerate), tensor subclasses as weights (DTensor).

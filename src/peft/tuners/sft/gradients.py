@@ -33,6 +33,11 @@ WORKSPACE_BYTES = 64 * 2**20
 # 0.8 ms against 10 (one core), and it grows with the share. At 1 % of a convolution (320 x 320 x 3 x 3, 32 x 32
 # places) it takes 2 ms against 35, at 5 % of it 32 against 39.
 SAMPLED_DENSITY = 0.1
+# For single entries the windows of a convolution have to be laid out, which is worth it if each serves as many output
+# channels (measured: as fast at 32 and 64, twice as fast at 128, 20 times at 320); so many bytes of them at a time stay
+# in a cache.
+SAMPLED_CHANNELS = 32
+WINDOW_BYTES = 4 * 2**20
 
 
 class WeightGradient:
@@ -86,7 +91,8 @@ class ProductGradient(WeightGradient):
     def _entries(self, wanted: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
         """Entries at sorted flat positions of the weight as it is stored."""
         few = all(positions.numel() <= SAMPLED_DENSITY * math.prod(shape) for positions in wanted)
-        if few and _can_sample(self.gy):
+        served = not self.op.kernel or self.gy.shape[1] // self.op.groups >= SAMPLED_CHANNELS
+        if few and served and _can_sample(self.gy):
             return [self._sampled(positions) for positions in wanted]
         return self._from_blocks(wanted, shape)
 
@@ -101,13 +107,13 @@ class ProductGradient(WeightGradient):
         return _sampled_product(*((right, left) if self.op.transposed else (left, right)), positions)
 
     def _sampled_windows(self, positions: Tensor) -> Tensor:
-        """Of a convolution: as many input channels at a time as their windows have room in the workspace."""
+        """Of a convolution; the windows of some input channels at a time."""
         op, left = self.op, self._gy_columns
         windows = op.windows(self.x, self.gy.shape[2:])  # (G * I, *K, N, *L), a view
         kernel, width = math.prod(op.kernel), math.prod(op.weight_shape[1:])
         row = positions // width
         column = positions % width + row // (len(left) // op.groups) * width  # in a matrix (O, G * I * K)
-        step = max(1, WORKSPACE_BYTES // max(1, windows[0].numel() * left.element_size()))
+        step = max(1, WINDOW_BYTES // max(1, windows[0].numel() * left.element_size()))
         sampled = left.new_empty(len(positions))
         for start in range(0, len(windows), step):
             block = windows[start : start + step].reshape(-1, left.shape[1])  # (channels * K, N * L)

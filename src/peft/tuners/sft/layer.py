@@ -50,6 +50,7 @@ class SparseDelta(nn.Module):
         shape: of the weight as stored.
         layout: how the weight is cut into groups; None: into single numbers.
         elastic: the number of slots may change, under a global budget.
+        counts: `num_deltas` of an elastic delta's configuration, in which its number is kept right under `key`.
         candidate_count: how many candidates are chosen when gradients are gathered.
         is_selected: the positions were chosen (`select_static`) or loaded, not just drawn.
         observer: while set, the layer computes with `observer(W)`, W as stored, in place of W. `select_static` sees
@@ -57,10 +58,16 @@ class SparseDelta(nn.Module):
     """
 
     def __init__(
-        self, shape: torch.Size, k: int, dtype: torch.dtype, layout: Layout | None = None, elastic: bool = False
+        self,
+        shape: torch.Size,
+        k: int,
+        dtype: torch.dtype,
+        layout: Layout | None = None,
+        counts: dict[str, int] | None = None,
+        key: str = "",
     ):
         super().__init__()
-        self.elastic = elastic
+        self.counts, self.key = counts, key
         self.shape = torch.Size(shape)
         self.layout = layout
         index_dtype = torch.int32 if self.choices < 2**31 else torch.int64
@@ -71,6 +78,10 @@ class SparseDelta(nn.Module):
         self.is_selected = False
         self.observer: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.stop_gathering()
+
+    @property
+    def elastic(self) -> bool:
+        return self.counts is not None
 
     @property
     def dense_numel(self) -> int:
@@ -125,8 +136,13 @@ class SparseDelta(nn.Module):
     def resize(self, k: int) -> None:
         """Make room for k positions if it may; all are to be set afterwards."""
         if self.elastic and k != self.values.shape[0]:
-            _put(self.values, self.values.new_zeros(k, *self.values.shape[1:]))
-            _put(self.indices, self.indices.new_zeros(k))
+            self._set(self.values.new_zeros(k, *self.values.shape[1:]), self.indices.new_zeros(k))
+
+    def _set(self, values: torch.Tensor, indices: torch.Tensor) -> None:
+        _put(self.values, values)
+        _put(self.indices, indices)
+        if self.elastic:
+            self.counts[self.key] = len(indices)
 
     # Reselection
 
@@ -151,8 +167,7 @@ class SparseDelta(nn.Module):
         source = torch.cat([slots, slots.new_full((positions.numel(),), -1)])[order]
         values = self.values.new_zeros(source.numel(), *self.values.shape[1:])
         values[source >= 0] = self.values[source[source >= 0]]
-        _put(self.indices, indices[order])
-        _put(self.values, values)
+        self._set(values, indices[order])
         return source
 
     # Gathering of gradients for a reselection ("rigl")
@@ -242,13 +257,14 @@ class SftLayer(AdditiveLayer, nn.Module):
         AdditiveLayer.__init__(self, base_layer)
         self.sft_delta = nn.ModuleDict()
 
-    def update_layer(self, name, config, *, k: int):
+    def update_layer(self, name, config, *, key: str):
         weight = self.get_base_layer().weight
         natural = weight.dtype if weight.is_floating_point() else torch.float32  # a packed weight has none of its own
         dtype = natural if config.dtype == "auto" else getattr(torch, config.dtype)
         layout = make_layout(self.op, config, type(self.get_base_layer()).__name__)
-        elastic = config.budget == "global"
-        self.sft_delta[name] = SparseDelta(self.op.stored_shape, k, dtype, layout, elastic)
+        counts = config.num_deltas if config.budget == "global" else None
+        k = config.num_deltas[key]
+        self.sft_delta[name] = SparseDelta(self.op.stored_shape, k, dtype, layout, counts, key)
 
     def before_load(self, name, path, tensors):
         values = tensors.get(f"{path}.sft_delta.{name}.values")
