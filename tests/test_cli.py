@@ -266,6 +266,13 @@ def test_bad_arguments_are_refused(options, expected, tiny, rows_file, tmp_path,
     assert len(error) == 1 or "--max-length" in expected  # which also says how many examples are left out
 
 
+def test_a_global_budget_is_refused_to_several_processes(rows_file, tmp_path, monkeypatch, capsys):
+    """Before anything is loaded: the model is not even there."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code = train(str(tmp_path / "nowhere"), rows_file, tmp_path / "out", "--budget", "global")
+    assert "there are 2 processes: start one process, or" in refused(capsys, code, tmp_path / "out")
+
+
 def test_a_model_that_is_not_there_is_refused(rows_file, tmp_path, capsys):
     code = train(str(tmp_path / "nowhere"), rows_file, tmp_path / "out")
     assert "cannot load the tokenizer" in refused(capsys, code, tmp_path / "out")
