@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 from train_step import peak_allocated, resident
-from transformers import BertConfig, GPT2Config, LlamaConfig, PretrainedConfig, T5Config
+from transformers import BertConfig, BloomConfig, GPT2Config, LlamaConfig, MT5Config, PretrainedConfig, T5Config
 
 import peft
 from peft import LoraConfig, SftConfig, SsfConfig
@@ -67,6 +68,46 @@ CASES: list[tuple[str, str, int, int, dict[str, Any]]] = [
     ("GPT-2", "SSF", 4, 256, {"gradient_checkpointing": True}),
     ("T5-small", "LoRA", 8, 128, {"padding": True}),
 ]
+
+# The models of a table that people quote, in float32 on one GPU of 80 GB, and its figures in GB: full fine-tuning,
+# LoRA, LoRA with DeepSpeed's off-loading (GPU and CPU). None: out of memory.
+T5_XL = {"feed_forward_proj": "gated-gelu", "num_layers": 24, "d_kv": 64, "decoder_start_token_id": 0}
+QUOTED: dict[str, tuple[str, PretrainedConfig, tuple[float | None, ...]]] = {
+    "bigscience/T0_3B": (
+        "SEQ_2_SEQ_LM",
+        T5Config(vocab_size=32128, d_model=2048, d_ff=5120, num_heads=32, **T5_XL),
+        (47.14, 14.4, 9.8, 17.8),
+    ),
+    "bigscience/mT0-xxl": (
+        "SEQ_2_SEQ_LM",
+        MT5Config(vocab_size=250112, d_model=4096, d_ff=10240, num_heads=64, **T5_XL),
+        (None, 56, 22, 52),
+    ),
+    "bigscience/bloomz-7b1": (
+        "CAUSAL_LM",
+        BloomConfig(vocab_size=250880, hidden_size=4096, n_layer=30, n_head=32),
+        (None, 32, 18.1, 35),
+    ),
+}
+
+
+def quoted(rows: int = 8, length: int = 64) -> str:
+    """Estimates for the models of QUOTED beside its figures."""
+    lines = ["| model | | quoted, GB | estimated, GiB |", "|---|---|---:|---:|"]
+    for name, (task, config, (full, lora, gpu, cpu)) in QUOTED.items():
+        adapter = LoraConfig(r=8, task_type=task)
+        sizes = {"batch_size": rows, "sequence_length": length, "task_type": task, "padding": True}
+        for label, said, method, options in (
+            ("full fine-tuning", full, None, {}),
+            ("LoRA", lora, adapter, {}),
+            ("LoRA, off-loaded: GPU / CPU", (gpu, cpu), adapter, {"sharding": "zero3", "offload": "all"}),
+        ):
+            found = peft.estimate_memory(config, method, **sizes, **options)
+            shown = f"{found.gpu_total / 2**30:.1f}"
+            if isinstance(said, tuple):
+                said, shown = f"{said[0]} / {said[1]}", f"{shown} / {found.cpu_total / 2**30:.1f}"
+            lines.append(f"| {name} | {label} | {said or 'out of memory'} | {shown} |")
+    return "\n".join(lines)
 
 
 def train(case: tuple[str, str, int, int, dict[str, Any]]) -> None:
@@ -160,6 +201,7 @@ def run(case: tuple[str, str, int, int, dict[str, Any]]) -> dict[str, int]:
     before = resident("VmRSS")
     train(case)
     grown = resident("VmHWM") - before
+    gc.collect()  # what the first run left must not be freed, and so subtracted, in the second
     return {"estimated": estimate.gpu_total, "measured": peak_allocated(lambda: train(case)), "resident": grown}
 
 
@@ -180,7 +222,11 @@ def table(results: list[tuple[tuple, dict[str, int]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", type=int, help="run this one only, in this process, and print JSON")
+    parser.add_argument("--quoted", action="store_true", help="print estimates beside figures that people quote")
     args = parser.parse_args()
+    if args.quoted:
+        print(quoted())
+        return
     if args.case is not None:
         print(json.dumps(run(CASES[args.case])))
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import sys
 
@@ -83,6 +84,7 @@ def train(model, method, *, dtype=None, gradient_checkpointing=False, padding=Fa
 
 def peak_allocated(run) -> int:
     """Bytes that torch has allocated on the CPU at the peak of `run`, by its profiler."""
+    gc.collect()  # what an earlier run left must not be freed, and so subtracted, while this one is watched
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     held = peak = 0

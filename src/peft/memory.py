@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "temporaries", "communication")
+OPTIMIZERS = ("adamw", "adamw_8bit", "sgd", "adafactor", "sft_adamw", "sft_sm3")
 QUANTIZATIONS = ("nf4", "int8")
 SHARDINGS = ("zero1", "zero2", "zero3", "fsdp")
 OFFLOADS = ("optimizer", "all")
@@ -479,42 +480,23 @@ def _default_optimizer(config: PeftConfig | None) -> str:
     return {"rigl": "sft_adamw", "sm3": "sft_sm3"}.get(algorithm, "adamw")
 
 
-def _adamw(params: list[Tensor], model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, fused=True)  # Trainer's default
+def _make_optimizer(name: str, params: list[Tensor], model: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser as Trainer or SftTrainer makes it."""
+    if name == "adamw":
+        return torch.optim.AdamW(params, fused=True)
+    if name == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
 
+        return AdamW8bit(params)
+    if name == "sgd":
+        return torch.optim.SGD(params)
+    if name == "adafactor":
+        from transformers import Adafactor
 
-def _adamw_8bit(params: list[Tensor], model: nn.Module) -> torch.optim.Optimizer:
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(params)
-
-
-def _sgd(params: list[Tensor], model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params)
-
-
-def _adafactor(params: list[Tensor], model: nn.Module) -> torch.optim.Optimizer:
-    from transformers import Adafactor
-
-    return Adafactor(params, lr=1e-3, scale_parameter=False, relative_step=False)  # as Trainer makes it
-
-
-def _sft_adamw(params: list[Tensor], model: nn.Module) -> torch.optim.Optimizer:
-    return SftAdamW(params, momentum_dtype=torch.float32)  # as SftTrainer makes it
-
-
-def _sft_sm3(params: list[Tensor], model: nn.Module) -> torch.optim.Optimizer:
+        return Adafactor(params, lr=1e-3, scale_parameter=False, relative_step=False)
+    if name == "sft_adamw":
+        return SftAdamW(params, momentum_dtype=torch.float32)
     return SftSM3(params, {delta.values: delta for delta in named_deltas(model).values()})
-
-
-OPTIMIZERS: dict[str, Callable[[list[Tensor], nn.Module], torch.optim.Optimizer]] = {
-    "adamw": _adamw,
-    "adamw_8bit": _adamw_8bit,
-    "sgd": _sgd,
-    "adafactor": _adafactor,
-    "sft_adamw": _sft_adamw,
-    "sft_sm3": _sft_sm3,
-}
 
 
 def _play(
@@ -551,7 +533,7 @@ def _play(
             parameter.register_post_accumulate_grad_hook(lambda p: meter.assign(p.grad, "gradients"))
         meter.part = "optimizer"
         masters = [nn.Parameter(parameter.detach().float()) for parameter in trained] if halved else trained
-        optimizer = OPTIMIZERS[optimizer_name](masters, model)
+        optimizer = _make_optimizer(optimizer_name, masters, model)
         _start_gathering(model, config, optimizer)
         meter.part = "activations"
         batch = make_batch()
