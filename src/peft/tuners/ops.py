@@ -246,13 +246,23 @@ class EmbeddingOp(Op):
     kind = "Embedding"
     transposed = True
 
-    def op(self, x, W, b):
+    def op(self, x, W, b, *args, **kwargs):
         table = W.T
+        if self.own_forward is not None:
+            with unhooked(self.own_forward):
+                return torch.func.functional_call(self.own_forward, {"weight": table}, (x, *args), kwargs)
         layer = self.layer
         # Not with `layer.sparse`: the table comes out of an adapter, and through that no sparse gradient can go.
         y = F.embedding(x, table, layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq)
         scale = self.embed_scale
         return y if scale is None else y * scale.to(y.dtype)
+
+    @property
+    def own_forward(self) -> nn.Module | None:
+        """The layer if it does more than to look up its input (OPT's positions); its forward then has to be called."""
+        layer = vars(self.layer).get("plain", self.layer)  # of a packed one
+        own = layer is not None and type(layer).forward is not nn.Embedding.forward and self.embed_scale is None
+        return layer if own else None
 
     def add_shift(self, W, b, shift):
         # A table has no bias, but every row can carry the shift.
