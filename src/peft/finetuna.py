@@ -313,11 +313,11 @@ def new_finetuned(
     layers = dict(_adaptable_layers(model))
     adapted = _adapted_layers(layers, adapt_layers, plain_layers, modules_not_to_freeze)
     left = {*plain_layers, *modules_not_to_quantize}
-    for key, layer in layers.items():
+    for key in layers:
         if _is_inside(key, modules_not_to_freeze) and not (do_not_quantize or _is_inside(key, left)):
             raise ValueError(
-                f"{key} is in modules_not_to_freeze, but what is in 8 bits cannot train: name it in plain_layers, or in "
-                "modules_not_to_quantize too"
+                f"{key} is in modules_not_to_freeze, but what is in 8 bits cannot train: name it in plain_layers, or "
+                "in modules_not_to_quantize too"
             )
     _warn_of_unknown(
         model, plain_layers=plain_layers, modules_not_to_quantize=modules_not_to_quantize,

@@ -1,8 +1,8 @@
 """Linear layers and embeddings whose weights are kept in 8 bits, block by block, as `finetuna` uses them.
 
 The storage is bitsandbytes' dynamic 8-bit type (arXiv 2110.02861, section 2.1): 4096 consecutive weights share one
-scale, their largest magnitude. Products dequantise one layer at a time, in the backward pass once more, so that autograd
-never keeps a dequantised weight; embeddings dequantise the rows that are looked up.
+scale, their largest magnitude. Products dequantise one layer at a time, in the backward pass once more, so that
+autograd never keeps a dequantised weight; embeddings dequantise the rows that are looked up.
 
 Left out: off-loaded and sharded weights, and what has to see a weight while it is trained (`max_norm`).
 """
@@ -67,7 +67,7 @@ def unpack(packed: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> to
 
 
 class _PackedProduct(torch.autograd.Function):
-    """`apply(x, packed, absmax, bias, transposed)`: `x W^T + b`, (..., I) -> (..., O); W is dequantised in each pass."""
+    """`apply(x, packed, absmax, bias, transposed)`: `x W^T + b`, (..., I) -> (..., O), W dequantised in each pass."""
 
     @staticmethod
     def forward(ctx, x, packed, absmax, bias, transposed):
