@@ -229,8 +229,14 @@ def _quantize(model: nn.Module, leave: Collection[str], source: nn.Module) -> No
     quantize_(layers, {key: _PACKED.get(origin, ()) for key, origin in origins.items()})
     for key, layer in layers.items():
         _PACKED.setdefault(origins[key], weakref.WeakSet()).add(layer)
-    if parted and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        model.config.tie_word_embeddings = False  # or transformers would put the packed table into the head
+    config = getattr(model, "config", None)
+    if parted and getattr(config, "tie_word_embeddings", False):
+        # Or transformers would put the packed table into the head. Other models may have the same config object.
+        own = copy.deepcopy(config)
+        own.tie_word_embeddings = False
+        for module in model.modules():
+            if vars(module).get("config") is config:
+                module.config = own
 
 
 def _shared_copy(model: nn.Module) -> nn.Module:

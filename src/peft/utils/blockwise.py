@@ -96,7 +96,7 @@ class Blockwise(nn.Module):
         absmax: float32, the scale of each block of the flattened weight.
         dtype: what the weight was, or was cast to, and what an embedding gives.
         transposed: whether the weight of a linear layer is stored (I, O), as GPT-2's are.
-        plain: for embeddings that do more than to look up their input (OPT's positions): the layer without its table.
+        plain: for embeddings of a class of their own (OPT's positions, Gemma's table): the layer without its table.
     """
 
     absmax: torch.Tensor
@@ -143,13 +143,13 @@ class BlockwiseEmbedding(Blockwise, nn.Embedding):
     """A frozen `nn.Embedding` in 8 bits."""
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        if self.plain is not None:
+        scale = getattr(self, "embed_scale", None)
+        if self.plain is not None and scale is None:
             return torch.func.functional_call(self.plain, {"weight": self.dequantized()}, (x, *args), kwargs)
         codes = F.embedding(x, self.weight).view(torch.uint8).int()  # (..., I)
         width = self.embedding_dim
         places = x.long().unsqueeze(-1) * width + torch.arange(width, device=x.device)
         y = (_codes(x.device)[codes] * self.absmax[places // BLOCK]).to(self.dtype)
-        scale = getattr(self, "embed_scale", None)
         return y if scale is None else y * (scale.to(y.dtype) if torch.is_tensor(scale) else scale)
 
 
@@ -204,8 +204,8 @@ def _convert(layer: nn.Module, packed: torch.Tensor, absmax: torch.Tensor) -> No
     layer.transposed = _is_conv1d(layer)
     layer.requires_grad_(False)
     if isinstance(layer, nn.Embedding):
-        own = type(layer).forward is not nn.Embedding.forward and not hasattr(layer, "embed_scale")
-        vars(layer)["plain"] = _without_table(layer) if own else None  # not in the module tree: it has no numbers
+        is_own = type(layer).forward is not nn.Embedding.forward
+        vars(layer)["plain"] = _without_table(layer) if is_own else None  # not in the module tree: it has no numbers
         layer.__class__ = BlockwiseEmbedding
     else:
         if layer.transposed:
