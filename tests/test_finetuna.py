@@ -227,6 +227,9 @@ def test_what_one_model_does_the_others_do_not_see(kind):
     assert untouched()
     other = MODELS[kind]()
     ft.quantize_base_model(other)
+    merged = ft.new_finetuned(base).merge_and_unload()
+    merged.load_state_dict(other.state_dict(), strict=False)
+    assert untouched()
     third = ft.new_finetuned(base).eval()
     third.load_state_dict(ft.new_finetuned(other).state_dict())  # another base model's numbers: into its own memory
     assert torch.equal(logits(third, ids), logits(other, ids)) and untouched()
@@ -572,6 +575,7 @@ BAD = {
     ),
     "unknown": ({"adapt_layers": {"q_proj", "embed_posotions"}}, ValueError, r"\['embed_posotions'\].*embed_positions"),
     "not adaptable": ({"adapt_layers": {"final_layer_norm"}}, ValueError, "no linear layer"),
+    "nothing": ({"adapt_layers": set(), "plain_layers": set()}, ValueError, "Nothing would train"),
     "no entry": ({"linear_config": {"fc1": ft.LinearAdapterConfig()}}, ValueError, "no entry for .*_proj"),
     "no embedding entry": ({"embedding_config": {}}, ValueError, "embedding_config has no entry"),
     "of another kind": ({"linear_config": ft.EmbeddingAdapterConfig()}, TypeError, "must hold LinearAdapterConfig"),
@@ -615,6 +619,15 @@ def test_load_finetuned_takes_its_own_only(tmp_path):
         ft.load_finetuned(opt(), tmp_path)
     with pytest.raises(TypeError, match="new_finetuned"):
         ft.state_dict(opt())
+
+
+def test_a_head_alone_can_train(tmp_path):
+    base, ids = opt(), tokens()
+    model = ft.new_finetuned(base, adapt_layers=set())
+    assert list(ft.state_dict(model)) == ["base_model.model.lm_head.modules_to_save.default.weight"]
+    step(model.train(), ids)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(ft.load_finetuned(base, tmp_path), ids), logits(model.eval(), ids))
 
 
 def test_unused_entries_are_warned_of():

@@ -16,7 +16,7 @@ import copy
 import os
 import weakref
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -31,6 +31,7 @@ from .tuners.ops import make_op
 from .tuners.targeting import name_matches, shortest_endings
 from .tuners.tuners_utils import BaseTunerLayer
 from .utils.blockwise import Blockwise, is_product, quantize_
+from .utils.constants import DUMMY_TARGET_MODULES
 from .utils.other import AuxiliaryTrainingWrapper, shared_parameters
 from .utils.peft_types import PeftType
 from .utils.quantization_utils import is_quantized
@@ -58,7 +59,10 @@ class EmbeddingAdapterConfig:
     """The delta is scaled by alpha / r."""
 
     def __post_init__(self):
-        _lora_config(asdict(self))
+        LoraConfig(**self.lora_fields())
+
+    def lora_fields(self) -> dict:
+        return {"r": self.r, "lora_alpha": self.alpha}
 
 
 @documented
@@ -76,21 +80,10 @@ class LinearAdapterConfig:
     """Whether the adapter has a trainable bias b."""
 
     def __post_init__(self):
-        _lora_config(asdict(self))
+        LoraConfig(**self.lora_fields())
 
-
-def _lora_config(adapter: Mapping) -> LoraConfig:
-    """The LoRA of one layer.
-
-    Raises:
-        ValueError: a value outside its range.
-    """
-    return LoraConfig(
-        r=adapter["r"],
-        lora_alpha=adapter["alpha"],
-        lora_dropout=adapter.get("dropout", 0.0),
-        lora_bias=adapter.get("bias", False),
-    )
+    def lora_fields(self) -> dict:
+        return {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "lora_bias": self.bias}
 
 
 @documented
@@ -101,21 +94,22 @@ class FinetunaConfig(TargetedConfig):
     init_changes_base: ClassVar[bool] = False
 
     adapters: dict[str, dict] = field(default_factory=dict)
-    """The layers and their adapters: {end of the name: {"r": 4, "alpha": 1, "dropout": 0.0, "bias": true}}; those of
-    embeddings have r and alpha only. target_modules follows from it."""
+    """The layers and their adapters: {end of the layer's name: fields of its LoraConfig}. target_modules follows."""
     modules_not_to_quantize: list[str] | None = None
     """Layers of the base model that the fine-tuned model does not have in 8 bits, besides those trained whole."""
     do_not_quantize: bool = False
     """Leave all layers as the base model has them."""
 
     def __post_init__(self):
-        self.target_modules = list(self.adapters) or None
+        self.target_modules = list(self.adapters) or DUMMY_TARGET_MODULES
         super().__post_init__()
         self.peft_type = PeftType.FINETUNA
+        for fields in self.adapters.values():
+            LoraConfig(**fields)
 
     def of_layer(self, key: str) -> LoraConfig:
         """The LoRA of the layer `key`."""
-        return _lora_config(self.adapters[_entry(self.adapters, key)])
+        return LoraConfig(**self.adapters[_entry(self.adapters, key)])
 
 
 def _entry(entries: Collection[str], key: str) -> str | None:
@@ -244,7 +238,13 @@ def _shared_copy(model: nn.Module) -> nn.Module:
 
     The parameters are other objects, so that freezing, casting, moving and merging concern one model. Buffers that are
     saved are state (running statistics), which a forward pass may change, and are copied; the others are constants.
+
+    Raises:
+        ValueError: parameters are not here.
     """
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty:
+        raise ValueError(f"{empty[0]} is empty or off-loaded, and cannot be shared: load the whole model first")
     memo: dict[int, torch.Tensor] = {}
     for parameter in model.parameters():
         # Parameters of other libraries (bitsandbytes in 4 bits) carry more than numbers.
@@ -254,7 +254,20 @@ def _shared_copy(model: nn.Module) -> nn.Module:
         for name, buffer in module._buffers.items():
             if buffer is not None and (isinstance(module, Blockwise) or name in module._non_persistent_buffers_set):
                 memo[id(buffer)] = buffer.detach()
-    return copy.deepcopy(model, memo)
+    new = copy.deepcopy(model, memo)
+    new.register_load_state_dict_pre_hook(_part_from_base)
+    return new
+
+
+@torch.no_grad()
+def _part_from_base(model: nn.Module, tensors: Mapping[str, torch.Tensor], prefix: str, *_) -> None:
+    """Before other numbers are loaded into what is shared, give the model memory of its own for them."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        new = tensors.get(prefix + name)
+        if new is None or tensor.requires_grad or new.shape != tensor.shape:
+            continue
+        if not torch.equal(tensor, new.to(tensor.device, tensor.dtype)):
+            tensor.data = tensor.detach().clone()
 
 
 def _copy_for(model: nn.Module, config: FinetunaConfig) -> nn.Module:
@@ -335,7 +348,9 @@ def new_finetuned(
         modules_not_to_quantize=sorted(modules_not_to_quantize) or None,
         do_not_quantize=do_not_quantize,
     )
-    return _guarded(get_peft_model(_copy_for(model, config), config))
+    if not (config.adapters or config.modules_to_save):
+        raise ValueError("Nothing would train: no layer of the model is adapted, and none is plain")
+    return get_peft_model(_copy_for(model, config), config)
 
 
 def load_finetuned(
@@ -357,11 +372,8 @@ def load_finetuned(
             f"{str(folder)!r} holds an adapter of the method {config.peft_type}, not a model of finetuna's: load it "
             "with PeftModel.from_pretrained"
         )
-    return _guarded(
-        PeftModel.from_pretrained(
-            _copy_for(model, config), folder, adapter_name, is_trainable=is_trainable, config=config
-        )
-    )
+    new = _copy_for(model, config)
+    return PeftModel.from_pretrained(new, folder, adapter_name, is_trainable=is_trainable, config=config)
 
 
 def state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -422,7 +434,9 @@ def _adapters(model: nn.Module, adapted: Mapping[str, nn.Module], linear, embedd
         if unused:
             warn(f"{argument} has entries that no adapted layer uses: {unused}")
     return {
-        name: asdict(config) for config, own in layers_of.items() for name in sorted(shortest_endings(own, keys - own))
+        name: config.lora_fields()
+        for config, own in layers_of.items()
+        for name in sorted(shortest_endings(own, keys - own))
     }
 
 
@@ -431,19 +445,3 @@ def _whole_modules(model: nn.Module, names: Collection[str]) -> list[str] | None
     keys = {key for key, _ in model.named_modules() if key}
     whole = {key for key in keys if name_matches(names, key) and not _is_inside(key.rpartition(".")[0], names)}
     return sorted(shortest_endings(whole, keys - whole)) or None
-
-
-def _guarded(model: PeftModel) -> PeftModel:
-    model.register_load_state_dict_pre_hook(_part_from_base)
-    return model
-
-
-@torch.no_grad()
-def _part_from_base(model: nn.Module, tensors: Mapping[str, torch.Tensor], prefix: str, *_) -> None:
-    """Before other numbers are loaded into what is shared, give the model memory of its own for them."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        new = tensors.get(prefix + name)
-        if new is None or tensor.requires_grad or new.shape != tensor.shape:
-            continue
-        if not torch.equal(tensor, new.to(tensor.device, tensor.dtype)):
-            tensor.data = tensor.detach().clone()
