@@ -257,13 +257,6 @@ class EmbeddingOp(Op):
         scale = self.embed_scale
         return y if scale is None else y * scale.to(y.dtype)
 
-    @property
-    def own_forward(self) -> nn.Module | None:
-        """The layer if it does more than to look up its input (OPT's positions); its forward then has to be called."""
-        layer = vars(self.layer).get("plain", self.layer)  # of a packed one
-        own = layer is not None and type(layer).forward is not nn.Embedding.forward and self.embed_scale is None
-        return layer if own else None
-
     def add_shift(self, W, b, shift):
         # A table has no bias, but every row can carry the shift.
         scale = self.embed_scale
@@ -274,6 +267,13 @@ class EmbeddingOp(Op):
         """The factor that some embeddings (Gemma's) multiply their rows by; deltas of the table are scaled too."""
         scale = getattr(self.layer, "embed_scale", None)
         return scale if scale is None or torch.is_tensor(scale) else torch.tensor(scale)
+
+    @property
+    def own_forward(self) -> nn.Module | None:
+        """The layer if it does more than to look up its input (OPT's positions); its forward then has to be called."""
+        layer = vars(self.layer).get("plain", self.layer)  # of a packed one
+        own = layer is not None and type(layer).forward is not nn.Embedding.forward and self.embed_scale is None
+        return layer if own else None
 
 
 class NormOp(Op):
