@@ -380,6 +380,11 @@ def test_scaled_and_shifted_embeddings():
         torch.testing.assert_close(positions(mask), table[torch.tensor([[1, 2, 3, 4], [2, 3, 4, 5]])])
         torch.testing.assert_close(positions(mask, 3), table[torch.tensor([[4], [5]])])
         torch.testing.assert_close(positions(mask, position_ids=torch.tensor([[7]])), table[torch.tensor([[9]])])
+        with torch.no_grad():
+            before = positions(mask, 1)
+            model.merge_adapter()
+            torch.testing.assert_close(positions(mask, 1), before, atol=1e-6 if not quantize else 0.1, rtol=0)
+            model.unmerge_adapter()
         ids = tokens(3, 6)
         generated = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
         for _ in range(4):  # without a cache
