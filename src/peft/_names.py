@@ -64,6 +64,7 @@ SUBMODULES = (
     "auto",
     "config",
     "deltatuner",
+    "finetuna",
     "functional",
     "helpers",
     "import_utils",

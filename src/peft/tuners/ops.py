@@ -339,7 +339,10 @@ class EmbeddingOp(Op):
     kind = "Embedding"
     transposed = True
 
-    def op(self, x, W, b):
+    def op(self, x, W, b, *args, **kwargs):
+        if self.own_forward is not None:
+            with unhooked(self.own_forward):
+                return torch.func.functional_call(self.own_forward, {"weight": W.T}, (x, *args), kwargs)
         return self._lookup(x, W.T, self.layer.padding_idx)
 
     def _lookup(self, x: torch.Tensor, table: torch.Tensor, padding_idx: int | None) -> torch.Tensor:
@@ -375,6 +378,13 @@ class EmbeddingOp(Op):
         """The factor that some embeddings (Gemma's) multiply their rows by; deltas of the table are scaled too."""
         scale = getattr(self.layer, "embed_scale", None)
         return scale if scale is None or torch.is_tensor(scale) else torch.tensor(scale)
+
+    @property
+    def own_forward(self) -> nn.Module | None:
+        """The layer if it does more than to look up its input (OPT's positions); its forward then has to be called."""
+        layer = vars(self.layer).get("plain", self.layer)  # of a packed one
+        own = layer is not None and type(layer).forward is not nn.Embedding.forward and self.embed_scale is None
+        return layer if own else None
 
 
 class NormOp(Op):

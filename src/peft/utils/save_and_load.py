@@ -28,6 +28,7 @@ from .placement import (
     whole_tensor,
     whole_tensors,
 )
+from .quantization_utils import is_quantized
 from .warning import warn
 
 IncompatibleKeys = namedtuple("IncompatibleKeys", ["missing_keys", "unexpected_keys"])
@@ -86,6 +87,7 @@ def _embedding_keys(model: nn.Module, save_embedding_layers: bool | str, config,
     if save_embedding_layers == "auto":
         if not _vocabulary_changed(model, config):
             modules = [m for m in modules if isinstance(m, BaseTunerLayer) and adapter_name in m._available_adapters]
+            modules = [m for m in modules if not is_quantized(m.get_base_layer())]  # the base model is packed anew
         if modules:
             warn(
                 "The base model's embeddings are saved with the adapter, because the adapter targets them or the "

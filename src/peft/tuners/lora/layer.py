@@ -244,6 +244,11 @@ class Embedding(LoraLayer, nn.Module):
         A, B = self.factors(name)
         return B @ A
 
+    def _apply_adapters(self, names, x, *args, **kwargs):
+        if self.op.own_forward is None:
+            return super()._apply_adapters(names, x, *args, **kwargs)
+        return self.op.op(x, *self.folded(names), *args, **kwargs)  # which rows are taken only its forward knows
+
     def post(self, name, x, y, before=()):
         A, B = self.factors(name)
         delta = F.linear(F.embedding(x, A.T), B) * self.scaling[name]
