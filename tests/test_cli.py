@@ -122,7 +122,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
     tokenizer.chat_template = "{{ messages | length }}" + CHAT_TEMPLATE
     with pytest.raises(common.CliError, match="line 7.*rewrites earlier turns"):
         messages = [{"role": role, "content": "x"} for role in ("user", "assistant")] * 2
-        data.encode_row(tokenizer, {"messages": messages, "__line__": 7})
+        data.encode_row(tokenizer, {"messages": messages, "__where__": "chats.jsonl, line 7"})
 
 
 def test_what_is_too_long_is_cut_or_left_out():
@@ -216,6 +216,8 @@ GOOD = b'{"text": "hello"}\n'
         (GOOD + b'{"messages": []}\n', "line 2:"),
         (GOOD + b'{"messages": [{"role": "user"}]}\n', "line 2: message 1"),
         (GOOD + b'{"text": "\xff"}\n', "line 2: not UTF-8"),
+        (GOOD * 30 + b'{"text": "\\ud800 abc"}\n', r"line 31: \ud800 is half of a surrogate pair"),
+        (GOOD + b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "line 2: JSON that cannot be read"),
         (b"", "is empty"),
         (b"\n  \n", "is empty"),
         (GOOD, "leave nothing to train on"),
