@@ -66,7 +66,7 @@ def find_conflict(args: argparse.Namespace) -> str | None:
         if getattr(args, first) not in (None, False) and getattr(args, second) not in (None, False):
             return f"{option(first)} and {option(second)} cannot be given together"
     if args.budget == "global" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return "--budget global changes the sizes of what is trained, so it needs a single process"
+        return "--budget global moves weights between layers, which needs a single process: start one, or leave it out"
     if args.data == TASK_PREFIX:
         return f"--data {TASK_PREFIX} lacks the name of the task, as in {TASK_PREFIX}spell_backward"
     if args.task_args is not None and not args.data.startswith(TASK_PREFIX):
