@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,10 +81,11 @@ class Output:
         self.last_checkpoint = str(complete[-1]) if complete else None
 
     def _find_checkpoints(self) -> tuple[list[Path], list[Path]]:
-        """Checkpoints `(complete ones by step, others)`. Trainer writes trainer_state.json last."""
+        """Checkpoints `(whole ones by step, others)`. trainer_state.json is written last; torch's files are zips."""
         found = [path for path in self.checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
         found.sort(key=lambda path: int(path.name.rpartition("-")[2]))
-        complete = [path for path in found if is_json(path / "trainer_state.json")]
+        whole = (path for path in found if all(map(zipfile.is_zipfile, path.glob("*.pt*"))))
+        complete = [path for path in whole if is_json(path / "trainer_state.json")]
         return complete, [path for path in found if path not in complete]
 
     def identity(self, args: argparse.Namespace, digest: str) -> dict[str, Any]:
@@ -129,6 +131,7 @@ class Output:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
             self._run = {**self.identity(args, digest), "before": None}
         for incomplete in self._find_checkpoints()[1]:
+            notice(f"{incomplete} is not complete, or damaged: it is removed")
             shutil.rmtree(incomplete)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._write_run()
