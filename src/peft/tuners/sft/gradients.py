@@ -70,7 +70,12 @@ class ProductGradient(WeightGradient):
         return self.op.by_channel(self._x(None))
 
     def rows(self, delta, start, stop):
-        if self.op.transposed and delta.layout is None:
+        if delta.layout is None:
+            return self._stored_rows(start, stop)
+        return self.op.weight_gradient(self.gy, self.x, start, stop).flatten(1)
+
+    def _stored_rows(self, start: int, stop: int) -> Tensor:
+        if self.op.transposed:
             return self.x[:, start:stop].T @ self.gy
         return self.op.weight_gradient(self.gy, self.x, start, stop).flatten(1)
 
@@ -110,13 +115,9 @@ class ProductGradient(WeightGradient):
         bounds = [torch.searchsorted(positions.long(), edges).tolist() for positions in wanted]
         parts: list[list[Tensor]] = [[] for _ in wanted]
         for n, start in enumerate(starts):
-            stop = min(start + step, shape[0])
-            if self.op.transposed:
-                block = self.x[:, start:stop].T @ self.gy
-            else:
-                block = self.op.weight_gradient(self.gy, self.x, start, stop)
+            block = self._stored_rows(start, min(start + step, shape[0])).flatten()
             for part, positions, bound in zip(parts, wanted, bounds):
-                part.append(block.view(-1)[positions[bound[n] : bound[n + 1]] - start * width])
+                part.append(block[positions[bound[n] : bound[n + 1]] - start * width])
         return [torch.cat(part) for part in parts]
 
 
