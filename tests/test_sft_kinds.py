@@ -132,6 +132,25 @@ def test_convolutions_are_the_dense_ones(kind, how, workspace, monkeypatch):
     assert_like_dense(model, draw(shape))
 
 
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+@pytest.mark.parametrize("window_bytes", [1, 2**20])
+def test_the_sampled_product_is_the_entries_of_the_dense_one(kind, window_bytes, monkeypatch):
+    """Few entries are sampled, many are taken from row blocks."""
+    make, shape = CONVOLUTIONS[kind]
+    monkeypatch.setattr(gradients, "SAMPLED_CHANNELS", 1)
+    monkeypatch.setattr(gradients, "SAMPLED_WINDOWS", 0.1)
+    monkeypatch.setattr(gradients, "WINDOW_BYTES", window_bytes)
+    sampled, real = [], gradients.ProductGradient._sampled_windows
+    monkeypatch.setattr(gradients.ProductGradient, "_sampled_windows", lambda *args: sampled.append(1) or real(*args))
+    model = adapt(make(), slots=2)
+    assert_like_dense(model, draw(shape))
+    assert sampled
+    sampled.clear()
+    model = adapt(make(), slots=base_of(model).weight.numel() // 2)
+    assert_like_dense(model, draw(shape))
+    assert not sampled
+
+
 @pytest.mark.parametrize("kind", ["2d", "depthwise", "one image"])
 def test_adapters_of_all_granularities_in_one_convolution(kind):
     make, shape = CONVOLUTIONS[kind]
@@ -145,10 +164,12 @@ def test_adapters_of_all_granularities_in_one_convolution(kind):
     assert torch.equal(base_of(model).weight, before)
 
 
+@pytest.mark.parametrize("sampled_channels", [1, 128])
 @pytest.mark.parametrize("kind", ["2d", "groups", "Embedding"])
 @pytest.mark.parametrize("how", ["element", "row", "column"])
-def test_a_layer_without_deltas(kind, how):
+def test_a_layer_without_deltas(kind, how, sampled_channels, monkeypatch):
     """A small budget rounds down to nothing in some layers."""
+    monkeypatch.setattr(gradients, "SAMPLED_CHANNELS", sampled_channels)
     make, shape = CONVOLUTIONS[kind] if kind != "Embedding" else (lambda: nn.Embedding(12, 6), None)
     model = adapt(make(), [how], slots=0)
     x = torch.randint(12, (2, 3)) if shape is None else draw(shape)
@@ -308,6 +329,8 @@ def test_no_tensor_of_the_size_of_the_weight_is_made(kind, how, gathering, monke
     weight = base_of(model).weight
     size = weight.numel() * 8
     monkeypatch.setattr(gradients, "WORKSPACE_BYTES", size // 16)
+    monkeypatch.setattr(gradients, "WINDOW_BYTES", size // 16)
+    monkeypatch.setattr(gradients, "SAMPLED_CHANNELS", 64)
     if gathering:
         for delta in deltas_of(model):
             delta.start_gathering()

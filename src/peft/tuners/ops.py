@@ -317,6 +317,20 @@ class ConvOp(Op):
             start += count
         return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else gy.new_empty(0, inputs, *self.kernel)
 
+    def windows(self, x: torch.Tensor, size: torch.Size) -> torch.Tensor:
+        """What each weight is multiplied with, (I, *K, N, *L): a view of the input, or of a padded copy.
+
+        Args:
+            x: (N, I, *S), framed.
+            size: of the output, L.
+        """
+        strides, padding, dilations, *_ = self._geometry
+        x = F.pad(x, [n for p in reversed(padding) for n in (p, p)]) if any(padding) else x
+        batch, channel, *steps = x.stride()
+        taps = [step * dilation for step, dilation in zip(steps, dilations)]
+        moves = [step * stride for step, stride in zip(steps, strides)]
+        return x.as_strided((x.shape[1], *self.kernel, len(x), *size), (channel, *taps, batch, *moves))
+
 
 class EmbeddingOp(Op):
     """`W[O, I]` is the transposed table: I tokens, O the width."""

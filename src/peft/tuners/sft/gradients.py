@@ -3,11 +3,8 @@ for a reselection, and once per gathering window as a whole, to choose them.
 
 It is known by what it is made of (`ProductGradient`: the factors of a matrix product or a convolution;
 `LookupGradient`: the vectors of the tokens in a batch), so that a part of it can be had without the rest. Where torch
-has a sampled dense-dense product (on the CPU, in float32 and float64) single entries of a linear layer's are computed
-by themselves. Elsewhere, and where candidates are chosen, it is formed in row blocks of at most `WORKSPACE_BYTES`,
-never as a whole. (Of a convolution, too: its windows would have to be laid out to sample it. At 1 % of the weights, one
-core, that takes 6 ms against 3 with 64 channels, 1.5 against 3 with 128 and 4 against 11 with 320, but no whole step
-was faster by it.)
+has a sampled dense-dense product (on the CPU, in float32 and float64) single entries are computed by themselves.
+Elsewhere, and where candidates are chosen, it is formed in row blocks of at most `WORKSPACE_BYTES`, never as a whole.
 
 Letters: N rows or images of a batch, O output channels, I input channels (of one group), G groups, *K kernel, *L places
 in the output, k trained numbers, T tokens in a batch, E width of an embedding.
@@ -35,6 +32,12 @@ WORKSPACE_BYTES = 64 * 2**20
 # Up to this share of a weight the sampled product beats the dense one: at 1.3 % of 1536 x 576 with 512 rows it takes
 # 0.8 ms against 10 (one core), and it grows with the share.
 SAMPLED_DENSITY = 0.1
+# Of a convolution the windows have to be laid out for it, which is worth it up to this share, if each window serves as
+# many output channels. A whole step at 1 %, one core, ms: 320 channels, kernel 3 x 3, 31 against 38; 512, kernel 1, 14
+# against 17; 128, kernel 3 x 3, 9 against 9.
+SAMPLED_WINDOWS = 0.03
+SAMPLED_CHANNELS = 128
+WINDOW_BYTES = 4 * 2**20  # laid out at a time: what stays in a cache
 
 
 class WeightGradient:
@@ -92,18 +95,39 @@ class ProductGradient(WeightGradient):
 
     def _entries(self, wanted: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
         """Entries at sorted flat positions of the weight as it is stored."""
-        few = all(positions.numel() <= SAMPLED_DENSITY * math.prod(shape) for positions in wanted)
-        if few and not self.op.kernel and _can_sample(self.gy):
+        share = SAMPLED_DENSITY
+        if self.op.kernel:
+            share = SAMPLED_WINDOWS if self.gy.shape[1] // self.op.groups >= SAMPLED_CHANNELS else 0.0
+        few = all(positions.numel() <= share * math.prod(shape) for positions in wanted)
+        if few and _can_sample(self.gy):
             return [self._sampled(positions) for positions in wanted]
         return self._from_blocks(wanted, shape)
 
+    @functools.cached_property
+    def _gy_columns(self) -> Tensor:
+        return self.gy.transpose(0, 1).reshape(self.gy.shape[1], -1).contiguous()  # (O, N * L)
+
     def _sampled(self, positions: Tensor) -> Tensor:
+        if self.op.kernel:
+            return self._sampled_windows(positions.long())
         left, right = self._gy_columns, self._x(transposed_rows)
         return _sampled_product(*((right, left) if self.op.transposed else (left, right)), positions)
 
-    @functools.cached_property
-    def _gy_columns(self) -> Tensor:
-        return transposed_rows(self.gy)
+    def _sampled_windows(self, positions: Tensor) -> Tensor:
+        """Of a convolution; the windows of some input channels at a time."""
+        op, left = self.op, self._gy_columns
+        windows = op.windows(self.x, self.gy.shape[2:])  # (G * I, *K, N, *L), a view
+        kernel, width = math.prod(op.kernel), math.prod(op.weight_shape[1:])
+        row = positions // width
+        column = positions % width + row // (len(left) // op.groups) * width  # in a matrix (O, G * I * K)
+        step = max(1, WINDOW_BYTES // max(1, windows[0].numel() * left.element_size()))
+        sampled = left.new_empty(len(positions))
+        for start in range(0, len(windows), step):
+            block = windows[start : start + step].reshape(-1, left.shape[1])  # (channels * K, N * L)
+            inside = column - start * kernel
+            slots = ((inside >= 0) & (inside < len(block))).nonzero().squeeze(1)
+            sampled[slots] = _sampled_product(left, block, row[slots] * len(block) + inside[slots])
+        return sampled
 
     def _from_blocks(self, wanted: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
         if not wanted:
