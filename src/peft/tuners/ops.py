@@ -203,7 +203,6 @@ class Op:
 
 class LinearOp(Op):
     kind = "Linear"
-    transposed = False
 
     @property
     def stored_shape(self) -> torch.Size:
