@@ -281,6 +281,15 @@ def test_an_interrupt_before_the_first_checkpoint_leaves_nothing(tiny, rows_file
 # ---- Tasks ----
 
 
+def test_one_process_uses_one_gpu(tiny, rows_file, tmp_path, monkeypatch, capsys):
+    """Trainer would drive all of them by nn.DataParallel, which SFT refuses."""
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda args: args._n_gpu or 2))  # 0: no GPU is used
+    assert train(tiny, rows_file, tmp_path / "run", "--max-steps", 2) == 0
+    assert "one of 2 GPUs is used; for all of them start with torchrun --nproc-per-node 2" in capsys.readouterr().err
+
+
 def test_held_out_problems_are_not_trained_on():
     pytest.importorskip("reasoning_gym")
     settings = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}  # under 200 different problems

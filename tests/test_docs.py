@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from tiny_models import make_tokenizer, save_llama
 
 from peft.cli import main
@@ -78,15 +77,6 @@ def test_the_commands_of_the_install_page_run(tmp_path):
             assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
         printed.append(done.stdout.strip())
     assert printed == ["0.21.2+sft.1"] * (len(blocks) - 1) + ["0.21.2"]  # the last block goes back to upstream
-
-
-@pytest.fixture
-def loud_transformers():
-    """The commands quiet transformers for the whole process; other tests may look at what it says."""
-    verbosity = transformers.logging.get_verbosity()
-    yield
-    transformers.logging.set_verbosity(verbosity)
-    transformers.logging.enable_progress_bar()
 
 
 def shortened(words: list[str], model: str) -> list[str]:

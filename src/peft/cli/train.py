@@ -89,7 +89,7 @@ def make_training_args(args: argparse.Namespace, output: Output) -> TrainingArgu
     import torch
     from transformers import TrainingArguments
 
-    return TrainingArguments(
+    training_args = TrainingArguments(
         output_dir=str(output.checkpoints),
         num_train_epochs=args.epochs or 1.0,
         max_steps=args.max_steps or -1,
@@ -111,6 +111,13 @@ def make_training_args(args: argparse.Namespace, output: Output) -> TrainingArgu
         disable_tqdm=True,
         report_to="none",
     )
+    if training_args.n_gpu > 1:  # Trainer would drive all of them from this process by nn.DataParallel
+        notice(
+            f"one of {training_args.n_gpu} GPUs is used; for all of them start with torchrun --nproc-per-node "
+            f"{training_args.n_gpu} -m peft train ..."
+        )
+        training_args._n_gpu = 1
+    return training_args
 
 
 def make_trainer(
