@@ -22,6 +22,7 @@ from tiny_models import make_tokenizer, save_llama
 
 from peft.cli import main
 
+pytest_plugins = ["cli_runs"]
 ROOT = Path(__file__).parent.parent
 HUB_NAMES = ("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M")
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
