@@ -78,14 +78,14 @@ def load_model(model: str, dtype: torch.dtype | str, kind: type | None = None) -
     """
     from transformers import AutoModelForCausalLM
 
+    from ..utils.quantization_utils import forget_quantization
+
     try:
         loaded = (kind or AutoModelForCausalLM).from_pretrained(**source_of(model), dtype=dtype)
     except (OSError, ValueError) as error:
         raise CliError(f"cannot load the model {model}: {first_line(error)}") from error
     if "gguf_file" in source_of(model):
-        # Its weights are plain numbers by now, but it still counts as quantised, and Trainer refuses to train it.
-        loaded.is_quantized, loaded.hf_quantizer = False, None
-        del loaded.config.quantization_config
+        forget_quantization(loaded)  # its weights are plain numbers by now
     # What an adapter's configuration names as its base; the folder of a Python package would mean nothing elsewhere.
     loaded.name_or_path = loaded.config.name_or_path = model
     return loaded

@@ -15,7 +15,9 @@ from torch import nn
 from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING, is_adapter_key
 from ..utils.other import AdapterParts, AuxiliaryTrainingWrapper, Places
 from ..utils.placement import reshard
+from ..utils.quantization_utils import is_quantized
 from ..utils.warning import warn
+from .ops import make_op
 from .tuners_utils import BaseTunerLayer, as_list
 
 _BIASES = "_peft_trained_biases"  # attribute of a base model: its `TrainedBiases`, if an adapter trains any
@@ -228,3 +230,27 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
             for _, parameter in layer.adapter_tensors(adapter_name):
                 if parameter.dtype in (torch.float16, torch.bfloat16):
                     parameter.data = parameter.data.float()
+
+
+def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> dict[nn.Module, nn.Module]:
+    """Replace every packed layer of a model by one of torch's own with the same weight in the clear.
+
+    Args:
+        dtype: of the weights; None: the type of the model's first plain parameter, or, in a model that has none, what
+            each layer computes in.
+
+    Returns:
+        `{new layer: packed layer}`.
+    """
+    packed = [layer for layer in model.modules() if is_quantized(layer)]
+    others = {id(p) for layer in packed for p in layer.parameters()}
+    others |= {id(p) for part in parts(model) for name in part._available_adapters for _, p in part.adapter_tensors(name)}
+    if dtype is None:
+        own = (p.dtype for p in model.parameters() if id(p) not in others and p.is_floating_point())
+        dtype = next(own, None)
+    places, replaced = Places(model), {}
+    for layer in packed:
+        plain = make_op(layer).plain(dtype)
+        places.replace(layer, plain)
+        replaced[plain] = layer
+    return replaced

@@ -251,7 +251,7 @@ class Embedding(LoraLayer, nn.Module):
         return y + (delta if scale is None else delta * scale.to(delta)).to(y.dtype)
 
     def delta(self, name, x):
-        return self.post(name, x, torch.zeros((), dtype=self.weight.dtype, device=x.device))
+        return self.post(name, x, torch.zeros((), dtype=self.lora_embedding_B[name].dtype, device=x.device))
 
 
 explain_missing(__name__)

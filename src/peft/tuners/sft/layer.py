@@ -239,8 +239,8 @@ class SftLayer(AdditiveLayer, nn.Module):
         self.sft_delta = nn.ModuleDict()
 
     def update_layer(self, name, config, *, k: int):
-        weight = self.get_base_layer().weight
-        natural = weight.dtype if weight.is_floating_point() else torch.float32  # a packed weight has none of its own
+        # A packed weight has no type of its own.
+        natural = torch.float32 if is_quantized(self.get_base_layer()) else self.weight.dtype
         dtype = natural if config.dtype == "auto" else getattr(torch, config.dtype)
         layout = make_layout(self.op, config, type(self.get_base_layer()).__name__)
         elastic = config.budget == "global"
