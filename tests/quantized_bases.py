@@ -117,7 +117,7 @@ BASES: dict[str, Base] = {
     "nf4": Base("bitsandbytes 4-bit", four_bit("nf4"), 0.11),
     "nf4 nested": Base("bitsandbytes 4-bit", four_bit("nf4", nested=True), 0.12),
     "nf4 bfloat16": Base("bitsandbytes 4-bit", four_bit("nf4", dtype=torch.bfloat16), 0.11, torch.bfloat16, 2e-2),
-    "fp4": Base("bitsandbytes 4-bit", four_bit("fp4", blocksize=128), 0.15),
+    "fp4": Base("bitsandbytes 4-bit", four_bit("fp4", blocksize=128), 0.2),
     "int8": Base("bitsandbytes 8-bit", eight_bit, 0.01),
     "hqq 4 bits": Base("HQQ", hqq(4), 0.12),
     "hqq 8 bits": Base("HQQ", hqq(8, axis=0), 0.01),
@@ -155,6 +155,8 @@ class Net(nn.Module):
 
 def weight_of(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     """The weight that a packed layer computes with, from its outputs alone."""
-    zero = layer(torch.zeros(1, WIDTH, dtype=dtype))
-    identity = torch.eye(WIDTH, dtype=dtype)
-    return (layer(identity) - zero).detach().double().T
+    layer = getattr(layer, "base_layer", layer)
+    bias, layer.bias = layer.bias, None  # adding it would round
+    weight = layer(torch.eye(WIDTH, dtype=dtype)).detach().double().T
+    layer.bias = bias
+    return weight

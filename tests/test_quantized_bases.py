@@ -48,9 +48,14 @@ def draw(base: str) -> torch.Tensor:
 
 
 def snapshot(net: nn.Module) -> dict[str, torch.Tensor]:
-    """Everything that a packed model's own layers hold."""
-    state = net.state_dict()
-    return {key: value.clone() for key, value in state.items() if torch.is_tensor(value)}
+    """Copies of all numbers in a model's state."""
+    state = {}
+    for key, value in net.state_dict().items():
+        inside = value.__tensor_flatten__()[0] if hasattr(value, "__tensor_flatten__") else []
+        state |= {f"{key}.{name}": getattr(value, name).clone() for name in inside}
+        if torch.is_tensor(value) and not inside:
+            state[key] = value.clone()
+    return state
 
 
 def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
@@ -172,11 +177,11 @@ def test_merging_and_back(base, method):
         model.merge_adapter()
     stored = weight_of(layer, x.dtype)
     error, change = (stored - exact).norm(), (exact - weights["first"][0]).norm()
-    assert 0 < error <= packing.error * exact.norm()
+    assert error <= packing.error * exact.norm()
     (reported,) = model.merge_errors.values()
     assert list(model.merge_errors) == ["first"] and reported == layer.merge_error
     for ours, theirs in zip(reported, (error, exact.norm(), change)):
-        assert ours == pytest.approx(theirs.item(), rel=0.02 if x.dtype == torch.bfloat16 else 1e-3)
+        assert ours == pytest.approx(theirs.item(), rel=1e-2, abs=packing.tolerance * exact.norm().item())
     hidden = x.double() @ stored.T + b
     close(model(x), hidden.tanh() @ weights["second"][0].T, 3 * packing.tolerance)
     close(model(x), forward, 5 * packing.error)
@@ -230,12 +235,11 @@ def test_merge_and_unload_keeps_the_storage(base, method):
     close(merged(x), forward, 10 * BASES[base].error)
 
 
-@bases
+@pytest.mark.parametrize(
+    ("base", "merged_before"), [*((base, False) for base in BASES), *((base, True) for base in REWRITABLE)]
+)
 @methods
-@pytest.mark.parametrize("merged_before", [False, True])
 def test_dequantised_merging_is_exact(base, method, merged_before):
-    if merged_before and base in READ_ONLY:
-        pytest.skip("cannot be merged before")
     net, x = Net(base), draw(base)
     model = adapt(net, method, targets=["first"])
     forward = model(x)
@@ -292,31 +296,33 @@ def test_storages_that_cannot_be_rewritten_say_so(base, method):
 @pytest.mark.parametrize("base", ["nf4", "int8", "hqq 8 bits", "quanto 8 bits", "torchao rows"])
 def test_merging_does_not_touch_who_shares_the_packed_weight(base):
     net, x = Net(base), draw(base)
+    net.train()(x)  # bitsandbytes moves the scales of 8 bits from the weight to the layer
     other = copy.copy(net.first)  # another layer around the same tensors
     other.__dict__ = {**net.first.__dict__, "_parameters": dict(net.first._parameters)}
     if hasattr(other, "state"):
         other.state = copy.copy(other.state)
-    expected = other.train()(x)
+    expected = other(x)
     model = adapt(net, "lora")
     with pytest.warns(PeftWarning):
         model.merge_and_unload()
     assert torch.equal(other(x), expected) and not torch.equal(net.first(x), expected)
 
 
-def test_backward_of_a_forward_before_merging_and_unmerging():
-    for base in REWRITABLE:
-        net, x = Net(base), draw(base)
-        model = adapt(net, "lora")
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        y = model(x)
-        upstream = torch.randn_like(y)
-        expected = torch.autograd.grad(y, parameters, upstream)
-        y = model(x)
-        with pytest.warns(PeftWarning):
-            model.merge_adapter()
-        model(x)
-        for ours, theirs in zip(torch.autograd.grad(y, parameters, upstream), expected):
-            assert torch.equal(ours, theirs), base
+@rewritable
+def test_backward_of_a_forward_before_merging_and_unmerging(base):
+    net, x = Net(base), draw(base)
+    model = adapt(net, "lora")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    y = model(x)
+    upstream = torch.randn_like(y)
+    expected = torch.autograd.grad(y, parameters, upstream)
+    y = model(x)
+    with pytest.warns(PeftWarning):
+        model.merge_adapter()
+    model(x)
+    model.unmerge_adapter()
+    for ours, theirs in zip(torch.autograd.grad(y, parameters, upstream), expected):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("method", ["lora", "sft", "ssf"])

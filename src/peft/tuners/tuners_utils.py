@@ -48,7 +48,9 @@ class MergeError(NamedTuple):
         return cls(*(math.hypot(*norms) for norms in zip(*errors)))
 
     def __str__(self) -> str:
-        return f"{self.error / (self.weight or 1):.2%} of the weight, {self.error / (self.change or 1):.0%} of the change"
+        return (
+            f"{self.error / (self.weight or 1):.2%} of the weight, {self.error / (self.change or 1):.0%} of the change"
+        )
 
 
 class _Merge(NamedTuple):

@@ -123,14 +123,12 @@ def packed_state(layer: nn.Module) -> dict[str, object] | None:
     return {name: getattr(layer, name) for name in backend.attributes if hasattr(layer, name)}
 
 
-def logical_numels(model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
-    """The parameters of a model with the number of weights each stands for: a packed one counts those it encodes."""
-    packed = {
-        id(getattr(layer, backend.attributes[0])): math.prod(backend.shape(layer))
-        for layer in model.modules()
-        if (backend := find_backend(layer)) is not None
-    }
-    return ((parameter, packed.get(id(parameter), parameter.numel())) for parameter in model.parameters())
+def logical_numels(model: nn.Module) -> Iterator[tuple[torch.Tensor, int]]:
+    """The parameters of a model, and the packed weights that are none, with the number of weights each stands for."""
+    packed = [(layer, backend) for layer in model.modules() if (backend := find_backend(layer)) is not None]
+    tensors = {id(t): t for t in (*model.parameters(), *(getattr(layer, b.attributes[0]) for layer, b in packed))}
+    numels = {id(getattr(layer, b.attributes[0])): math.prod(b.shape(layer)) for layer, b in packed}
+    return ((tensor, numels.get(key, tensor.numel())) for key, tensor in tensors.items())
 
 
 def keep_trainable(model: nn.Module) -> None:
@@ -223,7 +221,7 @@ def _requantize_8bit(layer: nn.Module, weight: torch.Tensor) -> None:
 
 
 def _requantize_hqq(layer: nn.Module, weight: torch.Tensor) -> None:
-    layer.W_q = None  # a parameter's name does not take the tensor that `quantize` sets first
+    del layer.W_q  # the name of a parameter does not take the tensor that `quantize` sets first
     layer.quantize(weight, **layer.quant_config)
 
 
@@ -313,7 +311,11 @@ for _name, _attributes, _weight_name in (
 register_backend(QuantizationBackend("EETQ", _having("weight_scales"), read_through_forward, shape=_eetq_shape))
 register_backend(
     QuantizationBackend(
-        "quanto", _from("optimum.quanto"), _dequantize_tensor, _requantize_quanto, shape=lambda layer: layer.weight.shape
+        "quanto",
+        _from("optimum.quanto"),
+        _dequantize_tensor,
+        _requantize_quanto,
+        shape=lambda layer: layer.weight.shape,
     )
 )
 register_backend(QuantizationBackend("torchao", _from("torchao"), _dequantize_tensor))

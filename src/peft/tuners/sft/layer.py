@@ -275,7 +275,7 @@ class SftLayer(AdditiveLayer, nn.Module):
     def unfold(self, name, W, b, memory):
         stored = self.op.to_view(W).contiguous().clone()
         positions, numbers = memory
-        stored.view(-1)[positions] = numbers
+        stored.view(-1)[positions] = numbers.to(stored.dtype)  # wider where it was not the first to be folded
         return self.op.to_view(stored), b
 
     def post(self, name, x, y, before=()):
