@@ -114,17 +114,17 @@ class Base:
 
 
 BASES: dict[str, Base] = {
-    "nf4": Base("bitsandbytes 4-bit", four_bit("nf4"), 0.11),
-    "nf4 nested": Base("bitsandbytes 4-bit", four_bit("nf4", nested=True), 0.12),
-    "nf4 bfloat16": Base("bitsandbytes 4-bit", four_bit("nf4", dtype=torch.bfloat16), 0.11, torch.bfloat16, 2e-2),
-    "fp4": Base("bitsandbytes 4-bit", four_bit("fp4", blocksize=128), 0.2),
+    "nf4": Base("bitsandbytes 4-bit", four_bit("nf4"), 0.2),
+    "nf4 nested": Base("bitsandbytes 4-bit", four_bit("nf4", nested=True), 0.2),
+    "nf4 bfloat16": Base("bitsandbytes 4-bit", four_bit("nf4", dtype=torch.bfloat16), 0.2, torch.bfloat16, 2e-2),
+    "fp4": Base("bitsandbytes 4-bit", four_bit("fp4", blocksize=128), 0.3),
     "int8": Base("bitsandbytes 8-bit", eight_bit, 0.01),
-    "hqq 4 bits": Base("HQQ", hqq(4), 0.12),
+    "hqq 4 bits": Base("HQQ", hqq(4), 0.2),
     "hqq 8 bits": Base("HQQ", hqq(8, axis=0), 0.01),
     "torchao rows": Base("torchao int8", torchao("PerRow"), 0.01),
     "torchao groups": Base("torchao int8", torchao("PerGroup"), 0.01),
     "quanto 8 bits": Base("quanto", quanto("qint8"), 0.01),
-    "quanto 4 bits": Base("quanto", quanto("qint4"), 0.15),
+    "quanto 4 bits": Base("quanto", quanto("qint4"), 0.2),
     "GPTQ": Base("GPTQ", lambda linear: StandIn(linear, "qweight", "scales", "qzeros", "g_idx")),
     "AWQ": Base("AWQ", lambda linear: StandIn(linear, "qweight", "scales", "qzeros")),
     "AQLM": Base("AQLM", lambda linear: StandIn(linear, "codes", "scales", "codebooks")),

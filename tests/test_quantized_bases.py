@@ -197,7 +197,7 @@ def test_merging_and_back(base, method):
 
 @rewritable
 def test_merge_one_by_one_and_take_a_failed_merge_back(base, monkeypatch):
-    net, x = Net(base, bias=False), draw(base)
+    net = Net(base, bias=False)
     before = snapshot(net)
     model = adapt(net, "ssf", "a", "b")  # it gives the layers biases, too
     with pytest.warns(PeftWarning, match="2 merged weights"):

@@ -447,17 +447,20 @@ class BaseTuner(nn.Module):
             for layer, count in before:
                 layer.unmerge_to(count)
             raise
-        self.merge_errors = {
+        self._report_merge_errors()
+
+    def _report_merge_errors(self) -> None:
+        errors = self.merge_errors = {
             key: layer.merge_error
             for key, layer in self.model.named_modules()
             if isinstance(layer, BaseTunerLayer) and layer.merge_error is not None
         }
-        if self.merge_errors:
-            worst = max(self.merge_errors, key=lambda key: self.merge_errors[key].error / self.merge_errors[key].weight)
+        if errors:
+            worst = max(errors, key=lambda key: errors[key].of_weight)
             warn(
-                f"{len(self.merge_errors)} merged weights were packed again, which rounds them. The error is "
-                f"{MergeError.total(self.merge_errors.values())} (most in {worst}: {self.merge_errors[worst]}); all are "
-                "in merge_errors. merge_and_unload(dequantize=True) gives an exact model with plain weights"
+                f"{len(errors)} merged weights were packed again, which rounds them. The error is "
+                f"{MergeError.total(errors.values())}; most in {worst}: {errors[worst]}; all are in merge_errors. "
+                "merge_and_unload(dequantize=True) gives an exact model with plain weights"
             )
 
     def unmerge_adapter(self) -> None:

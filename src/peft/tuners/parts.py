@@ -243,10 +243,9 @@ def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> dic
         `{new layer: packed layer}`.
     """
     packed = [layer for layer in model.modules() if is_quantized(layer)]
-    others = {id(p) for layer in packed for p in layer.parameters()}
-    others |= {
-        id(p) for part in parts(model) for name in part._available_adapters for _, p in part.adapter_tensors(name)
-    }
+    others = {id(parameter) for layer in packed for parameter in layer.parameters()}
+    for part in parts(model):
+        others |= {id(parameter) for name in part._available_adapters for _, parameter in part.adapter_tensors(name)}
     if dtype is None:
         own = (p.dtype for p in model.parameters() if id(p) not in others and p.is_floating_point())
         dtype = next(own, None)

@@ -20,7 +20,7 @@ from torch import nn
 from .._lazy import explain_missing
 from ..utils.mixed_batch import run_by_row
 from ..utils.other import AdapterParts
-from ..utils.placement import whole_modules
+from ..utils.placement import onloaded as onload_layer, whole_modules  # noqa: F401  (others import the first)
 from ..utils.warning import warn
 from .ops import Op, make_op
 
@@ -47,10 +47,13 @@ class MergeError(NamedTuple):
     def total(cls, errors: Iterable[MergeError]) -> MergeError:
         return cls(*(math.hypot(*norms) for norms in zip(*errors)))
 
+    @property
+    def of_weight(self) -> float:
+        """The error as a share of the weight."""
+        return self.error / (self.weight or 1.0)
+
     def __str__(self) -> str:
-        return (
-            f"{self.error / (self.weight or 1):.2%} of the weight, {self.error / (self.change or 1):.0%} of the change"
-        )
+        return f"{self.of_weight:.2%} of the weight, {self.error / (self.change or 1.0):.0%} of the change"
 
 
 class _Merge(NamedTuple):
@@ -412,6 +415,7 @@ explain_missing(
     {
         "BaseTuner": "peft.tuners.base",
         "get_pattern_key": "peft.tuners.targeting",
+        "init_empty_weights": "accelerate",
         **dict.fromkeys(
             ["cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad"], "peft.tuners.parts"
         ),

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from .._lazy import explain_missing
-from .placement import gathered as gather_params_ctx, onloaded
+from .placement import gathered as gather_params_ctx, onloaded  # noqa: F401
 from .quantization_utils import dequantize
-
-__all__ = ["dequantize_module_weight", "gather_params_ctx"]
 
 
 def dequantize_module_weight(module: nn.Module) -> nn.Parameter:
@@ -22,4 +19,4 @@ def dequantize_module_weight(module: nn.Module) -> nn.Parameter:
     return weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
 
 
-explain_missing(__name__)
+explain_missing(__name__, {"init_empty_weights": "accelerate"})

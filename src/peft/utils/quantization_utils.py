@@ -315,7 +315,7 @@ register_backend(
         _from("optimum.quanto"),
         _dequantize_tensor,
         _requantize_quanto,
-        shape=lambda layer: layer.weight.shape,
+        shape=lambda layer: layer.weight.shape,  # of convolutions, too
     )
 )
 register_backend(QuantizationBackend("torchao", _from("torchao"), _dequantize_tensor))
