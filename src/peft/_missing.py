@@ -76,7 +76,6 @@ MODULES: dict[str, str] = {
     "peft.tuners.xlora": "X-LoRA",
     "peft.utils.hotswap": "Hot-swapping of adapters",
     "peft.utils.incremental_pca": "EVA initialisation of LoRA",
-    "peft.utils.loftq_utils": "LoftQ initialisation of LoRA",
     "peft.utils.merge_utils": "Weighted combinations of adapters",
 }
 """Module -> what it is for; its own sub-modules are missing along with it."""
@@ -93,7 +92,6 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "LoRA on bare parameters (target_parameters)": ("ParamWrapper",),
         "LoRA's classes for bitsandbytes layers": ("Linear4bit", "Linear8bitLt"),
         "LoRA-GA initialisation": ("LoraGAConfig", "preprocess_loraga"),
-        "LoftQ initialisation of LoRA": ("LoftQConfig",),
         "Monte Carlo LoRA": ("MontecloraConfig",),
         "VeLoRA": ("VeloraConfig",),
     },
@@ -104,7 +102,6 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "EVA initialisation of LoRA": ("EvaConfig",),
         "KaSA": ("KasaConfig",),
         "LoRA-GA initialisation": ("LoraGAConfig",),
-        "LoftQ initialisation of LoRA": ("LoftQConfig",),
         "Monte Carlo LoRA": ("MontecloraConfig",),
         "VeLoRA": ("VeloraConfig",),
     },
@@ -114,7 +111,6 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "LoRA on bare parameters (target_parameters)": ("ParamWrapper",),
         "LoRA on nn.MultiheadAttention": ("MultiheadAttention",),
         "LoRA on tensor-parallel layers": ("LoraEmbeddingATPHolder",),
-        "LoftQ initialisation of LoRA": ("loftq_init",),
         "The dispatch of LoRA's layer classes": ("dispatch_default",),
         "Variants of LoRA (DoRA and others)": ("LoraVariant",),
     },
@@ -163,7 +159,6 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "peft.utils": {
         "GPTQ and AWQ helpers": ("get_gptqmodel_quant_linear",),
         "Helpers for quantised and off-loaded layers": ("map_cache_to_layer_device_map",),
-        "LoftQ initialisation of LoRA": ("replace_lora_weights_loftq",),
         "Prefix tuning": (
             "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
             "bloom_model_postprocess_past_key_value",

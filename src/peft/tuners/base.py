@@ -220,6 +220,7 @@ class BaseTuner(nn.Module):
                     layer._active_adapter = list(active)
                     layer.enable_adapters(not disabled)
                 layer.op.shared |= id(layer.weight) in shared  # a merged layer has parted from the others for a while
+                layer.change_base(adapter_name, config)
             wrap_modules_to_save(model, getattr(config, "modules_to_save", None) or [], adapter_name)
             _check_biases(model, config, adapter_name)
         except Exception:

@@ -90,6 +90,9 @@ class BaseTunerLayer(AdapterParts):
         """Create the parameters of adapter `name`."""
         raise NotImplementedError
 
+    def change_base(self, name: str, config) -> None:
+        """Called when the layer is in its place in the model, for initialisations that change the base weight."""
+
     def pre(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """What the adapter does to the layer's input."""
         return x

@@ -55,6 +55,8 @@ class QuantizationBackend:
     """Where the layer keeps what is packed, the tensor with the numbers first."""
     shape: Callable[[nn.Module], torch.Size] = shape_of
     """The shape of what `dequantize` gives."""
+    casts_input: bool = False
+    """Whether the layer takes inputs of any floating-point type, as a model mixes them whose norms are widened."""
 
 
 _BACKENDS: list[QuantizationBackend] = []
@@ -323,8 +325,9 @@ register_backend(
     QuantizationBackend(
         "torchao int8",
         lambda layer: _named(_weight(layer), "Int8Tensor"),
-        _dequantize_tensor,
+        lambda layer: layer.weight.dequantize(torch.float32),  # it computes in the type of its input
         _requantize_torchao,
+        casts_input=True,
     )
 )
 register_backend(
@@ -343,6 +346,7 @@ register_backend(
         _dequantize_8bit,
         _requantize_8bit,
         ("weight", "state"),
+        casts_input=True,
     )
 )
 register_backend(
@@ -352,6 +356,7 @@ register_backend(
         _dequantize_4bit,
         _requantize_4bit,
         ("weight", "quant_state"),
+        casts_input=True,
     )
 )
 
