@@ -248,3 +248,37 @@ def test_replace_lora_weights_loftq_asks_and_takes_back(folder, tmp_path):
     with pytest.raises(ValueError, match=r"is \(3, 3\), and the layer's weight is \(32, 64\)"):
         replace_lora_weights_loftq(model, tmp_path)
     assert torch.equal(base.model.layers[0].self_attn.q_proj.lora_B["default"].weight, kept)
+
+
+# The command line
+
+
+def test_train_evaluate_and_merge_on_the_command_line(tmp_path, capsys, monkeypatch):
+    import json
+
+    import transformers
+
+    from peft.cli import main
+    from tiny_models import make_tokenizer, save_llama
+
+    model, data, output = save_llama(tmp_path / "tiny", make_tokenizer()), tmp_path / "rows.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps({"prompt": f"{i} is", "completion": " a number"}) + "\n" for i in range(30)))
+    verbosity = transformers.logging.get_verbosity()
+    try:
+        for quantize in ("nf4", "int8", "quanto-int8"):
+            common = ["--data", str(data), "--eval-size", "5", "--max-steps", "4", "--lr", "0.02", "--overwrite"]
+            assert not main(["train", "--model", model, "--quantize", quantize, "--output", str(output), *common])
+            metrics = json.loads((output / "metrics.json").read_text())
+            assert metrics["arguments"]["quantize"] == quantize and metrics["after"] < metrics["before"]
+            assert not main(["evaluate", str(output), "--check"])
+        assert not main(["merge", model, str(output), "-o", str(tmp_path / "merged")])
+        monkeypatch.setitem(__import__("sys").modules, "torchao", None)
+        with pytest.raises(SystemExit):
+            main(["train", "--model", model, "--quantize", "torchao-int8", "--output", str(tmp_path / "no"), *common])
+        assert (
+            "--quantize torchao-int8 needs the package torchao: pip install 'peft[quantize]'" in capsys.readouterr().err
+        )
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())

@@ -35,6 +35,9 @@ EXCLUSIVE = (("density", "num_tunable_weights"), ("epochs", "max_steps"), ("resu
 """Pairs of options of which at most one can be given."""
 
 DTYPES = ("auto", "float32", "bfloat16")
+QUANTIZED = ("nf4", "fp4", "int8", "torchao-int8", "quanto-int8", "quanto-int4")
+"""Values of --quantize; nf4, fp4 and int8 are bitsandbytes'."""
+
 TASK_PREFIX = "task:"
 
 
@@ -223,6 +226,11 @@ def add_training_options(group: argparse._ArgumentGroup) -> None:
         choices=DTYPES,
         default="auto",
         help="of the base model; auto (default): bfloat16 on accelerators that have it, else float32",
+    )
+    group.add_argument(
+        "--quantize",
+        choices=QUANTIZED,
+        help="pack the base model's linear layers (not its head); nf4, fp4 and int8 are bitsandbytes'",
     )
     group.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice to save memory")
     group.add_argument(

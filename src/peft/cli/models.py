@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
@@ -65,13 +66,43 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         raise CliError(f"cannot load the tokenizer of {model}: {first_line(error)}") from error
 
 
-def load_model(model: str, dtype: torch.dtype | str, kind: type | None = None) -> PreTrainedModel:
+def quantization(name: str, dtype: torch.dtype) -> Any:
+    """transformers' configuration for a value of --quantize.
+
+    Raises:
+        CliError: the library is not installed.
+    """
+    import transformers
+
+    library, _, numbers = name.rpartition("-")
+    module = {"": "bitsandbytes", "quanto": "optimum.quanto"}.get(library, library)
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise need(module.replace(".", "-"), f"--quantize {name}", "quantize") from error
+    if library == "quanto":
+        return transformers.QuantoConfig(weights=numbers)
+    if library == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    if numbers == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=numbers, bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
+    )
+
+
+def load_model(
+    model: str, dtype: torch.dtype | str, kind: type | None = None, quantize: str | None = None
+) -> PreTrainedModel:
     """A model, by default a causal language model.
 
     Args:
         model: folder, hub id, or "smollm2".
         dtype: of its weights; "auto": as they are stored.
         kind: transformers' class for it.
+        quantize: how to pack its linear layers; a value of --quantize.
 
     Raises:
         CliError: it cannot be loaded.
@@ -80,12 +111,20 @@ def load_model(model: str, dtype: torch.dtype | str, kind: type | None = None) -
 
     from ..utils.quantization_utils import forget_quantization
 
+    source, packing = source_of(model), quantization(quantize, dtype) if quantize else None
+    # transformers does not pack while it reads a GGUF file.
+    at_once = {"quantization_config": packing} if packing and "gguf_file" not in source else {}
     try:
-        loaded = (kind or AutoModelForCausalLM).from_pretrained(**source_of(model), dtype=dtype)
+        loaded = (kind or AutoModelForCausalLM).from_pretrained(**source, dtype=dtype, **at_once)
+        if "gguf_file" in source:
+            forget_quantization(loaded)  # its weights are plain numbers by now
+            if packing:
+                config, tensors = loaded.config, loaded.state_dict()
+                loaded = type(loaded).from_pretrained(
+                    None, config=config, state_dict=tensors, dtype=dtype, quantization_config=packing
+                )
     except (OSError, ValueError) as error:
         raise CliError(f"cannot load the model {model}: {first_line(error)}") from error
-    if "gguf_file" in source_of(model):
-        forget_quantization(loaded)  # its weights are plain numbers by now
     # What an adapter's configuration names as its base; the folder of a Python package would mean nothing elsewhere.
     loaded.name_or_path = loaded.config.name_or_path = model
     return loaded
