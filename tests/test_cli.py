@@ -6,7 +6,6 @@ import errno
 import json
 import random
 import re
-import shlex
 import string
 import subprocess
 import sys
@@ -265,6 +264,13 @@ def test_bad_arguments_are_refused(options, expected, tiny, rows_file, tmp_path,
     assert code == 2 and not (tmp_path / "out").exists()
     assert expected in error[-1]
     assert len(error) == 1 or "--max-length" in expected  # which also says how many examples are left out
+
+
+def test_a_global_budget_is_refused_to_several_processes(rows_file, tmp_path, monkeypatch, capsys):
+    """Before anything is loaded: the model is not even there."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code = train(str(tmp_path / "nowhere"), rows_file, tmp_path / "out", "--budget", "global")
+    assert "there are 2 processes: start one process, or" in refused(capsys, code, tmp_path / "out")
 
 
 def test_a_model_that_is_not_there_is_refused(rows_file, tmp_path, capsys):
@@ -667,16 +673,6 @@ def test_a_merge_that_fails_leaves_nothing(tiny, rows_file, tmp_path, monkeypatc
 
 
 # ---- The command line itself ----
-
-
-def test_the_command_lines_of_the_documentation_parse():
-    blocks = re.findall(r"^```bash\n(.*?)^```", DOCS.read_text(encoding="utf-8"), re.M | re.S)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    lines = [line for line in lines if re.search(r"(^|-m )peft ", line)]
-    assert len(lines) >= 5
-    for line in lines:
-        words_of_line = shlex.split(line, comments=True)
-        arguments.parse(words_of_line[words_of_line.index("peft") + 1 :])
 
 
 def test_the_documentation_names_the_default_learning_rates():

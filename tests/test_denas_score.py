@@ -146,8 +146,8 @@ def test_complexity_is_the_dimension_of_what_factors_can_make():
 
 
 @pytest.mark.parametrize(("method", "scale"), [(PeftType.LORA, 1e9), (PeftType.SSF, 1e5)])
-def test_formula(method, scale):
-    e, c, d, s, latency = np.random.default_rng().random(5) * 1e6
+def test_formula(method, scale, seed):
+    e, c, d, s, latency = np.random.default_rng(seed).random(5) * 1e6
     config = DenasConfig(
         score="deltatuner", expressivity_weight=2, complexity_weight=3, diversity_weight=4, saliency_weight=5,
         latency_weight=6,
@@ -160,11 +160,11 @@ def test_formula(method, scale):
 
 
 @pytest.mark.parametrize("config", [LoraConfig(target_modules="all-linear"), SsfConfig()], ids=["lora", "ssf"])
-def test_candidate_of_the_supernet_is_the_model_made_anew(config):
+def test_candidate_of_the_supernet_is_the_model_made_anew(config, seed):
     """Same parameters, same logits, same gradients, same terms as a model built with that structure."""
     base, batch = llama(), {"input_ids": tokens()}
     space = SearchSpace(base, config, DenasConfig(score="deltatuner", granularity="module"), with_alpha=True)
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(seed)
     candidates = [space.draw(rng) for _ in range(3)]
     fresh = [copy.deepcopy(base) for _ in candidates]
     with left_as_it_was(base, 0), supernet(base, space, batch, seed=1) as net:

@@ -98,6 +98,8 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
     Raises:
         KeyError: no `peft_type`, or a method that does not exist here.
     """
+    if "peft_type" not in config_dict:
+        raise KeyError(f"A configuration must say its 'peft_type', got only {sorted(config_dict)}")
     return config_class(config_dict["peft_type"])(**config_dict)
 
 

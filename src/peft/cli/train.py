@@ -10,12 +10,13 @@ on one device.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from .arguments import TASK_PREFIX
-from .common import notice
+from .common import CliError, notice
 from .data import Collator, check_packing, pack, pad_id_of
 from .evaluate import Measure, measure, read_metrics
 from .models import add_adapter, load_model, load_tokenizer, make_adapter_config, quiet_transformers, resolve_dtype
@@ -42,6 +43,7 @@ SAMPLES = 5
 
 def run(args: argparse.Namespace) -> None:
     """`peft train`."""
+    check_processes(args)
     fill_in_defaults(args)
     output = Output(Path(args.output), args.resume, args.overwrite)
     if output.finished:
@@ -74,6 +76,16 @@ def run(args: argparse.Namespace) -> None:
         metrics = train(args, model, tokenizer, source, training_args, output)
     if training_args.process_index == 0:
         print(summary(metrics, output.folder))
+
+
+def check_processes(args: argparse.Namespace) -> None:
+    """Raise CliError if the run cannot be spread over the processes that it was started in."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun and accelerate launch
+    if args.budget == "global" and processes > 1:
+        raise CliError(
+            f"--budget global changes the sizes of parameters, which data parallelism needs fixed, and there are "
+            f"{processes} processes: start one process, or leave out --budget global"
+        )
 
 
 def fill_in_defaults(args: argparse.Namespace) -> None:

@@ -42,7 +42,17 @@ from .parts import (
     set_requires_grad,
     trained_biases,
 )
-from .targeting import TASK_HEAD_NAMES, is_target, keys_ending_in, resolve_all_linear, unmatched_entries
+from .targeting import (
+    TASK_HEAD_NAMES,
+    is_never_called,
+    is_target,
+    keep_called,
+    keys_ending_in,
+    layer_index,
+    name_matches,
+    resolve_all_linear,
+    unmatched_entries,
+)
 from .tuners_utils import BASE_ADAPTER, BaseTunerLayer, MergeError, as_list
 
 
@@ -50,10 +60,13 @@ def check_adapter_name(name: str) -> None:
     """Refuse names that a ModuleDict or a key of an adapter file cannot carry.
 
     Raises:
-        ValueError: an empty name, one with a dot, one of nn.Module's or of a dict's attributes, or `__base__`.
+        ValueError: an empty name, one with a dot, a slash or a control character, one of nn.Module's or of a dict's
+            attributes, or `__base__`.
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"An adapter's name must be a non-empty string, got {name!r}")
+    if not name.isprintable() or "/" in name or "\\" in name:
+        raise ValueError(f"An adapter's name is a folder's too, without slashes and control characters, got {name!r}")
     if "." in name:
         raise ValueError(f"An adapter's name must not contain a dot (it separates the parts of a key), got {name!r}")
     if name == BASE_ADAPTER:
@@ -190,7 +203,7 @@ class BaseTuner(nn.Module):
         """Create adapter `adapter_name` (its configuration stands in `peft_config`) in all its targets.
 
         Raises:
-            ValueError: bad name, no default targets, or an unsupported target.
+            ValueError: bad name, no default targets, or an unsupported target (one that is never called, too).
             NoMatchingPeftModuleError: the patterns match no module.
         """
         check_adapter_name(adapter_name)
@@ -216,6 +229,7 @@ class BaseTuner(nn.Module):
                     self._create_and_replace(config, adapter_name, target, target_name, parent, key)
                 layer = model.get_submodule(key)
                 if layer is not target:
+                    keep_called(model, key, layer)
                     places.replace(target, layer)  # a module may stand in more places than the one called `key`
                     layer._active_adapter = list(active)
                     layer.enable_adapters(not disabled)
@@ -306,6 +320,11 @@ class BaseTuner(nn.Module):
             if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                 inside = (*inside, key + ".")
             if key in wanted if state_dict is not None else is_target(config, key):
+                if is_never_called(self.model, key):
+                    raise ValueError(
+                        f"Target module {key} is part of a MultiheadAttention of torch, which takes its weight without "
+                        "calling it, so an adapter would have no effect: add it to exclude_modules"
+                    )
                 targets[key] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
                 inside = (*inside, key + ".")
         if not targets and not getattr(config, "target_parameters", None):
@@ -321,9 +340,12 @@ class BaseTuner(nn.Module):
             for field in ("layers_to_transform", "layers_pattern", "exclude_modules")
             if getattr(config, field, None) is not None
         }
+        named = [key for key, _ in self.model.named_modules() if key and name_matches(config.target_modules, key)]
+        numbers = {layer_index(key, getattr(config, "layers_pattern", None)) for key in named}
         return (
             f"Target modules {wanted} not found in the base model"
             + (f" (with {limits})" if limits else "")
+            + (f"; without that there are some in the layers {sorted(numbers - {None})}" if numbers - {None} else "")
             + f". The model's module names end in: {', '.join(examples)}"
         )
 
@@ -582,7 +604,12 @@ def _is_transformers_model(model: nn.Module) -> bool:
 
 def _check_biases(model: nn.Module, config, adapter_name: str) -> None:
     """Refuse to train biases that accelerate makes anew for every forward: their gradients would go nowhere."""
-    for name, _ in trained_biases(model, config, adapter_name) if not config.inference_mode else ():
+    if config.inference_mode or getattr(config, "bias", "none") == "none":
+        return
+    biases = list(trained_biases(model, config, adapter_name))
+    if not biases:
+        warn(f"bias={config.bias!r} has no effect: the layers that it means have no biases")
+    for name, _ in biases:
         if offload_hook(own_tensor(model, name)[0]) is not None:
             raise ValueError(f"bias={config.bias!r} cannot train {name}, which is off-loaded: use bias='none'")
 

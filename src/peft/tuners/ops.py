@@ -250,6 +250,7 @@ class Op:
 
 class LinearOp(Op):
     kind = "Linear"
+    transposed = False
 
     def op(self, x, W, b):
         return F.linear(x, W, b)
@@ -257,18 +258,37 @@ class LinearOp(Op):
     def _empty(self, bias):
         return nn.Linear(self.in_features, self.out_features, bias)
 
+    # The product and its derivatives one by one, as an autograd function needs them; ConvOp has the same.
 
-class Conv1DOp(Op):
+    groups = 1
+
+    def framed(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def product(self, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+        return linear(x, W, b)
+
+    def input_gradient(self, gy: torch.Tensor, shape: torch.Size, W: torch.Tensor) -> torch.Tensor:
+        return gy @ W
+
+    def by_channel(self, t: torch.Tensor) -> torch.Tensor:
+        return t.reshape(-1, t.shape[-1])
+
+    def weight_gradient(
+        self, gy: torch.Tensor, x: torch.Tensor, start: int = 0, stop: int | None = None
+    ) -> torch.Tensor:
+        return gy[:, start:stop].T @ x
+
+
+class Conv1DOp(LinearOp):
     """transformers' `Conv1D` (GPT-2): a linear layer whose weight is stored (I, O)."""
 
-    kind = "Linear"
     transposed = True
-
-    def op(self, x, W, b):
-        return F.linear(x, W, b)
 
 
 class ConvOp(Op):
+    """A convolution. Its weight is (O, I / G, *K): every one of G groups of channels sees its own part of the input."""
+
     channel_dim = 1
 
     @property
@@ -278,6 +298,10 @@ class ConvOp(Op):
     @property
     def in_features(self) -> int:
         return self.layer.in_channels
+
+    @property
+    def groups(self) -> int:
+        return self.layer.groups
 
     def op(self, x, W, b):
         return self.layer._conv_forward(x, W, b)
@@ -289,6 +313,75 @@ class ConvOp(Op):
             bias, old.padding_mode,
         )  # fmt: skip
 
+    @property
+    def _pads(self) -> bool:
+        """Whether the convolution itself pads, with zeros; else `framed` has to."""
+        return self.layer.padding_mode == "zeros" and not isinstance(self.layer.padding, str)
+
+    @property
+    def _geometry(self) -> tuple:
+        layer, none = self.layer, (0,) * len(self.kernel)
+        return layer.stride, layer.padding if self._pads else none, layer.dilation, False, none
+
+    def framed(self, x: torch.Tensor) -> torch.Tensor:
+        """The input (N, C, *S), or (C, *S), as `product` takes it: with N, and padded where it does not pad."""
+        x = x if x.dim() == 2 + len(self.kernel) else x.unsqueeze(0)
+        if self._pads:
+            return x
+        mode = self.layer.padding_mode
+        return F.pad(x, self.layer._reversed_padding_repeated_twice, "constant" if mode == "zeros" else mode)
+
+    def product(self, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+        """`op` for a framed input, in memory of its own; (N, O, *L)."""
+        return torch.convolution(x, W, b, *self._geometry, self.groups)
+
+    def input_gradient(self, gy: torch.Tensor, shape: torch.Size, W: torch.Tensor) -> torch.Tensor:
+        """The gradient of the framed input, of this shape, from that of the output (N, O, *L)."""
+        x = gy.new_empty(1).expand(shape)
+        return _convolution_backward(gy, x, W, None, *self._geometry, self.groups, (True, False, False))[0]
+
+    def by_channel(self, t: torch.Tensor) -> torch.Tensor:
+        """Input or output as `weight_gradient` takes it: channels in dimension 1."""
+        return t
+
+    def weight_gradient(
+        self, gy: torch.Tensor, x: torch.Tensor, start: int = 0, stop: int | None = None
+    ) -> torch.Tensor:
+        """Rows `start` to `stop` of the weight's gradient, (stop - start, I / G, *K).
+
+        Args:
+            gy: (N, O, *L) gradient of the output; some channels of it if G = 1.
+            x: (N, I, *S) the framed input, or some channels of it, equally many of each group.
+        """
+        stop = gy.shape[1] if stop is None else stop
+        outputs, inputs = gy.shape[1] // self.groups, x.shape[1] // self.groups
+        parts = []
+        while start < stop:  # whole groups together, parts of one each for itself
+            group, within = divmod(start, outputs)
+            whole = 0 if within else (stop - start) // outputs
+            count = whole * outputs or min(outputs - within, stop - start)
+            groups = whole or 1
+            weight = gy.new_empty(1).expand(count, inputs, *self.kernel)
+            some = gy[:, start : start + count], x[:, group * inputs : (group + groups) * inputs]
+            mask = (False, True, False)
+            parts.append(_convolution_backward(*some, weight, None, *self._geometry, groups, mask)[1])
+            start += count
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else gy.new_empty(0, inputs, *self.kernel)
+
+    def windows(self, x: torch.Tensor, size: torch.Size) -> torch.Tensor:
+        """What each weight is multiplied with, (I, *K, N, *L): a view of the input, or of a padded copy.
+
+        Args:
+            x: (N, I, *S), framed.
+            size: of the output, L.
+        """
+        strides, padding, dilations, *_ = self._geometry
+        x = F.pad(x, [n for p in reversed(padding) for n in (p, p)]) if any(padding) else x
+        batch, channel, *steps = x.stride()
+        taps = [step * dilation for step, dilation in zip(steps, dilations)]
+        moves = [step * stride for step, stride in zip(steps, strides)]
+        return x.as_strided((x.shape[1], *self.kernel, len(x), *size), (channel, *taps, batch, *moves))
+
 
 class EmbeddingOp(Op):
     """`W[O, I]` is the transposed table: I tokens, O the width."""
@@ -297,10 +390,12 @@ class EmbeddingOp(Op):
     transposed = True
 
     def op(self, x, W, b):
-        table = W.T
+        return self._lookup(x, W.T, self.layer.padding_idx)
+
+    def _lookup(self, x: torch.Tensor, table: torch.Tensor, padding_idx: int | None) -> torch.Tensor:
         layer = self.layer
         # Not with `layer.sparse`: the table comes out of an adapter, and through that no sparse gradient can go.
-        y = F.embedding(x, table, layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq)
+        y = F.embedding(x, table, padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq)
         scale = self.embed_scale
         return y if scale is None else y * scale.to(y.dtype)
 
@@ -311,6 +406,22 @@ class EmbeddingOp(Op):
         return nn.Embedding(
             old.num_embeddings, old.embedding_dim, old.padding_idx, old.max_norm, old.norm_type, old.scale_grad_by_freq
         )
+
+    def vectors(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The vectors (U, O) of some tokens (U,), a copy."""
+        return F.embedding(tokens, self.load()[0].T)
+
+    def op_on(self, x: torch.Tensor, tokens: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        """`op` with a table of which only some rows are given.
+
+        Args:
+            x: places in `tokens`.
+            tokens: (U,) distinct.
+            vectors: (U, O).
+        """
+        if self.layer.padding_idx is not None:  # this row is used, but has no gradient
+            vectors = torch.where((tokens == self.layer.padding_idx)[:, None], vectors.detach(), vectors)
+        return self._lookup(x, vectors, None)
 
     def add_shift(self, W, b, shift):
         # A table has no bias, but every row can carry the shift.
@@ -417,17 +528,22 @@ def linear(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Te
     return y
 
 
+_convolution_backward = torch.ops.aten.convolution_backward
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether calling `module` (nn.Linear, Conv1D) is exactly its product, with nothing that wants to see the call.
+_LINEAR = (nn.Linear,)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def is_plain(module: nn.Module, types: tuple[type, ...] = _LINEAR) -> bool:
+    """Whether calling `module` (of one of `types`, or Conv1D) is its product and nothing else, seen by nobody.
 
     Not plain: subclasses (FSDP, parametrisations, quantised), hooks (off-loading, ZeRO-3, the user's), a replaced
     `forward` (accelerate), tensor subclasses as weights (DTensor).
     """
-    if not (type(module) is nn.Linear or _is_conv1d(module)) or "forward" in module.__dict__:
+    if not (type(module) in types or _is_conv1d(module)) or "forward" in module.__dict__:
         return False
     if any(getattr(module, name) for name in _HOOKS):
         return False

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .._lazy import explain_missing
-from .constants import SAFETENSORS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from .constants import DUMMY_TARGET_MODULES, SAFETENSORS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .other import AuxiliaryTrainingWrapper
 from .placement import (
     OffloadedTensor,
@@ -136,12 +136,17 @@ def get_peft_model_state_dict(
             the vocabulary was resized.
 
     Raises:
-        ValueError: no such adapter.
+        ValueError: no such adapter, or no tensors of it (it has been unloaded).
     """
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
     config = _config_of(model, adapter_name)
     keys = adapter_keys(model, adapter_name)
+    if not keys and getattr(config, "target_modules", None) != DUMMY_TARGET_MODULES:
+        raise ValueError(
+            f"The model has no tensors of adapter {adapter_name!r} any more: save it before unload() or "
+            "merge_and_unload(); what they return is saved with its own save_pretrained"
+        )
     keys.update({name: _plain_name(name) for name in _bias_keys(model, config, adapter_name)})
     embeddings = _embedding_keys(model, save_embedding_layers, config, adapter_name)
     if embeddings and any(getattr(module, "merged", False) for module in model.modules()):

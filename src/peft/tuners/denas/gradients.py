@@ -33,7 +33,9 @@ from ..ops import Op
 from .space import SearchSpace
 from .structure import sft_weights
 
-OVERSAMPLING, POWER_ITERATIONS = 8, 2
+OVERSAMPLING, POWER_ITERATIONS = 20, 2
+"""Singular values that fall by 7 % each come out with an error below 1e-5 (6,000 draws; 3e-2 with an oversampling of
+8, which is only a tenth faster)."""
 EXACT_UP_TO = 128
 """Smaller side of a matrix up to which all singular values are computed, not only the largest ones."""
 

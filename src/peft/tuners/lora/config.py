@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
@@ -9,14 +10,14 @@ from typing import Literal
 from ..._lazy import explain_missing
 from ...config import documented
 from ...utils.peft_types import PeftType
-from ..common_config import TargetedConfig
+from ..common_config import TargetedConfig, check_pattern
 
 INIT_NAMES = ("gaussian", "orthogonal", "loftq")
 # Initialisations of upstream's that are not in this version. An adapter's file brings its tensors, whatever they were
 # initialised with; but some of the methods take the initial delta out of the base weights, and the file is for those.
 INITS_NOT_YET = ("eva", "mica")
 INITS_NOT_YET_THAT_CHANGE_THE_BASE = ("corda", "lora_ga", "olora", "pissa")  # and pissa_niter_<number>
-INIT_FIELDS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")  # how to initialise, and nothing else
+INIT_FIELDS = ("eva_config", "corda_config", "lora_ga_config")  # how to initialise, and nothing else
 # Switches of upstream's whose method is not in this version: field -> what it would be.
 NOT_YET = {
     "megatron_config": "Megatron parallel layers",
@@ -73,13 +74,13 @@ class LoraConfig(TargetedConfig):
     """LoRA: a delta `scaling * B A` of rank `r` beside every target (arXiv 2106.09685, eq. 3).
 
     Raises:
-        ValueError: a value outside its range; it is named with the rule.
+        TypeError, ValueError: a value of another type or outside its range; it is named with the rule.
         NotImplementedError: a switch whose method is not in this version.
     """
 
     r: int = 8
     """Rank of the delta."""
-    lora_alpha: int = 8
+    lora_alpha: float = 8
     """The delta is scaled by lora_alpha / r (lora_alpha / sqrt(r) with use_rslora)."""
     lora_dropout: float = 0.0
     """Probability of dropping an input of the delta, in training."""
@@ -94,9 +95,9 @@ class LoraConfig(TargetedConfig):
     orthogonal factors whose product is zero. "loftq": the base weights are quantised, and A and B make up for the error
     (arXiv 2310.08659). False: both random, so that the delta is not zero (for tests).
     Files of adapters that were initialised in another way are read; see the compatibility page."""
-    rank_pattern: dict | None = field(default_factory=dict)
+    rank_pattern: dict[str, int] | None = field(default_factory=dict)
     """Ranks of single layers: {regular expression for the end of a module's name: rank}."""
-    alpha_pattern: dict | None = field(default_factory=dict)
+    alpha_pattern: dict[str, float] | None = field(default_factory=dict)
     """lora_alpha of single layers, like rank_pattern."""
     megatron_config: dict | None = None
     """Not in this version."""
@@ -104,7 +105,7 @@ class LoraConfig(TargetedConfig):
     """Import path of Megatron; without effect while megatron_config is None."""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     """Not in this version."""
-    loftq_config: LoftQConfig | dict = field(default_factory=dict)
+    loftq_config: LoftQConfig | dict | None = field(default_factory=dict)
     """Bits and turns of init_lora_weights="loftq": a LoftQConfig, or its fields as a dict."""
     eva_config: dict | None = None
     """Not in this version."""
@@ -157,8 +158,18 @@ class LoraConfig(TargetedConfig):
     def _check_numbers(self):
         ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}
         for name, r in ranks.items():
-            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+            if r < 1:
                 raise ValueError(f"LoRA rank must be a positive whole number, got {name}={r!r}")
+        alphas = {
+            "lora_alpha": self.lora_alpha,
+            **{f"alpha_pattern[{key!r}]": a for key, a in self.alpha_pattern.items()},
+        }
+        for name, alpha in alphas.items():
+            if alpha == 0 or not math.isfinite(alpha):
+                raise ValueError(f"{name} scales the delta, so it must be finite and not 0, got {alpha!r}")
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, name):
+                check_pattern(key, name)
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
         if self.bias not in ("none", "all", "lora_only"):

@@ -108,7 +108,6 @@ def select_static(
         )
     with torch.no_grad():
         unseen = _place_anywhere(scores, active) if elastic == {True} else _place(scores)
-    tuner.record_budget()
     if len(unseen) == len(active):
         raise ValueError(
             "The loss depends on none of the adapted layers, so their gradients say nothing: is the adapter disabled "
