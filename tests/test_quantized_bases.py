@@ -382,6 +382,18 @@ def test_packed_weights_count_what_they_encode(base):
     assert (trained, total) == (8 * WIDTH, 2 * WIDTH**2 + bias + 8 * WIDTH)
 
 
+def test_training_on_rounded_activations_is_refused():
+    quantization = pytest.importorskip("torchao.quantization")
+    net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+    quantization.quantize_(net, quantization.Int8DynamicActivationInt8WeightConfig())
+    with pytest.raises(ValueError, match="0 rounds its input to 8 bits .* passes no gradient on"):
+        get_peft_model(net, LoraConfig(target_modules=["0"]))
+    model, x = adapt(net, "lora", targets=["0", "1"], inference_mode=True), torch.randn(4, WIDTH)
+    with torch.no_grad():
+        forward = model(x)
+        close(model.merge_and_unload(dequantize=True)(x), forward, 0.05)
+
+
 def test_a_packed_weight_of_unknown_shape_is_refused():
     class Odd(nn.Module):
         def __init__(self):

@@ -193,8 +193,6 @@ def test_what_loftq_cannot_do_is_refused():
         model.add_adapter("b", loftq())
     with pytest.raises(ValueError, match="is for linear layers .* this Embedding is not one"):
         get_peft_model(llama(), loftq(target_modules=["embed_tokens"]))
-    with pytest.raises(ValueError, match="lora_alpha=0"):
-        get_peft_model(llama(), loftq(lora_alpha=0))
     packed = nn.Sequential(four_bit("nf4")(nn.Linear(64, 64)))
     with pytest.raises(ValueError, match="packed already: .* replace_lora_weights_loftq"):
         get_peft_model(packed, loftq(target_modules=["0"]))

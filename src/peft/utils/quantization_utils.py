@@ -138,8 +138,16 @@ def keep_trainable(model: nn.Module) -> None:
 
     On CPUs with AVX512-BF16, bitsandbytes repacks a 4-bit weight in the first forward pass in eval mode, for a kernel
     that has no backward pass, and leaves it so: training after an evaluation fails, or gradients go missing silently.
+
+    Raises:
+        ValueError: a weight of torchao's that has activations rounded as well; no gradient comes through these.
     """
-    for module in model.modules():
+    for name, module in model.named_modules():
+        if getattr(_weight(module), "act_quant_kwargs", None) is not None:
+            raise ValueError(
+                f"{name} rounds its input to 8 bits (torchao's int8 with dynamic activations) and passes no gradient "
+                "on: quantise with Int8WeightOnlyConfig to train, or give the adapter inference_mode=True"
+            )
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.state_dict()  # by which bitsandbytes undoes the repacking
             module.support_avx512bf16_for_cpu = False

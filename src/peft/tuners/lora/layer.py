@@ -76,13 +76,7 @@ class LoraLayer(AdditiveLayer):
             nn.init.zeros_(self.lora_B[name].bias)
 
     def set_factors(self, name: str, A: torch.Tensor, B: torch.Tensor) -> None:
-        """Start from the delta `B A`, scaling included.
-
-        Raises:
-            ValueError: the scaling is 0.
-        """
-        if not self.scaling[name]:
-            raise ValueError(f"LoftQ needs a delta, but lora_alpha={self.lora_alpha[name]} makes it 0")
+        """Start from the delta `B A`, scaling included."""
         for factor, value in zip(self.factors(name), (A, B / self.scaling[name])):
             factor.data.copy_(value)
 
