@@ -12,8 +12,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from peft import LoraConfig, PeftModel, PeftWarning, SftConfig, SsfConfig, get_peft_model
+from peft.tuners.ops import Op
 from peft.utils.integrations import dequantize_module_weight
-from peft.utils.quantization_utils import packed_state
+from peft.utils.quantization_utils import find_backend, packed_state
 
 CONFIGS = {
     "lora": lambda **kw: LoraConfig(**{"r": 4, "lora_alpha": 8, "init_lora_weights": False, **kw}),
@@ -120,6 +121,22 @@ def test_forward_and_gradients_are_those_of_a_plain_copy(base, method):
             if parameter.is_floating_point():
                 close(parameter.grad, leaves[key, path].grad, 5 * tolerance)
     assert all(p.grad is None for layer in (net.first, net.second) for p in layer.base_layer.parameters())
+
+
+@bases
+@methods
+def test_training_forms_no_dense_weight(base, method, monkeypatch):
+    net, x = Net(base), draw(base).requires_grad_()
+    model = adapt(net, method)
+
+    def refuse(op):
+        raise AssertionError("dequantised")
+
+    monkeypatch.setattr(Op, "load", refuse)
+    model(x).square().sum().backward()
+    assert x.grad.any() and all(p.grad.any() for p in model.parameters() if p.requires_grad)
+    with pytest.raises(AssertionError, match="dequantised"):
+        model.merge_adapter()
 
 
 @bases
@@ -403,6 +420,14 @@ def test_a_packed_weight_of_unknown_shape_is_refused():
     net = nn.Sequential(Odd())
     with pytest.raises(TypeError, match="Odd holds a packed weight .* leave it out of target_modules"):
         get_peft_model(net, LoraConfig(target_modules=["0"]))
+
+
+def test_a_packed_layer_that_is_trained_beside_is_left_alone_by_its_wrapper():
+    net = nn.ModuleDict({"layer": nn.Linear(WIDTH, WIDTH), "head": BASES["GPTQ"].pack(nn.Linear(WIDTH, WIDTH))})
+    model = get_peft_model(net, LoraConfig(target_modules=["layer"], modules_to_save=["head"]))
+    assert find_backend(net["head"]) is None and find_backend(net["head"].original_module).name == "GPTQ"
+    merged = model.merge_and_unload(dequantize=True)
+    assert type(merged["head"]) is type(merged["layer"]) is nn.Linear
 
 
 @bases

@@ -70,7 +70,7 @@ def register_backend(backend: QuantizationBackend) -> None:
 
 def find_backend(layer: nn.Module) -> QuantizationBackend | None:
     """The backend of a layer; None for a layer that holds its weight in the clear."""
-    if type(layer) in _TORCH_LAYERS and type(weight := _weight(layer)) is nn.Parameter and _in_the_clear(weight):
+    if type(layer) in _TORCH_LAYERS and type(weight := _held(layer)) is nn.Parameter and _in_the_clear(weight):
         return None  # asked in every forward pass
     return next((backend for backend in _BACKENDS if backend.match(layer)), None)
 
@@ -143,7 +143,7 @@ def keep_trainable(model: nn.Module) -> None:
         ValueError: a weight of torchao's that has activations rounded as well; no gradient comes through these.
     """
     for name, module in model.named_modules():
-        if getattr(_weight(module), "act_quant_kwargs", None) is not None:
+        if getattr(_held(module), "act_quant_kwargs", None) is not None:
             raise ValueError(
                 f"{name} rounds its input to 8 bits (torchao's int8 with dynamic activations) and passes no gradient "
                 "on: quantise with Int8WeightOnlyConfig to train, or give the adapter inference_mode=True"
@@ -162,9 +162,9 @@ def forget_quantization(model: nn.Module) -> None:
         del model.config.quantization_config
 
 
-def _weight(layer: nn.Module) -> torch.Tensor | None:
-    """The tensor called `weight` that a layer holds; one that is computed from others is not asked for."""
-    return layer._parameters.get("weight", layer._buffers.get("weight"))
+def _held(layer: nn.Module, name: str = "weight") -> torch.Tensor | None:
+    """A tensor that the layer itself holds; what it computes, or gets from a layer inside, is not asked for."""
+    return layer._parameters.get(name, layer._buffers.get(name))
 
 
 def _in_the_clear(weight: torch.Tensor) -> bool:
@@ -268,7 +268,7 @@ def _requantize_quanto(layer: nn.Module, weight: torch.Tensor) -> None:
 def _from(module: str) -> Callable[[nn.Module], bool]:
     """Match layers whose weight is a tensor of a class from a library's `module`."""
 
-    return lambda layer: any(cls.__module__.startswith(module) for cls in type(_weight(layer)).__mro__)
+    return lambda layer: any(cls.__module__.startswith(module) for cls in type(_held(layer)).__mro__)
 
 
 def _dequantize_tensor(layer: nn.Module) -> torch.Tensor:
@@ -300,11 +300,11 @@ def _eetq_shape(layer: nn.Module) -> torch.Size:
 
 
 def _having(*attributes: str) -> Callable[[nn.Module], bool]:
-    return lambda layer: all(getattr(layer, name, None) is not None for name in attributes)
+    return lambda layer: all(_held(layer, name) is not None for name in attributes)
 
 
 def _is_packed(layer: nn.Module) -> bool:
-    weight = _weight(layer)
+    weight = _held(layer)
     return weight is not None and not _in_the_clear(weight) and not weight.is_complex()
 
 
@@ -332,7 +332,7 @@ register_backend(QuantizationBackend("torchao", _from("torchao"), _dequantize_te
 register_backend(
     QuantizationBackend(
         "torchao int8",
-        lambda layer: _named(_weight(layer), "Int8Tensor"),
+        lambda layer: _named(_held(layer), "Int8Tensor"),
         lambda layer: layer.weight.dequantize(torch.float32),  # it computes in the type of its input
         _requantize_torchao,
         casts_input=True,
