@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from tiny_models import opt
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -481,3 +482,25 @@ def test_a_compiled_embedding_gathers(backend):
         assert torch.equal(ours.candidates, theirs.candidates)
         torch.testing.assert_close(ours.candidate_grad, theirs.candidate_grad)
         torch.testing.assert_close(ours.values.grad, theirs.values.grad)
+
+
+@pytest.mark.parametrize("granularity", ["element", "row", "column"])
+def test_positions_that_are_counted_from_a_mask(granularity):
+    """OPT's embedding takes the attention mask; which rows are looked up only its own forward knows."""
+    base = opt()
+    table = base.model.decoder.embed_positions.weight.detach().clone()
+    config = SftConfig(target_modules=["embed_positions"], num_tunable_weights=272, granularity=granularity)
+    model = get_peft_model(base, config)
+    ((_, _, delta),) = model.active_deltas()
+    torch.nn.init.normal_(delta.values)
+    positions = model.get_base_model().model.decoder.embed_positions
+    table = table + positions.delta_weight("default").detach().T
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    rows = torch.tensor([[1, 2, 3, 4], [2, 3, 4, 5]])
+    y = positions(mask)
+    assert torch.allclose(y, table[rows])
+    assert torch.allclose(positions(mask, 3), table[torch.tensor([[4], [5]])])
+    gy = torch.randn_like(y)
+    (gradient,) = torch.autograd.grad(y, delta.values, gy)
+    dense = torch.zeros_like(table).index_put_((rows,), gy, accumulate=True)
+    assert torch.allclose(gradient.flatten(), dense.flatten()[delta.positions().flatten()], atol=1e-6)

@@ -65,6 +65,7 @@ SUBMODULES = (
     "auto",
     "config",
     "deltatuner",
+    "finetuna",
     "functional",
     "helpers",
     "import_utils",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import METHOD_OPTIONS
@@ -46,24 +49,72 @@ def source_of(model: str) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": os.path.dirname(spec.origin), "gguf_file": EMBEDDED_FILE}
 
 
+def check_name(name: str, purpose: str) -> None:
+    """Raise CliError if there is no such folder, and the hub cannot have it: it would be asked again and again."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if os.path.isdir(name):
+        return
+    if os.path.exists(name):
+        raise CliError(f"cannot {purpose} {name}: it is a file; give a folder, or a name on the hub")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise CliError(f"cannot {purpose} {name}: there is no such folder") from error
+
+
+@contextlib.contextmanager
+def loading(purpose: str, model: str) -> Iterator[dict[str, Any]]:
+    """The arguments of transformers' `from_pretrained`; what it raises becomes a CliError.
+
+    Whatever that is: for files that are missing, damaged or do not fit, the libraries have no type in common.
+    """
+    from safetensors import SafetensorError
+
+    source = source_of(model)
+    folder = source["pretrained_model_name_or_path"]
+    check_name(folder, purpose)
+    try:
+        yield source
+    except Exception as error:
+        reason = first_line(error)
+        if isinstance(error, SafetensorError):
+            reason = f"{find_damaged(folder)} is damaged ({reason})"
+        elif not isinstance(error, (OSError, ValueError)):
+            reason = f"{type(error).__name__}: {reason}"
+        elif not os.path.isdir(folder):
+            reason = f"there is no such folder, and as a name on the hub: {reason}"
+        raise CliError(f"cannot {purpose} {model}: {reason}") from error
+
+
+def find_damaged(folder: str) -> str:
+    """Which file of a model's weights cannot be opened; safetensors does not say."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError:
+            return path.name
+    return "one of its files"
+
+
 def load_config(model: str) -> PretrainedConfig:
     """The configuration of a model; raises CliError if there is none."""
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(**source_of(model))
-    except (OSError, ValueError) as error:
-        raise CliError(f"cannot read the configuration of {model}: {first_line(error)}") from error
+    with loading("read the configuration of", model) as source:
+        return AutoConfig.from_pretrained(**source)
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; raises CliError if there is none."""
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(**source_of(model))
-    except (OSError, ValueError) as error:
-        raise CliError(f"cannot load the tokenizer of {model}: {first_line(error)}") from error
+    with loading("load the tokenizer of", model) as source:
+        return AutoTokenizer.from_pretrained(**source)
 
 
 def quantization(name: str, dtype: torch.dtype) -> Any:
@@ -111,20 +162,18 @@ def load_model(
 
     from ..utils.quantization_utils import forget_quantization
 
-    source, packing = source_of(model), quantization(quantize, dtype) if quantize else None
-    # transformers does not pack while it reads a GGUF file.
-    at_once = {"quantization_config": packing} if packing and "gguf_file" not in source else {}
-    try:
-        loaded = (kind or AutoModelForCausalLM).from_pretrained(**source, dtype=dtype, **at_once)
-        if "gguf_file" in source:
+    packing = {"quantization_config": quantization(quantize, dtype)} if quantize else {}
+    with loading("load the model", model) as source:
+        from_file = "gguf_file" in source
+        # transformers does not pack while it reads a GGUF file.
+        loaded = (kind or AutoModelForCausalLM).from_pretrained(**source, dtype=dtype, **({} if from_file else packing))
+        if from_file:
             forget_quantization(loaded)  # its weights are plain numbers by now
-            if packing:
-                config, tensors = loaded.config, loaded.state_dict()
-                loaded = type(loaded).from_pretrained(
-                    None, config=config, state_dict=tensors, dtype=dtype, quantization_config=packing
-                )
-    except (OSError, ValueError) as error:
-        raise CliError(f"cannot load the model {model}: {first_line(error)}") from error
+        if from_file and packing:
+            tensors = loaded.state_dict()
+            loaded = type(loaded).from_pretrained(
+                None, config=loaded.config, state_dict=tensors, dtype=dtype, **packing
+            )
     # What an adapter's configuration names as its base; the folder of a Python package would mean nothing elsewhere.
     loaded.name_or_path = loaded.config.name_or_path = model
     return loaded
@@ -202,7 +251,8 @@ def load_adapter(model: PreTrainedModel, path: str, **options: Any) -> Any:
     """
     from peft import PeftModel
 
+    check_name(path, "load the adapter")
     try:
         return PeftModel.from_pretrained(model, path, **options)
-    except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CliError(f"cannot load the adapter {path}: {first_line(error)}") from error

@@ -32,6 +32,7 @@ from ..utils.placement import (
 from ..utils.quantization_utils import (
     dequantize,
     is_quantized,
+    layer_before,
     packed_state,
     requantize,
     stored_shape,
@@ -162,11 +163,13 @@ class Op:
             self._write("bias", b.detach().to(bias.dtype))
 
     def plain(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """A layer of torch's own that computes the same, with this weight in the clear; None: in the type it has."""
+        """A layer that computes the same as this packed one, with its weight in the clear; None: in the type it has."""
         W, b = self.load()
         dtype = dtype or W.dtype
-        with torch.device("meta"):
-            layer = self._empty(bias=b is not None)
+        layer = layer_before(self.layer)
+        if layer is None:
+            with torch.device("meta"):
+                layer = self._empty(bias=b is not None)
         layer.weight = nn.Parameter(self.to_view(W).to(dtype), requires_grad=False)
         if b is not None:
             layer.bias = nn.Parameter(b.detach().to(dtype), requires_grad=False)
@@ -389,7 +392,10 @@ class EmbeddingOp(Op):
     kind = "Embedding"
     transposed = True
 
-    def op(self, x, W, b):
+    def op(self, x, W, b, *args, **kwargs):
+        if self.own_forward is not None:
+            with unhooked(self.own_forward):
+                return torch.func.functional_call(self.own_forward, {"weight": W.T}, (x, *args), kwargs)
         return self._lookup(x, W.T, self.layer.padding_idx)
 
     def _lookup(self, x: torch.Tensor, table: torch.Tensor, padding_idx: int | None) -> torch.Tensor:
@@ -433,6 +439,13 @@ class EmbeddingOp(Op):
         """The factor that some embeddings (Gemma's) multiply their rows by; deltas of the table are scaled too."""
         scale = getattr(self.layer, "embed_scale", None)
         return scale if scale is None or torch.is_tensor(scale) else torch.tensor(scale)
+
+    @property
+    def own_forward(self) -> nn.Module | None:
+        """The layer if it does more than to look up its input (OPT's positions); its forward then has to be called."""
+        layer = vars(self.layer).get("plain", self.layer)  # of a packed one
+        own = layer is not None and type(layer).forward is not nn.Embedding.forward and self.embed_scale is None
+        return layer if own else None
 
 
 class NormOp(Op):

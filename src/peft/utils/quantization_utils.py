@@ -55,6 +55,8 @@ class QuantizationBackend:
     """Where the layer keeps what is packed, the tensor with the numbers first."""
     shape: Callable[[nn.Module], torch.Size] = shape_of
     """The shape of what `dequantize` gives."""
+    plain: Callable[[nn.Module], nn.Module | None] = lambda layer: None
+    """The layer as it was before packing, without its weight; None: one of torch's own."""
     casts_input: bool = False
     """Whether the layer takes inputs of any floating-point type, as a model mixes them whose norms are widened."""
 
@@ -115,6 +117,11 @@ def stored_shape(layer: nn.Module) -> torch.Size:
     """The shape of the layer's weight as stored; a packed or sharded one counts all its elements."""
     backend = find_backend(layer)
     return logical_shape(layer.weight) if backend is None else backend.shape(layer)
+
+
+def layer_before(layer: nn.Module) -> nn.Module | None:
+    """What a packed layer was, without its weight; None: nothing but one of torch's own."""
+    return find_backend(layer).plain(layer)
 
 
 def packed_state(layer: nn.Module) -> dict[str, object] | None:

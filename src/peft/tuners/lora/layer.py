@@ -89,7 +89,8 @@ class LoraLayer(AdditiveLayer):
             ValueError: the layer is not a plain linear one of its own, or has other adapters.
         """
         base = self.get_base_layer()
-        if config.init_lora_weights != "loftq" or (config.from_file and is_quantized(base)):
+        init = getattr(config, "init_lora_weights", True)  # finetuna's adapters have none
+        if init != "loftq" or (config.from_file and is_quantized(base)):
             return
         if is_quantized(base):
             raise ValueError(
@@ -285,6 +286,11 @@ class Embedding(LoraLayer, nn.Module):
     def product(self, name):
         A, B = self.factors(name)
         return B @ A
+
+    def _apply_adapters(self, names, x, *args, **kwargs):
+        if self.op.own_forward is None:
+            return super()._apply_adapters(names, x, *args, **kwargs)
+        return self.op.op(x, *self.folded(names), *args, **kwargs)  # which rows are taken only its forward knows
 
     def post(self, name, x, y, before=()):
         A, B = self.factors(name)

@@ -309,7 +309,7 @@ class SftLayer(AdditiveLayer, nn.Module):
         deltas = [self.sft_delta[name] for name in names]
         if torch._C._are_functorch_transforms_active() or any(d.observer is not None for d in deltas):
             return op.op(x, *self.folded(names))  # they need the whole weight
-        if isinstance(op, EmbeddingOp):
+        if isinstance(op, EmbeddingOp) and op.own_forward is None:
             return lookup(x, op, deltas)
         is_plain_call = not args and not kwargs and no_global_hooks() and is_plain(base, (nn.Linear, *CONVOLUTIONS))
         if is_plain_call and not is_quantized(base) and is_writable(base.weight):
@@ -318,7 +318,7 @@ class SftLayer(AdditiveLayer, nn.Module):
                 return written_product(x, op, deltas)
         if isinstance(op, LinearOp):
             return super()._apply_adapters(names, x, *args, **kwargs)
-        return op.op(x, *self.folded(names))
+        return op.op(x, *self.folded(names), *args, **kwargs)
 
 
 def _added(flat: torch.Tensor, delta: SparseDelta) -> torch.Tensor:
