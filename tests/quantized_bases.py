@@ -65,6 +65,13 @@ def quanto(kind: str):
     return pack
 
 
+def blockwise(linear: nn.Linear) -> nn.Module:
+    from peft.utils.blockwise import quantize_
+
+    quantize_({"linear": linear})
+    return linear
+
+
 class StandIn(nn.Module):
     """A linear layer of whole numbers and one scale per output channel, under the names that a library gives them."""
 
@@ -125,6 +132,7 @@ BASES: dict[str, Base] = {
     "torchao groups": Base("torchao int8", torchao("PerGroup"), 0.01),
     "quanto 8 bits": Base("quanto", quanto("qint8"), 0.01),
     "quanto 4 bits": Base("quanto", quanto("qint4"), 0.2),
+    "block-wise": Base("block-wise 8-bit", blockwise, 0.1),
     "GPTQ": Base("GPTQ", lambda linear: StandIn(linear, "qweight", "scales", "qzeros", "g_idx")),
     "AWQ": Base("AWQ", lambda linear: StandIn(linear, "qweight", "scales", "qzeros")),
     "AQLM": Base("AQLM", lambda linear: StandIn(linear, "codes", "scales", "codebooks")),

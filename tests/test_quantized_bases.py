@@ -8,11 +8,13 @@ import pytest
 import torch
 from invariant_cases import METHODS, OPS
 from quantized_bases import BASES, READ_ONLY, REWRITABLE, WIDTH, Net, eight_bit, four_bit, quanto, weight_of
+from tiny_models import logits, opt, tokens
 from torch import nn
 from torch.testing import assert_close
 
 from peft import LoraConfig, PeftModel, PeftWarning, SftConfig, SsfConfig, get_peft_model
 from peft.tuners.ops import Op
+from peft.utils.blockwise import quantize_
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.quantization_utils import find_backend, packed_state
 
@@ -364,6 +366,19 @@ def test_packed_embeddings(bits, method):
     assert_close(merged(x), table.T[x], rtol=1e-4, atol=1e-4)
 
 
+def test_blockwise_embeddings_of_a_class_of_their_own():
+    """OPT's table of positions looks up others than it is given."""
+    net, ids = opt(), tokens()
+    quantize_({"positions": net.model.decoder.embed_positions})
+    kind = type(opt().model.decoder.embed_positions)
+    model = adapt(net, "lora", targets=["embed_positions"]).eval()
+    expected = logits(model, ids)
+    merged = model.merge_and_unload(dequantize=True)
+    assert type(merged.model.decoder.embed_positions) is kind
+    assert_close(logits(merged, ids), expected)
+    assert merged.state_dict().keys() == opt().state_dict().keys()
+
+
 def test_convolutions_of_quanto():
     library = pytest.importorskip("optimum.quanto")
     net, x = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular")), torch.randn(2, 4, 5, 5)
@@ -391,11 +406,11 @@ def test_all_linear_means_packed_linear_layers_and_no_other_packed_ones():
             dict(model.get_base_model().named_modules())} == {"GPTQ", "EETQ", "hqq_4_bits", "int8"}  # fmt: skip
 
 
-@pytest.mark.parametrize("base", ["nf4", "hqq 4 bits", "quanto 4 bits", "torchao rows"])
+@pytest.mark.parametrize("base", ["nf4", "hqq 4 bits", "quanto 4 bits", "torchao rows", "block-wise", "GPTQ"])
 def test_packed_weights_count_what_they_encode(base):
     model = adapt(Net(base), "lora", targets=["first"])
     trained, total = model.get_nb_trainable_parameters()
-    bias = 0 if base.startswith("hqq") else WIDTH  # HQQ's bias is no parameter
+    bias = 0 if base in ("hqq 4 bits", "GPTQ") else WIDTH  # where it is no parameter
     assert (trained, total) == (8 * WIDTH, 2 * WIDTH**2 + bias + 8 * WIDTH)
 
 
