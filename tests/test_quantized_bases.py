@@ -8,7 +8,7 @@ import pytest
 import torch
 from invariant_cases import METHODS, OPS
 from quantized_bases import BASES, READ_ONLY, REWRITABLE, WIDTH, Net, eight_bit, four_bit, quanto, weight_of
-from tiny_models import logits, opt, tokens
+from tiny_models import llama, logits, opt, tokens
 from torch import nn
 from torch.testing import assert_close
 
@@ -377,6 +377,18 @@ def test_blockwise_embeddings_of_a_class_of_their_own():
     assert type(merged.model.decoder.embed_positions) is kind
     assert_close(logits(merged, ids), expected)
     assert merged.state_dict().keys() == opt().state_dict().keys()
+
+
+@pytest.mark.parametrize("target", ["q_proj", "lm_head"])
+def test_tied_packed_weights_stay_tied_unless_one_of_them_changes(target):
+    net, ids = llama(tie_word_embeddings=True), tokens()
+    quantize_({"tokens": net.model.embed_tokens, "head": net.lm_head})
+    model = adapt(net, "lora", targets=[target]).eval()
+    expected = logits(model, ids)
+    merged = model.merge_and_unload(dequantize=True)
+    is_tied = merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert is_tied == merged.config.tie_word_embeddings == (target == "q_proj")
+    assert_close(logits(merged, ids), expected)
 
 
 def test_convolutions_of_quanto():
