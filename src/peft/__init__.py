@@ -35,6 +35,10 @@ if TYPE_CHECKING:
         MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
         get_peft_model as get_peft_model,
     )
+    from .memory import (
+        MemoryEstimate as MemoryEstimate,
+        estimate_memory as estimate_memory,
+    )
     from .mixed_model import (
         PeftMixedModel as PeftMixedModel,
     )

@@ -25,6 +25,7 @@ EXPORTS: dict[str, tuple[str, ...]] = {
         "inject_adapter_in_model",
     ),
     ".mapping_func": ("MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "get_peft_model"),
+    ".memory": ("MemoryEstimate", "estimate_memory"),
     ".mixed_model": ("PeftMixedModel",),
     ".peft_model": (
         "PeftModel",

@@ -1,4 +1,4 @@
-"""The command line: `peft train`, `peft evaluate`, `peft inspect`, `peft merge`, `peft search`.
+"""The command line: `peft train`, `evaluate`, `inspect`, `merge`, `search` and `memory`.
 
 Here is what all of them share: parsing, and turning what a user can mend (a wrong argument, a broken line in the data,
 a full disk) into one line on stderr and exit code 2. An error of ours keeps its traceback. Nothing heavy is imported

@@ -36,6 +36,7 @@ EXCLUSIVE = (("density", "num_tunable_weights"), ("epochs", "max_steps"), ("resu
 """Pairs of options of which at most one can be given."""
 
 DTYPES = ("auto", "float32", "bfloat16")
+ALL_LINEAR = "all-linear"
 QUANTIZED = ("nf4", "fp4", "int8", "torchao-int8", "quanto-int8", "quanto-int4")
 """Values of --quantize; nf4, fp4 and int8 are bitsandbytes'."""
 
@@ -57,12 +58,19 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def find_conflict(args: argparse.Namespace) -> str | None:
-    """What is wrong with options that are right each by itself, or None."""
-    for method, names in METHOD_OPTIONS.items():
+def find_foreign_option(args: argparse.Namespace, options: dict[str, tuple[str, ...]]) -> str | None:
+    """An option that was given and belongs to another method, as a message, or None."""
+    for method, names in options.items():
         for name in names:
             if method != args.method and getattr(args, name) is not None:
                 return f"{option(name)} belongs to --method {method} and has no effect on --method {args.method}"
+    return None
+
+
+def find_conflict(args: argparse.Namespace) -> str | None:
+    """What is wrong with options that are right each by itself, or None."""
+    if message := find_foreign_option(args, METHOD_OPTIONS):
+        return message
     if args.selection_algorithm == "static" and args.reselection_steps is not None:
         return "--reselection-steps has no effect with --selection-algorithm static, which chooses once"
     for first, second in EXCLUSIVE:
@@ -79,16 +87,21 @@ def find_conflict(args: argparse.Namespace) -> str | None:
 
 def find_search_conflict(args: argparse.Namespace) -> str | None:
     """What is wrong with options of `peft search` that are right each by itself, or None."""
-    for method, names in SEARCH_METHOD_OPTIONS.items():
-        for name in names:
-            if method != args.method and getattr(args, name) is not None:
-                return f"{option(name)} belongs to --method {method} and has no effect on --method {args.method}"
+    if message := find_foreign_option(args, SEARCH_METHOD_OPTIONS):
+        return message
     for name in ("storage", "study"):
         if getattr(args, name) is not None and args.engine not in ("tpe", "nsga2"):
             return f"{option(name)} is for --engine tpe and nsga2"
     if args.latency_objective and args.engine != "nsga2":
         return "--latency-objective is for --engine nsga2"
     return None
+
+
+def find_memory_conflict(args: argparse.Namespace) -> str | None:
+    """What is wrong with options of `peft memory` that are right each by itself, or None."""
+    if args.method == "full" and args.target_modules is not None:
+        return "--target-modules is for adapters and has no effect on --method full"
+    return find_foreign_option(args, METHOD_OPTIONS)
 
 
 # ---- Types of values ----
@@ -142,7 +155,7 @@ def png_file(text: str) -> str:
 
 def module_names(text: str) -> str | list[str]:
     """ "q_proj,v_proj" -> a list; "all-linear" and regular expressions stay strings."""
-    if text == "all-linear":
+    if text == ALL_LINEAR:
         return text
     if any(character in text for character in "*+?()[]|^$\\"):
         return text
@@ -162,7 +175,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         SystemExit: exit code 2 after one line on stderr, if the arguments are wrong; 0 after `--help`.
     """
     args = make_parser().parse_args(argv)
-    checks = {"train": find_conflict, "search": find_search_conflict}
+    checks = {"train": find_conflict, "search": find_search_conflict, "memory": find_memory_conflict}
     if args.command in checks and (message := checks[args.command](args)):
         make_parser().exit(2, f"peft {args.command}: error: {message}\n")
     return args
@@ -177,6 +190,7 @@ def make_parser() -> Parser:
     add_inspect(commands)
     add_merge(commands)
     add_search(commands)
+    add_memory(commands)
     return parser
 
 
@@ -255,7 +269,7 @@ def add_method_options(train: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--target-modules",
         type=module_names,
-        default="all-linear",
+        default=ALL_LINEAR,
         metavar="NAMES",
         help="names with commas between them, a regular expression, or all-linear (default)",
     )
@@ -359,3 +373,30 @@ def add_search_engines(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--storage", metavar="WHERE", help="journal file or database URL, to share and to go on from")
     group.add_argument("--study", metavar="NAME", help="name of the search in it; default: denas")
     group.add_argument("--latency-objective", action="store_true", help="nsga2: trade off latency as well")
+
+
+def add_memory(commands: argparse._SubParsersAction) -> None:
+    text = "Tell how much memory training takes. Only the configuration of the model is read."
+    memory = commands.add_parser("memory", help="tell how much memory training takes", description=text)
+    memory.add_argument("model", metavar="MODEL", help="folder, hub id, or smollm2, from its package")
+    memory.add_argument("--method", default="sft", choices=("full", *METHODS), help="default: sft")
+    memory.add_argument("--task", default=None, help="head and loss: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, ...")
+    memory.add_argument(
+        "--batch", "--batch-size", type=positive_int, default=8, metavar="N", help="sequences per GPU; default: 8"
+    )
+    memory.add_argument(
+        "--seq", "--max-length", type=positive_int, default=512, metavar="N", help="tokens in each; default: 512"
+    )
+    memory.add_argument("--padding", action="store_true", help="batches come with an attention mask")
+    memory.add_argument("--dtype", metavar="TYPE", help="of the weights; default: the configuration's")
+    memory.add_argument("--mixed-precision", action="store_true", help="float32 weights, trained in bfloat16")
+    memory.add_argument("--quantize", metavar="HOW", help="pack the frozen base: nf4 or int8")
+    memory.add_argument("--optimizer", metavar="NAME", help="adamw, adamw_8bit, sgd, adafactor; default: the method's")
+    memory.add_argument("--checkpointing", "--gradient-checkpointing", action="store_true", help="as in peft train")
+    memory.add_argument("--grad-accum", type=positive_int, default=1, metavar="N", help="batches per update")
+    memory.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
+    memory.add_argument("--gpus", type=positive_int, default=1, metavar="N", help="default: 1")
+    memory.add_argument("--sharding", metavar="HOW", help="zero1, zero2, zero3 or fsdp; default: data parallelism")
+    memory.add_argument("--offload", metavar="WHAT", help="to the CPU: optimizer, or all (weights too)")
+    add_method_options(memory)
+    memory.set_defaults(target_modules=None)

@@ -63,9 +63,9 @@ def run(args: argparse.Namespace) -> None:
     if args.packing:
         check_packing(base)
     if args.gradient_checkpointing:
-        # The first name is the new one in transformers 5.
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        from ..utils.other import enable_checkpointing
+
+        enable_checkpointing(base, {"use_reentrant": False})
     transformers.set_seed(args.seed)  # from here come SFT's first positions and LoRA's A
     model = add_adapter(base, config)
     training_args = make_training_args(args, output)

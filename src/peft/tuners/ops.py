@@ -15,6 +15,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
 from ..utils.placement import (
@@ -253,7 +254,6 @@ class Op:
 
 class LinearOp(Op):
     kind = "Linear"
-    transposed = False
 
     def op(self, x, W, b):
         return F.linear(x, W, b)
@@ -560,7 +560,7 @@ def is_plain(module: nn.Module, types: tuple[type, ...] = _LINEAR) -> bool:
         return False
     if any(getattr(module, name) for name in _HOOKS):
         return False
-    return type(module.weight) in (nn.Parameter, torch.Tensor)
+    return type(module.weight) in (nn.Parameter, torch.Tensor, FakeTensor)  # fake ones stand for plain ones
 
 
 def no_global_hooks() -> bool:

@@ -249,6 +249,13 @@ def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int, decoder_start
     return shifted.masked_fill(shifted == -100, pad_token_id)
 
 
+def enable_checkpointing(model: nn.Module, options: dict | None = None) -> None:
+    """Let a transformers model compute activations inside of its blocks twice instead of keeping them."""
+    # The first name is the new one in transformers 5.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)
+
+
 def prepare_model_for_kbit_training(
     model: nn.Module,
     use_gradient_checkpointing: bool = True,
@@ -279,9 +286,7 @@ def prepare_model_for_kbit_training(
         options = gradient_checkpointing_kwargs or {}
         if options.get("use_reentrant", True):
             model.enable_input_require_grads()
-        # The first name is the new one in transformers 5.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable(options or None)
+        enable_checkpointing(model, options or None)
     return model
 
 
