@@ -37,6 +37,9 @@ EXCLUSIVE = (("density", "num_tunable_weights"), ("epochs", "max_steps"), ("resu
 
 DTYPES = ("auto", "float32", "bfloat16")
 ALL_LINEAR = "all-linear"
+QUANTIZED = ("nf4", "fp4", "int8", "torchao-int8", "quanto-int8", "quanto-int4")
+"""Values of --quantize; nf4, fp4 and int8 are bitsandbytes'."""
+
 TASK_PREFIX = "task:"
 
 
@@ -250,6 +253,11 @@ def add_training_options(group: argparse._ArgumentGroup) -> None:
         choices=DTYPES,
         default="auto",
         help="of the base model; auto (default): bfloat16 on accelerators that have it, else float32",
+    )
+    group.add_argument(
+        "--quantize",
+        choices=QUANTIZED,
+        help="pack the base model's linear layers (not its head); nf4, fp4 and int8 are bitsandbytes'",
     )
     group.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice to save memory")
     group.add_argument(

@@ -157,9 +157,10 @@ def run(args: argparse.Namespace) -> int:
     quiet_transformers()
     tokenizer = load_tokenizer(run_args.model)
     source.tokenize(tokenizer, run_args.max_length, run_args.loss_on)
-    base = load_model(run_args.model, resolve_dtype(run_args.dtype))
+    quantize = metrics["arguments"].get("quantize")  # runs of earlier versions do not have it
+    base = load_model(run_args.model, resolve_dtype(run_args.dtype), quantize=quantize)
     source.check_fit(base)
-    model = load_adapter(base, args.adapter)
+    model = load_adapter(base, args.adapter, is_trainable=True)  # bitsandbytes has other, coarser kernels for inference
     model.to(PartialState().device)
     notice(f"measuring on {len(source.held_out_examples)} held-out examples")
     now = measure(model, tokenizer, source, run_args.batch_size)

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.base)
     model = load_adapter(load_model(args.base, dtype), args.adapter)
     try:
-        merged = model.merge_and_unload(safe_merge=True)
+        merged = model.merge_and_unload(safe_merge=True, dequantize=True)
     except (ValueError, NotImplementedError) as error:
         raise CliError(f"cannot merge {args.adapter} into {args.base}: {first_line(error)}") from error
     make_room_for_biases(merged)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -116,25 +117,63 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(**source)
 
 
-def load_model(model: str, dtype: torch.dtype | str, kind: type | None = None) -> PreTrainedModel:
+def quantization(name: str, dtype: torch.dtype) -> Any:
+    """transformers' configuration for a value of --quantize.
+
+    Raises:
+        CliError: the library is not installed.
+    """
+    import transformers
+
+    library, _, numbers = name.rpartition("-")
+    module = {"": "bitsandbytes", "quanto": "optimum.quanto"}.get(library, library)
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise need(module.replace(".", "-"), f"--quantize {name}", "quantize") from error
+    if library == "quanto":
+        return transformers.QuantoConfig(weights=numbers)
+    if library == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    if numbers == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=numbers, bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
+    )
+
+
+def load_model(
+    model: str, dtype: torch.dtype | str, kind: type | None = None, quantize: str | None = None
+) -> PreTrainedModel:
     """A model, by default a causal language model.
 
     Args:
         model: folder, hub id, or "smollm2".
         dtype: of its weights; "auto": as they are stored.
         kind: transformers' class for it.
+        quantize: how to pack its linear layers; a value of --quantize.
 
     Raises:
         CliError: it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
+    from ..utils.quantization_utils import forget_quantization
+
+    packing = {"quantization_config": quantization(quantize, dtype)} if quantize else {}
     with loading("load the model", model) as source:
-        loaded = (kind or AutoModelForCausalLM).from_pretrained(**source, dtype=dtype)
-    if "gguf_file" in source:
-        # Its weights are plain numbers by now, but it still counts as quantised, and Trainer refuses to train it.
-        loaded.is_quantized, loaded.hf_quantizer = False, None
-        del loaded.config.quantization_config
+        from_file = "gguf_file" in source
+        # transformers does not pack while it reads a GGUF file.
+        loaded = (kind or AutoModelForCausalLM).from_pretrained(**source, dtype=dtype, **({} if from_file else packing))
+        if from_file:
+            forget_quantization(loaded)  # its weights are plain numbers by now
+        if from_file and packing:
+            tensors = loaded.state_dict()
+            loaded = type(loaded).from_pretrained(
+                None, config=loaded.config, state_dict=tensors, dtype=dtype, **packing
+            )
     # What an adapter's configuration names as its base; the folder of a Python package would mean nothing elsewhere.
     loaded.name_or_path = loaded.config.name_or_path = model
     return loaded

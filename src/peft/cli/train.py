@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     quiet_transformers()
     tokenizer = load_tokenizer(args.model)
     source.tokenize(tokenizer, args.max_length, args.loss_on)
-    base = load_model(args.model, resolve_dtype(args.dtype))
+    base = load_model(args.model, resolve_dtype(args.dtype), quantize=args.quantize)
     source.check_fit(base)
     if args.packing:
         check_packing(base)

@@ -248,8 +248,22 @@ def _dequantize(layer: Blockwise) -> torch.Tensor:
     return weight.T if layer.transposed else weight
 
 
+def _plain(layer: Blockwise) -> nn.Module | None:
+    if getattr(layer, "plain", None) is None:
+        return None
+    plain = _without_table(layer.plain)
+    plain._buffers = {name: tensor for name, tensor in layer._buffers.items() if name != "absmax"}
+    return plain
+
+
 register_backend(
     QuantizationBackend(
-        "block-wise 8-bit", lambda layer: isinstance(layer, Blockwise), dequantize=_dequantize, requantize=_requantize
+        "block-wise 8-bit",
+        lambda layer: isinstance(layer, Blockwise),
+        _dequantize,
+        _requantize,
+        ("weight", "absmax"),
+        casts_input=True,
+        plain=_plain,
     )
 )
