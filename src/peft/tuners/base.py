@@ -125,7 +125,7 @@ class BaseTuner(nn.Module):
         self.peft_config.update(new)
         self._active_without_parts = [adapter_name]
         try:
-            self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+            self.inject_adapter(model, adapter_name, False, low_cpu_mem_usage, state_dict)
             self.set_adapter(adapter_name, inference_mode=self.peft_config[adapter_name].inference_mode)
         except Exception:
             for name in new:
@@ -196,7 +196,7 @@ class BaseTuner(nn.Module):
         self,
         model: nn.Module,
         adapter_name: str,
-        autocast_adapter_dtype: bool = False,
+        autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
