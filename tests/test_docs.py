@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from tiny_models import make_tokenizer, save_llama
 
 from peft.cli import main
 
+pytest_plugins = ["cli_runs"]
 ROOT = Path(__file__).parent.parent
 HUB_NAMES = ("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M")
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
@@ -78,15 +78,6 @@ def test_the_commands_of_the_install_page_run(tmp_path):
             assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
         printed.append(done.stdout.strip())
     assert printed == ["0.21.2+sft.1"] * (len(blocks) - 1) + ["0.21.2"]  # the last block goes back to upstream
-
-
-@pytest.fixture
-def loud_transformers():
-    """The commands quiet transformers for the whole process; other tests may look at what it says."""
-    verbosity = transformers.logging.get_verbosity()
-    yield
-    transformers.logging.set_verbosity(verbosity)
-    transformers.logging.enable_progress_bar()
 
 
 def shortened(words: list[str], model: str) -> list[str]:

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from tiny_models import opt
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -76,7 +77,7 @@ def deltas_of(model: PeftModel) -> list:
     return [delta for _, _, delta in model.active_deltas()]
 
 
-def draw(layer: nn.Module, shape) -> torch.Tensor:
+def draw(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.randn(shape).double()
 
 
@@ -129,7 +130,7 @@ def test_convolutions_are_the_dense_ones(kind, how, workspace, monkeypatch):
     model = adapt(make(), [how], slots=1 if kind == "depthwise" else 2)
     assert kernels.is_writable(base_of(model).weight)
     monkeypatch.setattr(type(model.get_base_model()[0]), "folded", None)  # it is not called
-    assert_like_dense(model, draw(base_of(model), shape))
+    assert_like_dense(model, draw(shape))
 
 
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
@@ -138,15 +139,16 @@ def test_the_sampled_product_is_the_entries_of_the_dense_one(kind, window_bytes,
     """Few entries are sampled, many are taken from row blocks."""
     make, shape = CONVOLUTIONS[kind]
     monkeypatch.setattr(gradients, "SAMPLED_CHANNELS", 1)
+    monkeypatch.setattr(gradients, "SAMPLED_WINDOWS", 0.1)
     monkeypatch.setattr(gradients, "WINDOW_BYTES", window_bytes)
     sampled, real = [], gradients.ProductGradient._sampled_windows
     monkeypatch.setattr(gradients.ProductGradient, "_sampled_windows", lambda *args: sampled.append(1) or real(*args))
     model = adapt(make(), slots=2)
-    assert_like_dense(model, draw(base_of(model), shape))
+    assert_like_dense(model, draw(shape))
     assert sampled
     sampled.clear()
     model = adapt(make(), slots=base_of(model).weight.numel() // 2)
-    assert_like_dense(model, draw(base_of(model), shape))
+    assert_like_dense(model, draw(shape))
     assert not sampled
 
 
@@ -154,13 +156,29 @@ def test_the_sampled_product_is_the_entries_of_the_dense_one(kind, window_bytes,
 def test_adapters_of_all_granularities_in_one_convolution(kind):
     make, shape = CONVOLUTIONS[kind]
     model = adapt(make(), ["row", "element", "column"], slots=1)
-    x = draw(base_of(model), shape)
+    x = draw(shape)
     assert_like_dense(model, x)
     y, before = model(x), base_of(model).weight.clone()
     model.merge_adapter()
     torch.testing.assert_close(model(x), y)
     model.unmerge_adapter()
     assert torch.equal(base_of(model).weight, before)
+
+
+@pytest.mark.parametrize("sampled_channels", [1, 128])
+@pytest.mark.parametrize("kind", ["2d", "groups", "Embedding"])
+@pytest.mark.parametrize("how", ["element", "row", "column"])
+def test_a_layer_without_deltas(kind, how, sampled_channels, monkeypatch):
+    """A small budget rounds down to nothing in some layers."""
+    monkeypatch.setattr(gradients, "SAMPLED_CHANNELS", sampled_channels)
+    make, shape = CONVOLUTIONS[kind] if kind != "Embedding" else (lambda: nn.Embedding(12, 6), None)
+    model = adapt(make(), [how], slots=0)
+    x = torch.randint(12, (2, 3)) if shape is None else draw(shape)
+    (delta,) = deltas_of(model)
+    assert_like_dense(model, x)
+    delta.start_gathering()
+    assert_like_dense(model, x)
+    assert delta.candidates.shape == (0,) and len(delta.take_candidate_grad()) == 0
 
 
 @pytest.mark.parametrize("what", ["trained", "hooked"])
@@ -172,7 +190,7 @@ def test_a_convolution_that_cannot_be_written(what):
         base.weight.requires_grad_()
     else:
         base.register_forward_pre_hook(lambda module, args: None)
-    x = draw(base, shape)
+    x = draw(shape)
     assert_like_dense(model, x)
     if what == "trained":
         reference = dense(model)
@@ -185,7 +203,7 @@ def test_a_convolution_that_cannot_be_written(what):
 def test_a_bias_that_trains():
     make, shape = CONVOLUTIONS["groups"]
     model = adapt(make())
-    reference, x = dense(model), draw(base_of(model), shape)
+    reference, x = dense(model), draw(shape)
     base_of(model).bias.requires_grad_()
     reference.bias.requires_grad_()
     for run in (reference, model):
@@ -217,7 +235,7 @@ def test_the_output_of_a_convolution_can_be_changed_in_place():
     for kind in ("2d", "one image"):
         make, shape = CONVOLUTIONS[kind]
         model = adapt(make())
-        reference, x = dense(model), draw(base_of(model), shape)
+        reference, x = dense(model), draw(shape)
         for run in (reference, model):
             run(x).relu_().square().sum().backward()
         (delta,) = deltas_of(model)
@@ -313,6 +331,7 @@ def test_no_tensor_of_the_size_of_the_weight_is_made(kind, how, gathering, monke
     size = weight.numel() * 8
     monkeypatch.setattr(gradients, "WORKSPACE_BYTES", size // 16)
     monkeypatch.setattr(gradients, "WINDOW_BYTES", size // 16)
+    monkeypatch.setattr(gradients, "SAMPLED_CHANNELS", 64)
     if gathering:
         for delta in deltas_of(model):
             delta.start_gathering()
@@ -481,3 +500,25 @@ def test_a_compiled_embedding_gathers(backend):
         assert torch.equal(ours.candidates, theirs.candidates)
         torch.testing.assert_close(ours.candidate_grad, theirs.candidate_grad)
         torch.testing.assert_close(ours.values.grad, theirs.values.grad)
+
+
+@pytest.mark.parametrize("granularity", ["element", "row", "column"])
+def test_positions_that_are_counted_from_a_mask(granularity):
+    """OPT's embedding takes the attention mask; which rows are looked up only its own forward knows."""
+    base = opt()
+    table = base.model.decoder.embed_positions.weight.detach().clone()
+    config = SftConfig(target_modules=["embed_positions"], num_tunable_weights=272, granularity=granularity)
+    model = get_peft_model(base, config)
+    ((_, _, delta),) = model.active_deltas()
+    torch.nn.init.normal_(delta.values)
+    positions = model.get_base_model().model.decoder.embed_positions
+    table = table + positions.delta_weight("default").detach().T
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    rows = torch.tensor([[1, 2, 3, 4], [2, 3, 4, 5]])
+    y = positions(mask)
+    assert torch.allclose(y, table[rows])
+    assert torch.allclose(positions(mask, 3), table[torch.tensor([[4], [5]])])
+    gy = torch.randn_like(y)
+    (gradient,) = torch.autograd.grad(y, delta.values, gy)
+    dense = torch.zeros_like(table).index_put_((rows,), gy, accumulate=True)
+    assert torch.allclose(gradient.flatten(), dense.flatten()[delta.positions().flatten()], atol=1e-6)

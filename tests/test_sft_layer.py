@@ -19,7 +19,7 @@ from peft import PeftModel, SftConfig, get_peft_model
 from peft.tuners import ops
 from peft.tuners.sft import gradients, kernels
 from peft.tuners.sft.layer import SparseDelta, random_positions
-from peft.tuners.sft.model import logical_numel, share_out
+from peft.tuners.sft.model import share_out
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 10), (7, 6)),
@@ -518,10 +518,12 @@ def test_an_embedding_with_sparse_gradients_trains():
 
 
 def test_a_packed_weight_counts_what_it_encodes():
-    packed = nn.Parameter(torch.zeros(30, 1, dtype=torch.uint8), requires_grad=False)
-    assert logical_numel(packed) == 30
-    packed.quant_state = type("QuantState", (), {"shape": torch.Size((6, 10))})()
-    assert logical_numel(packed) == 60
+    bnb = pytest.importorskip("bitsandbytes")
+    base = nn.Sequential(bnb.nn.Linear4bit(8, 16, bias=False), nn.Linear(16, 4)).to("cpu")
+    model = get_peft_model(base, SftConfig(target_modules=["0"], density=0.25))
+    _, _, delta = next(model.active_deltas())
+    assert delta.values.numel() == (8 * 16 + 16 * 4 + 4) // 4
+    assert model.get_nb_trainable_parameters() == (49, 8 * 16 + 16 * 4 + 4 + 49)
 
 
 # Files

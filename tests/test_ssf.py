@@ -298,9 +298,6 @@ def test_packed_bases(bits, seed, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(make(), tmp_path, is_trainable=True).train()  # in eval mode other kernels run
     assert torch.equal(loaded(x), model(x)) and not torch.equal(model(x), plain)
-    with pytest.raises(TypeError, match="packed .* no registered backend can read"):
-        model.merge_adapter()
-    assert not layer.merged
 
 
 class Net0(nn.Module):

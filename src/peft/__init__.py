@@ -59,6 +59,7 @@ if TYPE_CHECKING:
         search_structure as search_structure,
     )
     from .tuners.lora import (
+        LoftQConfig as LoftQConfig,
         LoraConfig as LoraConfig,
         LoraModel as LoraModel,
         LoraRuntimeConfig as LoraRuntimeConfig,
@@ -91,6 +92,9 @@ if TYPE_CHECKING:
     from .utils.error import (
         NoMatchingPeftModuleError as NoMatchingPeftModuleError,
         PeftError as PeftError,
+    )
+    from .utils.loftq_utils import (
+        replace_lora_weights_loftq as replace_lora_weights_loftq,
     )
     from .utils.other import (
         cast_mixed_precision_params as cast_mixed_precision_params,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -36,6 +37,9 @@ EXCLUSIVE = (("density", "num_tunable_weights"), ("epochs", "max_steps"), ("resu
 
 DTYPES = ("auto", "float32", "bfloat16")
 ALL_LINEAR = "all-linear"
+QUANTIZED = ("nf4", "fp4", "int8", "torchao-int8", "quanto-int8", "quanto-int4")
+"""Values of --quantize; nf4, fp4 and int8 are bitsandbytes'."""
+
 TASK_PREFIX = "task:"
 
 
@@ -44,6 +48,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.register("type", None, not_empty)  # of the arguments for which no other is said
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -71,6 +76,8 @@ def find_conflict(args: argparse.Namespace) -> str | None:
     for first, second in EXCLUSIVE:
         if getattr(args, first) not in (None, False) and getattr(args, second) not in (None, False):
             return f"{option(first)} and {option(second)} cannot be given together"
+    if args.budget == "global" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return "--budget global moves weights between layers, which needs a single process: start one, or leave it out"
     if args.data == TASK_PREFIX:
         return f"--data {TASK_PREFIX} lacks the name of the task, as in {TASK_PREFIX}spell_backward"
     if args.task_args is not None and not args.data.startswith(TASK_PREFIX):
@@ -116,16 +123,24 @@ def number(kind: type, rule: str, holds: Callable[[float], bool]) -> Callable[[s
 
 
 positive_int = number(int, "a whole number of at least 1", lambda value: value >= 1)
-any_int = number(int, "a whole number of at least 0", lambda value: value >= 0)
+seed = number(int, "a whole number from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
 positive = number(float, "a positive number", lambda value: 0 < value < float("inf"))
 share = number(float, "a number in (0, 1]", lambda value: 0 < value <= 1)
 probability = number(float, "a number in [0, 1)", lambda value: 0 <= value < 1)
 
 
+def not_empty(text: str) -> str:
+    """A path, a name. An empty one, from a variable of the shell that was not set, would mean the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
 def json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"is not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
@@ -168,6 +183,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def make_parser() -> Parser:
     parser = Parser(prog="peft", description="Fine-tune language models with few trained parameters.")
+    parser.register("type", None, str)  # its one argument is all the words of a command
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_train(commands)
     add_evaluate(commands)
@@ -231,12 +247,17 @@ def add_training_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--batch-size", type=positive_int, default=8, metavar="N", help="per device; default: 8")
     group.add_argument("--grad-accum", type=positive_int, default=1, metavar="N", help="batches per update; default: 1")
     group.add_argument("--lr", type=positive, help="learning rate; default: depends on the method")
-    group.add_argument("--seed", type=any_int, default=0, help="default: 0")
+    group.add_argument("--seed", type=seed, default=0, help="default: 0")
     group.add_argument(
         "--dtype",
         choices=DTYPES,
         default="auto",
         help="of the base model; auto (default): bfloat16 on accelerators that have it, else float32",
+    )
+    group.add_argument(
+        "--quantize",
+        choices=QUANTIZED,
+        help="pack the base model's linear layers (not its head); nf4, fp4 and int8 are bitsandbytes'",
     )
     group.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice to save memory")
     group.add_argument(
@@ -348,7 +369,7 @@ def add_search_engines(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--granularity", choices=("layer", "module"), help="what is decided as one; default: layer")
     group.add_argument("--rounds", type=positive_int, metavar="N", help="at most so many; default: 10")
     group.add_argument("--population", type=positive_int, metavar="N", help="structures in a round; default: 50")
-    group.add_argument("--seed", type=any_int, help="default: 12345")
+    group.add_argument("--seed", type=seed, help="default: 12345")
     group.add_argument("--storage", metavar="WHERE", help="journal file or database URL, to share and to go on from")
     group.add_argument("--study", metavar="NAME", help="name of the search in it; default: denas")
     group.add_argument("--latency-objective", action="store_true", help="nsga2: trade off latency as well")

@@ -10,13 +10,12 @@ on one device.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from .arguments import TASK_PREFIX
-from .common import CliError, notice
+from .common import NotFinite, notice
 from .data import Collator, check_packing, pack, pad_id_of
 from .evaluate import Measure, measure, read_metrics
 from .models import add_adapter, load_model, load_tokenizer, make_adapter_config, quiet_transformers, resolve_dtype
@@ -43,15 +42,14 @@ SAMPLES = 5
 
 def run(args: argparse.Namespace) -> None:
     """`peft train`."""
-    check_processes(args)
     fill_in_defaults(args)
     output = Output(Path(args.output), args.resume, args.overwrite)
+    source = read_source(args)
+    output.check_same_run(args, source)
     if output.finished:
         notice(f"the run in {output.folder} is finished; there is nothing to resume")
         print(summary(read_metrics(output.folder), output.folder))
         return
-    source = read_source(args)
-    output.check_same_run(args, source)
     config = make_adapter_config(args)
 
     import transformers
@@ -60,7 +58,8 @@ def run(args: argparse.Namespace) -> None:
     quiet_transformers()
     tokenizer = load_tokenizer(args.model)
     source.tokenize(tokenizer, args.max_length, args.loss_on)
-    base = load_model(args.model, resolve_dtype(args.dtype))
+    base = load_model(args.model, resolve_dtype(args.dtype), quantize=args.quantize)
+    source.check_fit(base)
     if args.packing:
         check_packing(base)
     if args.gradient_checkpointing:
@@ -78,16 +77,6 @@ def run(args: argparse.Namespace) -> None:
         print(summary(metrics, output.folder))
 
 
-def check_processes(args: argparse.Namespace) -> None:
-    """Raise CliError if the run cannot be spread over the processes that it was started in."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun and accelerate launch
-    if args.budget == "global" and processes > 1:
-        raise CliError(
-            f"--budget global changes the sizes of parameters, which data parallelism needs fixed, and there are "
-            f"{processes} processes: start one process, or leave out --budget global"
-        )
-
-
 def fill_in_defaults(args: argparse.Namespace) -> None:
     """Give a value to the options whose default depends on others."""
     if args.lr is None:
@@ -100,7 +89,7 @@ def make_training_args(args: argparse.Namespace, output: Output) -> TrainingArgu
     import torch
     from transformers import TrainingArguments
 
-    return TrainingArguments(
+    training_args = TrainingArguments(
         output_dir=str(output.checkpoints),
         num_train_epochs=args.epochs or 1.0,
         max_steps=args.max_steps or -1,
@@ -112,6 +101,7 @@ def make_training_args(args: argparse.Namespace, output: Output) -> TrainingArgu
         save_steps=args.save_steps or 0.25,  # a share of the run
         save_total_limit=2,
         logging_steps=1 / CURVE_POINTS,
+        logging_nan_inf_filter=False,  # Progress must see them
         include_num_input_tokens_seen="all" if args.packing else "non_padding",
         seed=args.seed,
         remove_unused_columns=False,
@@ -121,6 +111,13 @@ def make_training_args(args: argparse.Namespace, output: Output) -> TrainingArgu
         disable_tqdm=True,
         report_to="none",
     )
+    if training_args.n_gpu > 1:  # Trainer would drive all of them from this process by nn.DataParallel
+        notice(
+            f"one of {training_args.n_gpu} GPUs is used; for all of them start with torchrun --nproc-per-node "
+            f"{training_args.n_gpu} -m peft train ..."
+        )
+        training_args._n_gpu = 1
+    return training_args
 
 
 def make_trainer(
@@ -173,8 +170,13 @@ def train(
         trainer.train(resume_from_checkpoint=output.last_checkpoint)
     finally:
         progress.close()
+    if not all(parameter.isfinite().all() for parameter in model.parameters() if parameter.requires_grad):
+        raise NotFinite("training diverged: its last step has left weights that are no finite numbers; lower --lr")
     notice(f"measuring on {len(source.held_out_examples)} held-out examples after training")
-    after = measure(model, tokenizer, source, args.batch_size)
+    try:
+        after = measure(model, tokenizer, source, args.batch_size)
+    except NotFinite as error:
+        raise NotFinite(f"training diverged: {error}; lower --lr") from error
 
     metrics = collect_metrics(source, trainer, progress, before, after) | output.identity(args, source.digest)
     losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]

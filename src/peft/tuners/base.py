@@ -25,13 +25,14 @@ from ..utils.other import (
     shared_parameters,
 )
 from ..utils.placement import home_device, offload_hook, own_tensor, reshard
-from ..utils.quantization_utils import keep_trainable
+from ..utils.quantization_utils import forget_quantization, is_quantized, keep_trainable
 from ..utils.warning import warn
 from .ops import make_op
 from .parts import (
     cast_adapter_dtype,
     check_known,
     delete_adapter,
+    dequantize_layers,
     drop_trained_biases,
     keep_trained_biases,
     modules_with_adapters,
@@ -52,7 +53,7 @@ from .targeting import (
     resolve_all_linear,
     unmatched_entries,
 )
-from .tuners_utils import BASE_ADAPTER, BaseTunerLayer, as_list
+from .tuners_utils import BASE_ADAPTER, BaseTunerLayer, MergeError, as_list
 
 
 def check_adapter_name(name: str) -> None:
@@ -112,6 +113,7 @@ class BaseTuner(nn.Module):
         super().__init__()
         self.model = model
         self.targeted_module_names: list[str] = []
+        self.merge_errors: dict[str, MergeError] = {}  # of the last merge, by the layer's name; packed weights only
         new = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         new = {name: config.for_model(model) for name, config in new.items()}
         had_config = hasattr(model, "peft_config")
@@ -123,7 +125,7 @@ class BaseTuner(nn.Module):
         self.peft_config.update(new)
         self._active_without_parts = [adapter_name]
         try:
-            self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+            self.inject_adapter(model, adapter_name, False, low_cpu_mem_usage, state_dict)
             self.set_adapter(adapter_name, inference_mode=self.peft_config[adapter_name].inference_mode)
         except Exception:
             for name in new:
@@ -194,7 +196,7 @@ class BaseTuner(nn.Module):
         self,
         model: nn.Module,
         adapter_name: str,
-        autocast_adapter_dtype: bool = False,
+        autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
@@ -232,6 +234,7 @@ class BaseTuner(nn.Module):
                     layer._active_adapter = list(active)
                     layer.enable_adapters(not disabled)
                 layer.op.shared |= id(layer.weight) in shared  # a merged layer has parted from the others for a while
+                layer.change_base(adapter_name, config)
             wrap_modules_to_save(model, getattr(config, "modules_to_save", None) or [], adapter_name)
             _check_biases(model, config, adapter_name)
         except Exception:
@@ -368,9 +371,9 @@ class BaseTuner(nn.Module):
     def _move_to_base(self, layer: BaseTunerLayer, adapter_name: str) -> None:
         """Bring a new adapter to its base layer's device and (unless the method has its own) floating-point dtype."""
         base = layer.get_base_layer()
-        device, dtype = home_device(base), base.weight.dtype
+        device, dtype = home_device(base), layer.weight.dtype
         for _, parameter in layer.adapter_tensors(adapter_name):
-            cast = layer.widens_parameters and dtype.is_floating_point and parameter.is_floating_point()
+            cast = layer.widens_parameters and parameter.is_floating_point() and not is_quantized(base)
             where = parameter.device if parameter.is_meta else device
             parameter.data = parameter.data.to(where, dtype if cast else None)
 
@@ -467,6 +470,21 @@ class BaseTuner(nn.Module):
             for layer, count in before:
                 layer.unmerge_to(count)
             raise
+        self._report_merge_errors()
+
+    def _report_merge_errors(self) -> None:
+        errors = self.merge_errors = {
+            key: layer.merge_error
+            for key, layer in self.model.named_modules()
+            if isinstance(layer, BaseTunerLayer) and layer.merge_error is not None
+        }
+        if errors:
+            worst = max(errors, key=lambda key: errors[key].of_weight)
+            warn(
+                f"{len(errors)} merged weights were packed again, which rounds them. The error is "
+                f"{MergeError.total(errors.values())}; most in {worst}: {errors[worst]}; all are in merge_errors. "
+                "merge_and_unload(dequantize=True) gives an exact model with plain weights"
+            )
 
     def unmerge_adapter(self) -> None:
         reshard(self.model)
@@ -474,14 +492,45 @@ class BaseTuner(nn.Module):
             layer.unmerge()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        dequantize: bool | torch.dtype = False,
     ) -> nn.Module:
-        """Fold adapters (default: the active ones) into the base weights and give the plain model back."""
-        return self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
+        """Fold adapters (default: the active ones) into the base weights and give the plain model back.
+
+        Args:
+            dequantize: replace all packed weights of the model by plain ones, and fold into these, so that nothing is
+                rounded to the packed form again. True: in the type of the model's own plain parameters. A type: all of
+                the model gets it.
+
+        Raises:
+            TypeError: a packed weight that cannot be rewritten here (give `dequantize`).
+        """
+        return self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names, dequantize)
 
     def unload(self) -> nn.Module:
         """Give the base model back without its adapters."""
         return self._unload_and_optionally_merge(False)
+
+    def _merge_for_good(self, names: Sequence[str], safe_merge: bool, dequantize: bool | torch.dtype) -> None:
+        """Merge before any layer goes: an error leaves the model whole."""
+        if not dequantize:
+            self.merge_adapter(names, safe_merge)
+            return
+        merged = list(dict.fromkeys(name for layer in self.layers() for name in layer.merged_adapters))
+        if merged:
+            self.unmerge_adapter()  # what was merged before is not to be rounded either
+        packed = dequantize_layers(self.model, None if dequantize is True else dequantize)
+        try:
+            self.merge_adapter(list(dict.fromkeys([*merged, *names])), safe_merge)
+        except Exception:
+            places = Places(self.model)
+            for plain, layer in packed.items():
+                places.replace(plain, layer)
+            raise
+        forget_quantization(self.model)
 
     def _unload_and_optionally_merge(
         self,
@@ -489,13 +538,14 @@ class BaseTuner(nn.Module):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
+        dequantize: bool | torch.dtype = False,
     ) -> nn.Module:
         from tqdm import tqdm
 
         names = as_list(adapter_names) if adapter_names is not None else self.active_adapters
         self._check_known(names)
         if merge:
-            self.merge_adapter(names, safe_merge)  # all of it before any layer goes: an error leaves the model whole
+            self._merge_for_good(names, safe_merge, dequantize)
         drop_trained_biases(self.model)
         reshard(self.model)
         untied, places = False, Places(self.model)
@@ -515,6 +565,9 @@ class BaseTuner(nn.Module):
                 "The adapter changed a weight that the model ties to another; the merged model has them apart "
                 "(config.tie_word_embeddings is now False)",
             )
+        if isinstance(dequantize, torch.dtype):
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.to(dequantize if parameter.is_floating_point() else None)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model

@@ -30,7 +30,15 @@ from ..utils.placement import (
     unhooked,
     whole_tensor,
 )
-from ..utils.quantization_utils import dequantize, is_quantized, requantize
+from ..utils.quantization_utils import (
+    dequantize,
+    is_quantized,
+    layer_before,
+    packed_state,
+    requantize,
+    stored_shape,
+    stored_weight,
+)
 
 
 class Op:
@@ -67,9 +75,14 @@ class Op:
         return tuple(self.weight_shape[2:])
 
     @property
+    def weight(self) -> torch.Tensor:
+        """The tensor with the numbers of the layer's weight, packed or not."""
+        return stored_weight(self.layer)
+
+    @property
     def stored_shape(self) -> torch.Size:
         """Shape of the logical weight as the layer stores it (a packed or sharded weight counts all its elements)."""
-        return logical_shape(self.layer.weight)
+        return stored_shape(self.layer)
 
     @property
     def weight_shape(self) -> torch.Size:
@@ -84,7 +97,8 @@ class Op:
     def load(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(W, b)`, whole and on the device where the layer runs; not copies where the layer holds them in the clear.
 
-        An off-loaded weight is fetched, a sharded one is gathered (by all processes together).
+        A packed weight is dequantised, an off-loaded one is fetched, a sharded one is gathered (by all processes
+        together).
 
         Raises:
             RuntimeError: the weight is not here and cannot be fetched.
@@ -92,7 +106,12 @@ class Op:
         with onloaded(self.layer):
             refuse_flattened(self.layer)
             bias = getattr(self.layer, "bias", None)
-            self._was_sharded |= is_sharded(self.layer.weight)
+            self._was_sharded |= is_sharded(self.weight)
+            if is_quantized(self.layer) and is_sharded(self.weight):
+                raise RuntimeError(
+                    f"The weight of {type(self.layer).__name__} is packed and sharded, and cannot be read in parts: "
+                    "save the adapter and do this in one process"
+                )
             return self.to_view(whole_tensor(dequantize(self.layer))), None if bias is None else whole_tensor(bias)
 
     def store(self, W: torch.Tensor, b: torch.Tensor | None) -> None:
@@ -100,20 +119,35 @@ class Op:
 
         Raises:
             RuntimeError: they are where they cannot be written.
+            TypeError: the weight is packed in a way that cannot be made here.
         """
         refuse_flattened(self.layer)
         self._refuse_computed()
         W = self.to_view(W.detach())
-        is_offloaded = offload_hook(self.layer) is not None
         if not is_quantized(self.layer):
             self._write("weight", W.to(self.layer.weight.dtype).contiguous())
-        elif is_offloaded:
+        elif offload_hook(self.layer) is not None:
             raise RuntimeError(
                 f"The packed weight of {type(self.layer).__name__} is off-loaded and cannot be rewritten: load the "
                 "model without off-loading"
             )
         else:
-            requantize(self.layer, W)
+            requantize(self.layer, W.contiguous())
+        self._store_bias(b)
+
+    def keep(self) -> tuple[dict[str, object], torch.Tensor | None] | None:
+        """What `put_back` needs to undo a `store` bit for bit, without a copy; None where the weight is not packed."""
+        state, bias = packed_state(self.layer), getattr(self.layer, "bias", None)
+        return None if state is None else (state, None if bias is None else bias.detach())
+
+    def put_back(self, kept: tuple[dict[str, object], torch.Tensor | None]) -> None:
+        state, bias = kept
+        for name, value in state.items():
+            setattr(self.layer, name, value)
+        self._store_bias(bias)
+
+    def _store_bias(self, b: torch.Tensor | None) -> None:
+        is_offloaded = offload_hook(self.layer) is not None
         bias = getattr(self.layer, "bias", None)
         if b is None:
             if bias is not None:
@@ -129,9 +163,26 @@ class Op:
         elif b is not bias:
             self._write("bias", b.detach().to(bias.dtype))
 
+    def plain(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """A layer that computes the same as this packed one, with its weight in the clear; None: in the type it has."""
+        W, b = self.load()
+        dtype = dtype or W.dtype
+        layer = layer_before(self.layer)
+        if layer is None:
+            with torch.device("meta"):
+                layer = self._empty(bias=b is not None)
+        layer.weight = nn.Parameter(self.to_view(W).to(dtype), requires_grad=False)
+        if b is not None:
+            layer.bias = nn.Parameter(b.detach().to(dtype), requires_grad=False)
+        return layer.train(self.layer.training)
+
+    def _empty(self, bias: bool) -> nn.Module:
+        """What `plain` fills."""
+        raise TypeError(f"{type(self.layer).__name__} cannot be replaced by a layer with a plain weight")
+
     def _refuse_computed(self) -> None:
         layer, name = self.layer, type(self.layer).__name__
-        if self._was_sharded and not is_sharded(layer.weight):
+        if self._was_sharded and not is_sharded(self.weight):
             raise RuntimeError(
                 f"The weight of {name} is sharded, and what is written into its gathered form would be lost: call "
                 "reshard() on the FSDP modules first"
@@ -164,8 +215,7 @@ class Op:
             parameter.data = value
 
     def _bias_dtype(self, b: torch.Tensor) -> torch.dtype:
-        weight = self.layer.weight
-        return weight.dtype if weight.is_floating_point() else b.dtype
+        return self.weight.dtype if self.weight.is_floating_point() else b.dtype
 
     @property
     def is_parted(self) -> bool:
@@ -204,17 +254,12 @@ class Op:
 
 class LinearOp(Op):
     kind = "Linear"
-    transposed = False
-
-    @property
-    def stored_shape(self) -> torch.Size:
-        layer = self.layer
-        if is_quantized(layer):
-            return torch.Size((layer.out_features, layer.in_features))
-        return super().stored_shape
 
     def op(self, x, W, b):
         return F.linear(x, W, b)
+
+    def _empty(self, bias):
+        return nn.Linear(self.in_features, self.out_features, bias)
 
     # The product and its derivatives one by one, as an autograd function needs them; ConvOp has the same.
 
@@ -263,6 +308,13 @@ class ConvOp(Op):
 
     def op(self, x, W, b):
         return self.layer._conv_forward(x, W, b)
+
+    def _empty(self, bias):
+        old = self.layer
+        return getattr(nn, self.kind)(
+            old.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation, old.groups,
+            bias, old.padding_mode,
+        )  # fmt: skip
 
     @property
     def _pads(self) -> bool:
@@ -340,7 +392,10 @@ class EmbeddingOp(Op):
     kind = "Embedding"
     transposed = True
 
-    def op(self, x, W, b):
+    def op(self, x, W, b, *args, **kwargs):
+        if self.own_forward is not None:
+            with unhooked(self.own_forward):
+                return torch.func.functional_call(self.own_forward, {"weight": W.T}, (x, *args), kwargs)
         return self._lookup(x, W.T, self.layer.padding_idx)
 
     def _lookup(self, x: torch.Tensor, table: torch.Tensor, padding_idx: int | None) -> torch.Tensor:
@@ -349,6 +404,14 @@ class EmbeddingOp(Op):
         y = F.embedding(x, table, padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq)
         scale = self.embed_scale
         return y if scale is None else y * scale.to(y.dtype)
+
+    def _empty(self, bias):
+        old = self.layer
+        if self.embed_scale is not None:
+            return super()._empty(bias)
+        return nn.Embedding(
+            old.num_embeddings, old.embedding_dim, old.padding_idx, old.max_norm, old.norm_type, old.scale_grad_by_freq
+        )
 
     def vectors(self, tokens: torch.Tensor) -> torch.Tensor:
         """The vectors (U, O) of some tokens (U,), a copy."""
@@ -376,6 +439,13 @@ class EmbeddingOp(Op):
         """The factor that some embeddings (Gemma's) multiply their rows by; deltas of the table are scaled too."""
         scale = getattr(self.layer, "embed_scale", None)
         return scale if scale is None or torch.is_tensor(scale) else torch.tensor(scale)
+
+    @property
+    def own_forward(self) -> nn.Module | None:
+        """The layer if it does more than to look up its input (OPT's positions); its forward then has to be called."""
+        layer = vars(self.layer).get("plain", self.layer)  # of a packed one
+        own = layer is not None and type(layer).forward is not nn.Embedding.forward and self.embed_scale is None
+        return layer if own else None
 
 
 class NormOp(Op):

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
-from ..utils.quantization_utils import is_quantized
-from .ops import _is_conv1d
+from .ops import make_op
 
 TASK_HEAD_NAMES = (*SEQ_CLS_HEAD_NAMES, "qa_outputs")
 SHORTEN_FROM = 20  # upstream's number: configurations that mean the same layers are then the same
@@ -116,7 +115,8 @@ def unmatched_entries(
 
 
 def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_conv1d(module) or is_quantized(module)
+    op = make_op(module)
+    return op is not None and op.kind == "Linear"
 
 
 def is_never_called(model: nn.Module, key: str) -> bool:

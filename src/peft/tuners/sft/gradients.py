@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 WORKSPACE_BYTES = 64 * 2**20
 # Up to this share of a weight the sampled product beats the dense one: at 1.3 % of 1536 x 576 with 512 rows it takes
-# 0.8 ms against 10 (one core), and it grows with the share. At 1 % of a convolution (320 x 320 x 3 x 3, 32 x 32
-# places) it takes 2 ms against 35, at 5 % of it 32 against 39.
+# 0.8 ms against 10 (one core), and it grows with the share.
 SAMPLED_DENSITY = 0.1
-# For single entries the windows of a convolution have to be laid out, which is worth it if each serves as many output
-# channels (measured: as fast at 32 and 64, twice as fast at 128, 20 times at 320); so many bytes of them at a time stay
-# in a cache.
-SAMPLED_CHANNELS = 32
-WINDOW_BYTES = 4 * 2**20
+# Of a convolution the windows have to be laid out for it, which is worth it up to this share, if each window serves as
+# many output channels. A whole step at 1 %, one core, ms: 320 channels, kernel 3 x 3, 31 against 38; 512, kernel 1, 14
+# against 17; 128, kernel 3 x 3, 9 against 9.
+SAMPLED_WINDOWS = 0.03
+SAMPLED_CHANNELS = 128
+WINDOW_BYTES = 4 * 2**20  # laid out at a time: what stays in a cache
 
 
 class WeightGradient:
@@ -73,7 +73,12 @@ class ProductGradient(WeightGradient):
         return self.op.by_channel(self._x(None))
 
     def rows(self, delta, start, stop):
-        if self.op.transposed and delta.layout is None:
+        if delta.layout is None:
+            return self._stored_rows(start, stop)
+        return self.op.weight_gradient(self.gy, self.x, start, stop).flatten(1)
+
+    def _stored_rows(self, start: int, stop: int) -> Tensor:
+        if self.op.transposed:
             return self.x[:, start:stop].T @ self.gy
         return self.op.weight_gradient(self.gy, self.x, start, stop).flatten(1)
 
@@ -90,9 +95,11 @@ class ProductGradient(WeightGradient):
 
     def _entries(self, wanted: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
         """Entries at sorted flat positions of the weight as it is stored."""
-        few = all(positions.numel() <= SAMPLED_DENSITY * math.prod(shape) for positions in wanted)
-        served = not self.op.kernel or self.gy.shape[1] // self.op.groups >= SAMPLED_CHANNELS
-        if few and served and _can_sample(self.gy):
+        share = SAMPLED_DENSITY
+        if self.op.kernel:
+            share = SAMPLED_WINDOWS if self.gy.shape[1] // self.op.groups >= SAMPLED_CHANNELS else 0.0
+        few = all(positions.numel() <= share * math.prod(shape) for positions in wanted)
+        if few and _can_sample(self.gy):
             return [self._sampled(positions) for positions in wanted]
         return self._from_blocks(wanted, shape)
 
@@ -132,13 +139,9 @@ class ProductGradient(WeightGradient):
         bounds = [torch.searchsorted(positions.long(), edges).tolist() for positions in wanted]
         parts: list[list[Tensor]] = [[] for _ in wanted]
         for n, start in enumerate(starts):
-            stop = min(start + step, shape[0])
-            if self.op.transposed:
-                block = self.x[:, start:stop].T @ self.gy
-            else:
-                block = self.op.weight_gradient(self.gy, self.x, start, stop)
+            block = self._stored_rows(start, min(start + step, shape[0])).flatten()
             for part, positions, bound in zip(parts, wanted, bounds):
-                part.append(block.view(-1)[positions[bound[n] : bound[n + 1]] - start * width])
+                part.append(block[positions[bound[n] : bound[n + 1]] - start * width])
         return [torch.cat(part) for part in parts]
 
 

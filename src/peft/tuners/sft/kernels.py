@@ -74,7 +74,9 @@ class _Slots:
 
     def read(self) -> torch.Tensor:
         """The numbers, (k,) or (g, s)."""
-        return self.weight[self.indices] if self.layout is None else self.layout.read(self.weight, self.indices)
+        if self.layout is None:
+            return self.weight.index_select(0, self.indices.flatten()).view(self.indices.shape)
+        return self.layout.read(self.weight, self.indices)
 
     def write(self, numbers: torch.Tensor) -> None:
         if self.layout is None:

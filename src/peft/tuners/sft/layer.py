@@ -258,8 +258,8 @@ class SftLayer(AdditiveLayer, nn.Module):
         self.sft_delta = nn.ModuleDict()
 
     def update_layer(self, name, config, *, key: str):
-        weight = self.get_base_layer().weight
-        natural = weight.dtype if weight.is_floating_point() else torch.float32  # a packed weight has none of its own
+        # A packed weight has no type of its own.
+        natural = torch.float32 if is_quantized(self.get_base_layer()) else self.weight.dtype
         dtype = natural if config.dtype == "auto" else getattr(torch, config.dtype)
         layout = make_layout(self.op, config, type(self.get_base_layer()).__name__)
         counts = config.num_deltas if config.budget == "global" else None
@@ -295,7 +295,7 @@ class SftLayer(AdditiveLayer, nn.Module):
     def unfold(self, name, W, b, memory):
         stored = self.op.to_view(W).contiguous().clone()
         positions, numbers = memory
-        stored.view(-1)[positions] = numbers
+        stored.view(-1)[positions] = numbers.to(stored.dtype)  # wider where it was not the first to be folded
         return self.op.to_view(stored), b
 
     def post(self, name, x, y, before=()):
@@ -309,7 +309,7 @@ class SftLayer(AdditiveLayer, nn.Module):
         deltas = [self.sft_delta[name] for name in names]
         if torch._C._are_functorch_transforms_active() or any(d.observer is not None for d in deltas):
             return op.op(x, *self.folded(names))  # they need the whole weight
-        if isinstance(op, EmbeddingOp):
+        if isinstance(op, EmbeddingOp) and op.own_forward is None:
             return lookup(x, op, deltas)
         is_plain_call = not args and not kwargs and no_global_hooks() and is_plain(base, (nn.Linear, *CONVOLUTIONS))
         if is_plain_call and not is_quantized(base) and is_writable(base.weight):
@@ -318,7 +318,7 @@ class SftLayer(AdditiveLayer, nn.Module):
                 return written_product(x, op, deltas)
         if isinstance(op, LinearOp):
             return super()._apply_adapters(names, x, *args, **kwargs)
-        return op.op(x, *self.folded(names))
+        return op.op(x, *self.folded(names), *args, **kwargs)
 
 
 def _added(flat: torch.Tensor, delta: SparseDelta) -> torch.Tensor:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 
 from ...utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from ...utils.quantization_utils import logical_numel
+from ...utils.quantization_utils import logical_numels
 from ..base import BaseTuner
 from ..ops import make_op
 from ..tuners_utils import BaseTunerLayer
@@ -113,7 +113,7 @@ class SftModel(BaseTuner):
             for name in layer._available_adapters
             for _, parameter in layer.adapter_tensors(name)
         } | {id(parameter) for wrapper in self.wrappers() for parameter in wrapper.adapter_parameters()}
-        return sum(logical_numel(p) for p in self.model.parameters() if id(p) not in adapters)
+        return sum(n for p, n in logical_numels(self.model) if id(p) not in adapters)
 
     def layer_kwargs(self, config, key):
         return {"key": key}
