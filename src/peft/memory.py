@@ -20,7 +20,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +40,7 @@ from .tuners.sft.parallel import refusal
 from .tuners.sft.selector import SftSelector, named_deltas
 from .utils.other import enable_checkpointing, prepare_model_for_kbit_training
 from .utils.peft_types import PeftType, TaskType
+from .utils.quantization_utils import QuantizationBackend, register_backend
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -291,7 +291,6 @@ class _PackedLinear(nn.Linear):
         numel, is_nf4 = layer.weight.numel(), quantization == "nf4"
         packed = torch.empty(-(-numel // 2) if is_nf4 else layer.weight.shape, dtype=torch.uint8)
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.weight.quant_state = SimpleNamespace(shape=layer.weight.shape)  # how parameters are counted
         scales = -(-numel // 64) + -(-numel // (64 * 256)) * 4 if is_nf4 else layer.out_features * 4
         self.register_buffer("scales", torch.empty(scales, dtype=torch.uint8))
 
@@ -316,6 +315,13 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gy):
         return gy @ ctx.layer.unpacked(), None, None, None
+
+
+register_backend(
+    QuantizationBackend(
+        "estimated", lambda layer: isinstance(layer, _PackedLinear), _PackedLinear.unpacked, casts_input=True
+    )
+)
 
 
 def _pack(model: PreTrainedModel, quantization: str, dtype: torch.dtype) -> None:
