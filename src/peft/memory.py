@@ -20,7 +20,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +39,7 @@ from .tuners.sft.parallel import refusal
 from .tuners.sft.selector import SftSelector, named_deltas
 from .utils.other import enable_checkpointing, prepare_model_for_kbit_training
 from .utils.peft_types import PeftType, TaskType
+from .utils.quantization_utils import QuantizationBackend, register_backend
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -290,7 +290,6 @@ class _PackedLinear(nn.Linear):
         numel, is_nf4 = layer.weight.numel(), quantization == "nf4"
         packed = torch.empty(-(-numel // 2) if is_nf4 else layer.weight.shape, dtype=torch.uint8)
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.weight.quant_state = SimpleNamespace(shape=layer.weight.shape)  # how parameters are counted
         scales = -(-numel // 64) + -(-numel // (64 * 256)) * 4 if is_nf4 else layer.out_features * 4
         self.register_buffer("scales", torch.empty(scales, dtype=torch.uint8))
 
@@ -299,6 +298,16 @@ class _PackedLinear(nn.Linear):
 
     def unpacked(self) -> Tensor:
         return self.weight.new_empty(self.out_features, self.in_features, dtype=self.dtype)
+
+
+register_backend(
+    QuantizationBackend(
+        "bitsandbytes in outline",
+        lambda layer: isinstance(layer, _PackedLinear),
+        _PackedLinear.unpacked,
+        casts_input=True,
+    )
+)
 
 
 class _PackedProduct(torch.autograd.Function):
