@@ -191,8 +191,11 @@ def test_what_loftq_cannot_do_is_refused():
     model = get_peft_model(llama(), LoraConfig(target_modules=QV))
     with pytest.raises(ValueError, match="only a model's first adapter"):
         model.add_adapter("b", loftq())
+    base = nn.Sequential(nn.Linear(8, 8), nn.Embedding(8, 8))
+    before = copy.deepcopy(base.state_dict())
     with pytest.raises(ValueError, match="is for linear layers .* this Embedding is not one"):
-        get_peft_model(llama(), loftq(target_modules=["embed_tokens"]))
+        get_peft_model(base, loftq(target_modules=["0", "1"]))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in base.state_dict().items())
     packed = nn.Sequential(four_bit("nf4")(nn.Linear(64, 64)))
     with pytest.raises(ValueError, match="packed already: .* replace_lora_weights_loftq"):
         get_peft_model(packed, loftq(target_modules=["0"]))

@@ -301,6 +301,16 @@ class _PackedLinear(nn.Linear):
         return self.weight.new_empty(self.out_features, self.in_features, dtype=self.dtype)
 
 
+register_backend(
+    QuantizationBackend(
+        "bitsandbytes in outline",
+        lambda layer: isinstance(layer, _PackedLinear),
+        _PackedLinear.unpacked,
+        casts_input=True,
+    )
+)
+
+
 class _PackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, layer):

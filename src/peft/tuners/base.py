@@ -219,7 +219,7 @@ class BaseTuner(nn.Module):
         active, disabled = self.active_adapters, self._adapters_disabled
         if not config.inference_mode:
             keep_trainable(model)
-        shared, places = shared_parameters(model), Places(model)
+        shared, places, changes = shared_parameters(model), Places(model), []
         try:
             for key in targets:
                 parent, target, target_name = _get_submodules(model, key)
@@ -234,9 +234,11 @@ class BaseTuner(nn.Module):
                     layer._active_adapter = list(active)
                     layer.enable_adapters(not disabled)
                 layer.op.shared |= id(layer.weight) in shared  # a merged layer has parted from the others for a while
-                layer.change_base(adapter_name, config)
+                changes.append(layer.base_change(adapter_name, config))
             wrap_modules_to_save(model, getattr(config, "modules_to_save", None) or [], adapter_name)
             _check_biases(model, config, adapter_name)
+            for change in filter(None, changes):
+                change()
         except Exception:
             self.take_back(adapter_name)
             raise

@@ -11,7 +11,7 @@ Several active adapters compose in the order in which they are listed: layer `F_
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -90,8 +90,12 @@ class BaseTunerLayer(AdapterParts):
         """Create the parameters of adapter `name`."""
         raise NotImplementedError
 
-    def change_base(self, name: str, config) -> None:
-        """Called when the layer is in its place in the model, for initialisations that change the base weight."""
+    def base_change(self, name: str, config) -> Callable[[], None] | None:
+        """For initialisations that change the base weight: what does it, when all layers have agreed.
+
+        Called when the layer is in its place in the model.
+        """
+        return None
 
     def pre(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """What the adapter does to the layer's input."""

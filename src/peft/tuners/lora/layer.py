@@ -7,6 +7,7 @@ bare parameters (`lora_embedding_A`). Letters: O out, I in, r rank, K kernel.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,7 @@ class LoraLayer(AdditiveLayer):
         for factor, value in zip(self.factors(name), (A, B / self.scaling[name])):
             factor.data.copy_(value)
 
-    def change_base(self, name, config):
+    def base_change(self, name, config):
         """LoftQ: quantise the base weight, and let the adapter make up for the error (see `utils.loftq_utils`).
 
         For an adapter from a file this repeats what was done for it; a weight that is quantised already stays as it is.
@@ -91,7 +92,7 @@ class LoraLayer(AdditiveLayer):
         base = self.get_base_layer()
         init = getattr(config, "init_lora_weights", True)  # finetuna's adapters have none
         if init != "loftq" or (config.from_file and is_quantized(base)):
-            return
+            return None
         if is_quantized(base):
             raise ValueError(
                 "init_lora_weights='loftq' quantises plain weights, and these are packed already: leave it out and "
@@ -107,10 +108,11 @@ class LoraLayer(AdditiveLayer):
                 "init_lora_weights='loftq' changes the base weights, which other adapters of the model were made for: "
                 "only a model's first adapter can be initialised so"
             )
+        return partial(self._apply_loftq, name, config.loftq_config["loftq_bits"], config.loftq_config["loftq_iter"])
+
+    def _apply_loftq(self, name: str, bits: int, turns: int) -> None:
         W, b = self.op.load()
-        Q, A, B = loftq_init(
-            W.detach(), config.loftq_config["loftq_bits"], self.r[name], config.loftq_config["loftq_iter"]
-        )
+        Q, A, B = loftq_init(W.detach(), bits, self.r[name], turns)
         self.op.store(Q, b)
         if not self.factors(name)[0].is_meta:
             self.set_factors(name, A, B)
