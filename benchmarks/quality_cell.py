@@ -94,15 +94,23 @@ class Cell:
 SUITES = {
     "minilm": Suite(
         model="minilm",
-        tasks={"syllogism": {"invalid_ratio": 0.5}, "aiw": {"task_type_weights": [0.5, 0.5, 0.0], "max_entities": 20}},
+        tasks={
+            "syllogism": {"invalid_ratio": 0.5},
+            # With reasoning-gym's 86 names a training of this length does not learn who is a man and who a woman.
+            "family_relationships": {
+                "max_family_size": 4,
+                "male_names": ["James", "John", "Robert", "Michael"],
+                "female_names": ["Mary", "Linda", "Susan", "Barbara"],
+            },
+        },
         rates={
-            "full": (5e-5, 1e-4, 2e-4),
-            "lora": (5e-4, 1e-3, 2e-3, 5e-3),
+            "full": (1e-4, 2e-4, 5e-4),
+            "lora": (1e-3, 2e-3, 5e-3),
             "sft-rigl": (1e-3, 2e-3, 5e-3),
-            "sft-sm3": (3e-3, 1e-2, 3e-2),
+            "sft-sm3": (1e-3, 3e-3, 1e-2),
             "sft-static": (1e-3, 2e-3, 5e-3),
-            "ssf": (2e-3, 5e-3, 1e-2, 2e-2),
-            "head": (1e-3, 3e-3, 1e-2),
+            "ssf": (5e-3, 1e-2, 2e-2),
+            "head": (3e-3, 1e-2, 3e-2),
         },
         steps=75,
         batch=16,
