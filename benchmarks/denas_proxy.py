@@ -8,12 +8,13 @@ A cell is one fine-tuning of a LoRA: task, structure, learning rate, seed; as in
 with other methods. It writes one JSON file when it is done, so that the benchmark can be stopped at any time and goes
 on where it was. There are two kinds of structures:
 
-- Random ones, all trained at one learning rate. "wide" ones are drawn over all sizes, "narrow" ones have the parameters
-  of an even LoRA to 2 %, so that the mere number says nothing; these are trained with two seeds. The table has
-  Spearman's correlation of what each predictor says with minus the held-out loss (1: it orders structures as training
-  does) and its 95 % bootstrap interval.
-- Those that a user would choose, and those that a search finds, at equal numbers of parameters. Their learning rate is
-  the one of smallest validation loss with seed 0, their loss that on the test problems, over all seeds.
+- Random ones. "wide" ones are drawn over all sizes, "narrow" ones have the parameters of an even LoRA to 2 %, so that
+  the mere number says nothing; these are trained with two seeds. The table has Spearman's correlation of what each
+  predictor says with minus the held-out loss (1: it orders structures as training does) and its 95 % bootstrap
+  interval.
+- Those that a user would choose, and those that a search finds, at equal numbers of parameters, with three seeds.
+
+All structures are trained at the same learning rate, one that suits LoRA on all linear layers (see `quality.py`).
 
 Predictors are computed when a task's cells are there, and kept in a file beside them. Drawing, also done after each
 cell, writes the tables into docs/source/denas.md.
@@ -59,9 +60,9 @@ SUITES = {
         model="minilm",
         tasks={
             "aiw": {"task_type_weights": [0.5, 0.5, 0.0], "max_entities": 20},
-            "letter_counting": {},
+            "syllogism": {"invalid_ratio": 0.5},
         },
-        rates=dict.fromkeys(CONTESTANTS, (2e-3, 5e-3, 1e-2)) | {"random": (5e-3,)},
+        rates={},
         steps=40,
         batch=16,
         validation=200,
@@ -71,7 +72,7 @@ SUITES = {
     "smollm2": Suite(
         model="smollm2",
         tasks={"word_sequence_reversal": {"max_words": 4}, "letter_counting": {}},
-        rates=dict.fromkeys(CONTESTANTS, (1e-3,)) | {"random": (1e-3,)},
+        rates={},
         steps=40,
         batch=4,
         validation=32,
@@ -79,7 +80,10 @@ SUITES = {
         rank=4,
     ),
 }
-"""As in `quality_cell`. A LoRA of rank `rank` on all linear layers is the budget. Random structures have one rate."""
+"""As in `quality_cell`. A LoRA of rank `rank` on all linear layers is the budget."""
+RATES = {"aiw": 5e-3, "syllogism": 2e-3, "word_sequence_reversal": 1e-3, "letter_counting": 1e-3}
+"""Learning rate by task."""
+PRESET_NAMES = {"minilm": "all-minilm-l6-v2", "smollm2": "smollm2-135m"}
 
 
 # ---- Structures ----
@@ -188,34 +192,24 @@ class Results:
                 raise SystemExit(f"{path} was measured under other settings: delete it, or take another folder")
             self.cells[cell] = result
 
-    def best_rate(self, task: str, name: str) -> float | None:
-        """The learning rate of smallest validation loss with seed 0; None while one is missing."""
-        rates = self.suite.rates[name]
-        losses = [self.cells.get(Cell(task, name, rate, 0), {}).get("validation") for rate in rates]
-        return None if None in losses else rates[int(np.argmin(losses))]
-
-    def chosen(self, task: str, name: str) -> list[dict[str, Any]]:
-        """The cells at that rate, by seed."""
-        rate = self.best_rate(task, name)
-        cells = (c for c in self.cells if (c.task, c.method, c.rate) == (task, name, rate))
+    def of(self, task: str, name: str) -> list[dict[str, Any]]:
+        """The cells of a structure, by seed."""
+        cells = (cell for cell in self.cells if (cell.task, cell.method) == (task, name))
         return [self.cells[cell] for cell in sorted(cells, key=lambda cell: cell.seed)]
 
-    def random_cells(self, task: str) -> list[Cell]:
-        """Those of random structures that are wanted, in the order in which they are run."""
-        names = [f"{kind}-{number:02d}" for kind in ("narrow", "wide") for number in range(STRUCTURES)]
-        (rate,) = self.suite.rates["random"]
-        cells = [Cell(task, name, rate, 0) for name in names]
-        return cells + [Cell(task, name, rate, 1) for name in names if name.startswith("narrow")]
+    def loss(self, cell: dict[str, Any]) -> float:
+        """Of all held-out problems: none of them chooses anything here."""
+        parts = (("validation", self.suite.validation), ("test", self.suite.test))
+        return sum(cell[name] * size for name, size in parts) / (self.suite.validation + self.suite.test)
 
     def missing(self, tasks: Iterable[str], part: str, seeds: int) -> Iterator[Cell]:
-        """The cells that can be run now."""
-        for task in tasks:
-            wanted = self.random_cells(task) if part in ("all", "proxy") else []
-            if part in ("all", "pays"):
-                wanted += [Cell(task, name, rate, 0) for name in CONTESTANTS for rate in self.suite.rates[name]]
-                rates = {name: self.best_rate(task, name) for name in CONTESTANTS}
-                wanted += [Cell(task, name, rates[name], s) for s in range(1, seeds) for name in rates if rates[name]]
-            yield from (cell for cell in wanted if cell not in self.cells)
+        """The cells to run, the most telling first."""
+        stages = [("proxy", "narrow", range(1)), ("pays", "", range(seeds))]
+        stages += [("proxy", "wide", range(1)), ("proxy", "narrow", range(1, 2))]
+        for what, kind, its_seeds in stages:
+            names = CONTESTANTS if what == "pays" else [f"{kind}-{number:02d}" for number in range(STRUCTURES)]
+            cells = (Cell(task, name, RATES[task], seed) for task in tasks for seed in its_seeds for name in names)
+            yield from (cell for cell in cells if part in (what, "all") and cell not in self.cells)
 
     def scores_file(self, task: str) -> Path:
         return self.folder / "scores" / f"{task}.json"
@@ -268,6 +262,15 @@ def score(args: argparse.Namespace) -> None:
             print(f"{task}: scored", file=sys.stderr, flush=True)
 
 
+def write_preset(model: str) -> None:
+    """Put the structure that is found for the model, its first task and seed 0, into the package."""
+    from peft.tuners.denas.structure import PRESETS, write_structure
+
+    suite = SUITES[model]
+    structure = Bench(suite, next(iter(suite.tasks))).config_of("found-layer").structure
+    write_structure(structure, PRESETS / f"{PRESET_NAMES[model]}.json")
+
+
 # ---- Tables ----
 
 
@@ -299,30 +302,25 @@ def correlations(results: Results) -> str:
         for task, kind in columns:
             values, loss = scores[task].get(predictor, {}), losses[task, kind]
             both = sorted(values.keys() & loss.keys())
-            cells.append(correlation([values[name] for name in both], [-loss[name] for name in both]))
+            cells.append(correlation([values[name] for name in both], [-statistics.mean(loss[name]) for name in both]))
         lines.append([predictor, *cells])
     again = [
-        correlation(*second_seed(results, task)) if kind == "narrow" else "" for task, kind in columns
+        correlation(*second_seed(losses[column])) for column in columns
     ]
     lines.append(["the loss itself, with another seed", *again])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def random_losses(results: Results, task: str, kind: str) -> dict[str, float]:
-    """Held-out loss of the random structures of a kind, averaged over the seeds that are there."""
-    found: dict[str, list[float]] = {}
-    for cell in results.random_cells(task):
-        if cell in results.cells and cell.method.startswith(kind):
-            found.setdefault(cell.method, []).append(results.cells[cell]["test"])
-    return {name: statistics.mean(losses) for name, losses in found.items()}
+def random_losses(results: Results, task: str, kind: str) -> dict[str, list[float]]:
+    """Held-out losses of the random structures of a kind, by seed."""
+    names = {cell.method for cell in results.cells if cell.method.startswith(kind)}
+    losses = {name: [results.loss(cell) for cell in results.of(task, name)] for name in sorted(names)}
+    return {name: found for name, found in losses.items() if found}
 
 
-def second_seed(results: Results, task: str) -> tuple[list[float], list[float]]:
+def second_seed(losses: dict[str, list[float]]) -> list[list[float]]:
     """Losses of the structures that have been trained with both seeds, by seed."""
-    first = [cell for cell in results.random_cells(task) if cell.seed == 0 and cell in results.cells]
-    pairs = [(cell, dataclasses.replace(cell, seed=1)) for cell in first]
-    both = [[results.cells[cell]["test"] for cell in pair] for pair in pairs if pair[1] in results.cells]
-    return [a for a, _ in both], [b for _, b in both]
+    return [[both[seed] for both in losses.values() if len(both) == 2] for seed in (0, 1)]
 
 
 def correlation(a: list[float], b: list[float]) -> str:
@@ -338,22 +336,19 @@ def correlation(a: list[float], b: list[float]) -> str:
 
 def contest(results: Results, task: str) -> str:
     """A Markdown table of what a user would choose and what a search finds."""
-    header = ["", "trained", "learning rate", "validation loss", "test loss", "seeds", "CPU s/step", "× frozen", "MiB"]
+    header = ["", "trained", "held-out loss", "seeds", "CPU s/step", "× frozen", "MiB"]
     lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
     for name, label in CONTESTANTS.items():
-        cells = results.chosen(task, name)
-        lines.append([label, *(contest_row(cells, results.suite.rates[name]) if cells else [""] * 8)])
+        cells = results.of(task, name)
+        lines.append([label, *(contest_row(results, cells) if cells else [""] * 6)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def contest_row(cells: list[dict[str, Any]], rates: tuple[float, ...]) -> list[str]:
-    losses = [cell["test"] for cell in cells]
-    rate = cells[0]["rate"]
+def contest_row(results: Results, cells: list[dict[str, Any]]) -> list[str]:
+    losses = [results.loss(cell) for cell in cells]
     error = f" ± {standard_error(losses):.3f}" if len(losses) > 1 else ""
     return [
         f"{cells[0]['trained']:,}",
-        f"{rate:g}{' *' if rate in (rates[0], rates[-1]) else ''}",
-        f"{cells[0]['validation']:.3f}",
         f"{statistics.mean(losses):.3f}{error}",
         str(len(losses)),
         f"{statistics.median(cell['cpu_seconds_per_step'] for cell in cells):.2f}",
@@ -380,6 +375,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the contest (default: 3)")
     parser.add_argument("--limit", type=int, default=sys.maxsize, help="run at most so many cells now")
     parser.add_argument("--table", action="store_true", help="run nothing, only draw what there is")
+    parser.add_argument("--preset", action="store_true", help="only search, and put what is found into the package")
     parser.add_argument("--results", type=Path, help="folder of the cells; default: benchmarks/results/denas/MODEL")
     parser.add_argument("--pause-file", type=Path, help="while this file exists, the running cell is stopped")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this process
@@ -390,8 +386,11 @@ def main(arguments: Iterable[str] | None = None) -> int:
     own_folder = args.results is None
     args.results = args.results or RESULTS / args.model
     if args.here:
-        work(args)
-        score(args)
+        if args.preset:
+            write_preset(args.model)
+        else:
+            work(args)
+            score(args)
         return 0
     if not args.table:
         command = [sys.executable, __file__, *(arguments or sys.argv[1:]), "--here"]
