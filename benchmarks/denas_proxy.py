@@ -16,8 +16,8 @@ on where it was. There are two kinds of structures:
 
 All structures are trained at the same learning rate, one that suits LoRA on all linear layers (see `quality.py`).
 
-Predictors are computed when a task's cells are there, and kept in a file beside them. Drawing, also done after each
-cell, writes the tables into docs/source/denas.md.
+Predictors are computed when the cells are there, and kept in a file beside them. Drawing, also done at the end, writes
+the tables into docs/source/denas.md.
 """
 
 from __future__ import annotations
@@ -255,10 +255,12 @@ def score(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     results = Results(args.model, args.results)
     for task in args.tasks or SUITES[args.model].tasks:
-        bench = Bench(SUITES[args.model], task)
-        codes = {name: one for name, one in bench.random_structures.items()}
-        if not results.scores_file(task).exists():
-            write_json(results.scores_file(task), predictors(bench, codes))
+        measured = {name for kind in ("wide", "narrow") for name in random_losses(results, task, kind)}
+        known = results.scores(task)
+        if measured - set(known.get("random", ())):
+            bench = Bench(SUITES[args.model], task)
+            candidates = {name: codes for name, codes in bench.random_structures.items() if name in measured}
+            write_json(results.scores_file(task), predictors(bench, candidates))
             print(f"{task}: scored", file=sys.stderr, flush=True)
 
 
@@ -304,9 +306,7 @@ def correlations(results: Results) -> str:
             both = sorted(values.keys() & loss.keys())
             cells.append(correlation([values[name] for name in both], [-statistics.mean(loss[name]) for name in both]))
         lines.append([predictor, *cells])
-    again = [
-        correlation(*second_seed(losses[column])) for column in columns
-    ]
+    again = [correlation(*second_seed(losses[column])) for column in columns]
     lines.append(["the loss itself, with another seed", *again])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -375,6 +375,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the contest (default: 3)")
     parser.add_argument("--limit", type=int, default=sys.maxsize, help="run at most so many cells now")
     parser.add_argument("--table", action="store_true", help="run nothing, only draw what there is")
+    parser.add_argument("--score", action="store_true", help="fine-tune nothing, only compute predictors")
     parser.add_argument("--preset", action="store_true", help="only search, and put what is found into the package")
     parser.add_argument("--results", type=Path, help="folder of the cells; default: benchmarks/results/denas/MODEL")
     parser.add_argument("--pause-file", type=Path, help="while this file exists, the running cell is stopped")
@@ -389,7 +390,8 @@ def main(arguments: Iterable[str] | None = None) -> int:
         if args.preset:
             write_preset(args.model)
         else:
-            work(args)
+            if not args.score:
+                work(args)
             score(args)
         return 0
     if not args.table:

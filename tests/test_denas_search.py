@@ -78,17 +78,32 @@ def test_exact_is_the_best_of_all(batch):
     assert result.params <= limit and json.loads(best) == result.structure
 
 
+class SaveInputAndOutput:
+    """Of the module's last call."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __enter__(self):
+        self.handle = self.module.register_forward_hook(self.save)
+        return self
+
+    def save(self, module, args, output):
+        self.x, self.y = args[0], output
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+
 def score_by_hand(model, batch, structure) -> float:
     """Nuclear norms of the gradients' best low-rank parts, each over what its tokens' gradients and inputs measure."""
     total = 0.0
     for i, (on, r) in enumerate(zip(structure["num_hidden_layers"], structure["r"])):
         for name in ("q_proj", "v_proj") if on else ():
-            seen = []
             module = model.get_submodule(f"model.layers.{i}.self_attn.{name}")
-            hook = module.register_forward_hook(lambda _, args, y: seen.extend((args[0], y)))
-            loss = model(**batch).loss
-            hook.remove()
-            x, (g,) = seen[0].detach(), torch.autograd.grad(loss, seen[1])
+            with SaveInputAndOutput(module) as seen:
+                loss = model(**batch).loss
+            x, (g,) = seen.x.detach(), torch.autograd.grad(loss, seen.y)
             G = g.flatten(0, 1).double().T @ x.flatten(0, 1).double()
             total += (torch.linalg.svdvals(G)[:r].sum() / (g.norm() * x.norm())).item()
     return total
@@ -278,7 +293,10 @@ def test_processes_search_together_and_one_is_killed(tmp_path):
     backend = optuna.storages.journal.JournalFileBackend(str(storage))
     study = optuna.load_study(study_name="denas", storage=optuna.storages.JournalStorage(backend))
     assert 60 <= len(study.trials) <= 61  # both may begin the last one
-    told = {json.dumps(trial.user_attrs["structure"]) for trial in study.get_trials(states=[optuna.trial.TrialState.COMPLETE])}
+    told = {
+        json.dumps(trial.user_attrs["structure"])
+        for trial in study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
+    }
     # The killed one may have scored a structure without having told.
     assert len(done) - 1 <= len(told) <= len(done)
     assert int(files[1].with_suffix(".history").read_text()) == len(told)
