@@ -64,8 +64,8 @@ def predictors(bench: Bench, candidates: Mapping[str, np.ndarray]) -> dict[str, 
         name: {structure: float(space.lookup(table, codes)) for structure, codes in candidates.items()}
         for name, table in tables.items()
     }
-    random = np.random.default_rng(0).random(len(candidates))
-    return by_table | found | {"random": dict(zip(sorted(candidates), random))}
+    random = {name: np.random.default_rng(list(name.encode())).random() for name in candidates}
+    return by_table | found | {"random": random}
 
 
 def layer_calls(model: nn.Module, batch: Mapping[str, Any], keys: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -251,17 +251,18 @@ def work(args: argparse.Namespace) -> None:
 
 
 def score(args: argparse.Namespace) -> None:
-    """Compute what the predictors say of the random structures that have been measured."""
+    """Compute what the predictors say of the random structures that have been measured since."""
     torch.set_num_threads(1)
     results = Results(args.model, args.results)
     for task in args.tasks or SUITES[args.model].tasks:
         measured = {name for kind in ("wide", "narrow") for name in random_losses(results, task, kind)}
         known = results.scores(task)
-        if measured - set(known.get("random", ())):
+        if new := sorted(measured - set(known.get("random", ()))):
             bench = Bench(SUITES[args.model], task)
-            candidates = {name: codes for name, codes in bench.random_structures.items() if name in measured}
-            write_json(results.scores_file(task), predictors(bench, candidates))
-            print(f"{task}: scored", file=sys.stderr, flush=True)
+            for predictor, values in predictors(bench, {name: bench.random_structures[name] for name in new}).items():
+                known.setdefault(predictor, {}).update(values)
+            write_json(results.scores_file(task), known)
+            print(f"{task}: scored {len(new)} structures", file=sys.stderr, flush=True)
 
 
 def write_preset(model: str) -> None:
