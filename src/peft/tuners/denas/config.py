@@ -216,10 +216,10 @@ class CompactLoraConfig(LoraConfig):
     """The key of the structure that says which layers are on."""
 
     def __post_init__(self):
-        super().__post_init__()
-        self.peft_type = PeftType.COMPACT_LORA
         if isinstance(self.best_structure, os.PathLike):
             self.best_structure = os.fspath(self.best_structure)
+        super().__post_init__()
+        self.peft_type = PeftType.COMPACT_LORA
         if self.best_structure is not None and self.search is not None:
             raise ValueError("best_structure and search exclude each other: give the structure, or search for one")
         if isinstance(self.search, dict):
