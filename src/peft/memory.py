@@ -327,13 +327,6 @@ class _PackedProduct(torch.autograd.Function):
         return gy @ ctx.layer.unpacked(), None, None, None
 
 
-register_backend(
-    QuantizationBackend(
-        "estimated", lambda layer: isinstance(layer, _PackedLinear), _PackedLinear.unpacked, casts_input=True
-    )
-)
-
-
 def _pack(model: PreTrainedModel, quantization: str, dtype: torch.dtype) -> None:
     """Exchange the linear layers that transformers packs: all but the output layer and what is tied to it."""
     from transformers.quantizers.base import get_keys_to_not_convert
