@@ -56,12 +56,14 @@ def search_with_optuna(search: Search) -> None:
                 known.add(trial.number)
                 _remember(search, trial)
 
+    take_over()
     size = search.config.population_num
     for _ in search.rounds():
         for _ in range(size):
             if len(study.get_trials(deepcopy=False)) >= search.config.max_epochs * size:
                 break
             salt = _try_one(optuna, study, search, salt, take_over)
+    take_over()
     if search.config.engine == "nsga2":
         search.front = pareto_front(search.history, search.config.objectives)
 
