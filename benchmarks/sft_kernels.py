@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from peft.tuners.sft import kernels
+from peft.tuners.sft import gradients, kernels
 from peft.tuners.sft.layer import SparseDelta
 
 SHAPES = ((576, 576), (1536, 576), (4096, 4096))  # (O, I): SmolLM2-135M's, and an attention layer of LLaMA-7B
@@ -34,7 +34,7 @@ def formulations(shape: tuple[int, int], density: float, tokens: int, dtype: tor
     values, indices = delta.values.detach(), delta.indices.detach()
 
     def written():
-        with kernels._written(weight, [values], [indices]):
+        with kernels._written(weight, False, [delta], [values], [indices]):
             F.linear(x, weight)
 
     def beside():
@@ -45,8 +45,8 @@ def formulations(shape: tuple[int, int], density: float, tokens: int, dtype: tor
         F.linear(x, weight.flatten().scatter_add(0, indices.long(), values).view(shape))
 
     def sampled():
-        rows = (kernels.transposed_rows(gradient), kernels.transposed_rows(x))
-        kernels._sampled_product(*rows, indices)
+        rows = (gradients.transposed_rows(gradient), gradients.transposed_rows(x))
+        gradients._sampled_product(*rows, indices)
 
     found = {
         "frozen": lambda: F.linear(x, weight),
@@ -55,7 +55,7 @@ def formulations(shape: tuple[int, int], density: float, tokens: int, dtype: tor
         "dense copy": dense_copy,
         "dense, then entries": lambda: (gradient.T @ x).view(-1)[indices.long()],
     }
-    return found | ({"sampled": sampled} if kernels._can_sample(x) else {})
+    return found | ({"sampled": sampled} if gradients._can_sample(x) else {})
 
 
 def milliseconds(calls: dict[str, Callable], rounds: int) -> dict[str, float]:

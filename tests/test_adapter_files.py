@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import pickle
+import random
 import warnings
 from dataclasses import dataclass
 
@@ -97,8 +97,34 @@ class Malicious:
 def test_code_in_a_bin_file_is_not_run(tmp_path):
     adapted(llama()).save_pretrained(tmp_path, safe_serialization=False)
     torch.save({"base_model.model.x": Malicious()}, tmp_path / "adapter_model.bin")
-    with pytest.raises(pickle.UnpicklingError, match="[Ww]eights.only"):
+    with pytest.raises(ValueError, match="adapter_model.bin' is damaged, or no file of tensors: [Ww]eights.only"):
         PeftModel.from_pretrained(llama(), tmp_path)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "sharded", "bin"])
+def test_a_damaged_file_is_named(form, tmp_path):
+    """Cut short at any place, as a copy that was broken off leaves it."""
+    adapted(llama()).save_pretrained(tmp_path, safe_serialization=form != "bin")
+    if form == "sharded":
+        shard(tmp_path)
+    damaged = sorted(path for path in tmp_path.iterdir() if path.suffix in (".safetensors", ".bin"))[-1]
+    whole = damaged.read_bytes()
+    for length in (0, 3, random.randrange(8, len(whole)), len(whole) - 1):
+        damaged.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=f"{damaged.name}' is damaged"):
+            PeftModel.from_pretrained(llama(), tmp_path)
+    damaged.write_bytes(whole)
+    PeftModel.from_pretrained(llama(), tmp_path)
+
+
+def test_an_index_of_shards_is_checked(tmp_path):
+    adapted(llama()).save_pretrained(tmp_path)
+    shard(tmp_path)
+    index = tmp_path / "adapter_model.safetensors.index.json"
+    for content, expected in (("{", "is not valid JSON"), ("{}", "must hold an object weight_map")):
+        index.write_text(content)
+        with pytest.raises(ValueError, match=f"index.json' {expected}"):
+            load_peft_weights(tmp_path)
 
 
 def test_adapters_that_are_not_called_default_go_into_subfolders(tmp_path):
@@ -326,7 +352,6 @@ def test_config_files_that_cannot_be_read(content, error, message, tmp_path):
         {"use_qalora": True},
         {"megatron_config": {"a": 1}},
         {"trainable_token_indices": [1]},
-        {"loftq_config": {"loftq_bits": 4}},
         {"layer_replication": [(0, 1)]},
         {"target_parameters": ["w"]},
         {"alora_invocation_tokens": [1]},

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import json
 
+import cli_runs
 import pytest
 import torch
 from tiny_models import adapted, bert, llama, methods
 from torch import nn
 
-from peft.cli import main, report
+from peft.cli import report
 from peft.cli.inspect import measure_deltas
 
+pytest_plugins = ["cli_runs"]
+pytestmark = pytest.mark.usefixtures("loud_transformers")
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-@pytest.fixture(autouse=True)
-def loud_transformers():
-    """The commands quiet transformers for the whole process; other tests may look at what it says."""
-    import transformers
-
-    verbosity = transformers.logging.get_verbosity()
-    yield
-    transformers.logging.set_verbosity(verbosity)
-    transformers.logging.enable_progress_bar()
 
 
 @pytest.fixture
@@ -41,10 +33,7 @@ def save(tmp_path):
 
 
 def run(*argv: str) -> int:
-    try:
-        return main(["inspect", *(str(word) for word in argv)])
-    except SystemExit as stop:
-        return stop.code
+    return cli_runs.run("inspect", *argv)
 
 
 def changes(model: nn.Module) -> dict[str, tuple[float, float]]:

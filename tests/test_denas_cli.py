@@ -5,36 +5,19 @@ from __future__ import annotations
 import importlib.util
 import json
 
+import cli_runs
 import pytest
-import transformers
-from tiny_models import make_tokenizer, save_llama
 from transformers import AutoModelForCausalLM
 
 from peft import CompactLoraConfig, LoraConfig, SftConfig, SsfConfig, get_peft_model
-from peft.cli import main
 from peft.tuners.denas import apply_structure, read_structure
 
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
-    return save_llama(tmp_path_factory.mktemp("tiny"), make_tokenizer())
-
-
-@pytest.fixture(autouse=True)
-def loud_transformers():
-    """The commands silence transformers' logging, for the whole process."""
-    level = transformers.logging.get_verbosity()
-    yield
-    transformers.logging.set_verbosity(level)
-    transformers.logging.enable_progress_bar()
+pytest_plugins = ["cli_runs"]
+pytestmark = pytest.mark.usefixtures("loud_transformers")
 
 
 def run(*argv) -> int:
-    """As the shell does; returns the exit code."""
-    try:
-        return main(["search", *map(str, argv)])
-    except SystemExit as stop:
-        return stop.code
+    return cli_runs.run("search", *argv)
 
 
 @pytest.mark.parametrize(

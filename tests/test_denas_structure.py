@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,6 +50,23 @@ def test_lora_structure_gives_these_ranks_and_no_others(tmp_path, as_file):
     }
     layer = model.get_base_model().model.layers[1].self_attn.q_proj
     assert layer.r["default"] == 5 and layer.scaling["default"] == 2
+
+
+@pytest.mark.parametrize(("name", "layers"), [("smollm2-135m", 30), ("all-minilm-l6-v2", 6)])
+def test_structures_that_come_with_the_package(name, layers, tmp_path, monkeypatch):
+    """By name, on models with as many layers; a folder of that name goes before them."""
+    base = llama(num_hidden_layers=layers)
+    model = get_peft_model(base, CompactLoraConfig(best_structure=name, target_modules="all-linear"))
+    structure = model.peft_config["default"].structure
+    assert structure == read_structure(name) and len(structure["r"]) == layers
+    sizes = {layer.r["default"] for layer in model.base_model.layers()}
+    assert sizes == {r for r, on in zip(structure["r"], structure["num_hidden_layers"]) if on}
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    write_structure(LORA, name)
+    assert read_structure(name) == LORA
+    with pytest.raises(ValueError, match=rf"give a file, or one of .*'{name}'"):
+        read_structure("smollm3")
 
 
 def test_structure_per_module_type():
@@ -204,10 +222,10 @@ def space_of(config, model=None, **search) -> SearchSpace:
     [LoraConfig(target_modules="all-linear", lora_bias=True), SsfConfig(), SftConfig(density=0.05)],
     ids=lambda c: c.peft_type.value,
 )
-def test_predicted_parameters_are_those_of_the_model(config, granularity):
+def test_predicted_parameters_are_those_of_the_model(config, granularity, seed):
     base = llama()
     space = space_of(config, base, granularity=granularity)
-    codes = space.draw(np.random.default_rng())
+    codes = space.draw(np.random.default_rng(seed))
     codes[0, 0] = 1
     structure = space.to_dict(codes)
     predicted = int(space.params(codes))
@@ -216,9 +234,9 @@ def test_predicted_parameters_are_those_of_the_model(config, granularity):
     assert sum(adapter_sizes(model).values()) == predicted
 
 
-def test_fit_meets_any_feasible_budget():
+def test_fit_meets_any_feasible_budget(seed):
     space = space_of(LoraConfig(target_modules="all-linear"), granularity="module")
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(seed)
     smallest, largest = int(space.costs.min()), int(space.costs.max(axis=1).sum())
     for _ in range(50):
         high = int(rng.integers(smallest, largest + 1))
@@ -228,8 +246,8 @@ def test_fit_meets_any_feasible_budget():
         assert np.array_equal(space.canonical(fitted), fitted)
 
 
-def test_draws_mutations_and_crossings_stay_in_the_space():
-    space, rng = space_of(LoraConfig(), r_min=2, r_max=8, r_step=3), np.random.default_rng()
+def test_draws_mutations_and_crossings_stay_in_the_space(seed):
+    space, rng = space_of(LoraConfig(), r_min=2, r_max=8, r_step=3), np.random.default_rng(seed)
     assert space.values == [[2, 5, 8], [1, 2, 3, 4, 5, 6]]
     a, b = space.draw(rng), space.draw(rng)
     for codes in (a, space.mutate(a, 1.0, 1.0, rng), space.cross(a, b, rng)):
@@ -256,8 +274,8 @@ def test_budgets_that_nothing_can_meet(search, message):
 
 
 @pytest.mark.parametrize("kind", ["any", "concave", "equal costs"])
-def test_best_choice_is_that_of_trying_all(kind):
-    rng = np.random.default_rng()
+def test_best_choice_is_that_of_trying_all(kind, seed):
+    rng = np.random.default_rng(seed)
     for _ in range(60):
         groups = int(rng.integers(1, 6))
         costs, values = [], []
@@ -286,9 +304,9 @@ def test_best_choice_is_that_of_trying_all(kind):
             assert sum(v[i] for v, i in zip(values, choice)) == pytest.approx(best, abs=1e-9)
 
 
-def test_best_choice_of_a_large_model_is_quick_to_find():
+def test_best_choice_of_a_large_model_is_quick_to_find(seed):
     """100 modules, ranks to 32, odd costs: a table over costs would have billions of cells."""
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(seed)
     costs = [np.arange(33) * int(rng.integers(1000, 9000)) for _ in range(100)]
     values = [np.concatenate([[0], np.sort(rng.exponential(size=32))[::-1].cumsum()]) for _ in costs]
     choice = best_choice(costs, values, 5_000_000)

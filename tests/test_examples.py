@@ -193,6 +193,16 @@ def test_addition(script, algorithm, load_example, tmp_path, capsys):
     assert module.held_out_loss(model, make_tokenizer()) == pytest.approx(after, abs=1e-4)
 
 
+def test_two_models_over_one_base(load_example, tmp_path, capsys):
+    folder, output = save_llama(tmp_path / "base", make_tokenizer()), str(tmp_path / "out")
+    options = ["--model", folder, "--output", output, *"--steps 12 --batch-size 8 --learning-rate 0.02".split()]
+    load_example("finetuna_two_models.py").main(options)
+    lines = re.findall(r"^(.*): loss on add (\S+), loss on subtract (\S+)$", capsys.readouterr().out, re.M)
+    base, again, adds, adds_loaded, subtracts, subtracts_loaded = (line[1:] for line in lines)
+    assert base == again and adds == adds_loaded and subtracts == subtracts_loaded
+    assert float(adds[0]) < float(base[0]) and float(subtracts[1]) < float(base[1]) and adds != subtracts
+
+
 # ---- Vision ----
 
 

@@ -231,8 +231,7 @@ def test_mixed_batch_is_single_runs_row_by_row(method, op, dtype):
     for name in ("a", "b"):
         model.set_adapter(name)
         single[name] = model(x)
-    for row, name in enumerate(rows):
-        assert_close(mixed[row], single[name][row], TOLERANCE[dtype])
+    assert_close(mixed, torch.stack([single[name][row] for row, name in enumerate(rows)]), TOLERANCE[dtype])
     assert not torch.equal(single["a"], single["b"])
     for name, expected in single.items():  # one adapter for all rows needs no splitting: the very same computation
         assert torch.equal(model(x, adapter_names=[name] * N), expected)
@@ -365,7 +364,7 @@ def test_deleting_and_adding_again_leaves_no_trace(method, op):
     [(m, fields, text) for m, case in METHODS.items() for fields, text in (*case.bad, *EVERY_BAD)],
 )
 def test_bad_config_is_refused_with_rule_and_value(method, fields, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         METHODS[method].config(**fields) if "r" not in fields else LoraConfig(**fields)
 
 

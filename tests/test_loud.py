@@ -7,6 +7,7 @@ import json
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,7 +19,9 @@ from peft import (
     LoraConfig,
     PeftConfig,
     PeftModel,
+    SftConfig,
     functional,
+    get_peft_config,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
@@ -355,7 +358,7 @@ def test_files_of_other_initialisations_load(init, fields, tmp_path):
     assert torch.equal(logits(base, ids), expected)
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga"])
 def test_files_for_other_base_weights_are_refused(init, tmp_path):
     base, ids = llama(), tokens()
     expected = logits(saved_with(init, base, tmp_path), ids)
@@ -370,7 +373,7 @@ def test_files_for_other_base_weights_are_refused(init, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path, config=config), ids), expected)
 
 
-@pytest.mark.parametrize("init", ["eva", "mica", "pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+@pytest.mark.parametrize("init", ["eva", "mica", "pissa", "pissa_niter_4", "olora", "corda", "lora_ga"])
 def test_new_adapters_of_other_initialisations_are_refused(init):
     with pytest.raises(NotImplementedError, match=f"init_lora_weights='{init}' is not in this version"):
         LoraConfig(init_lora_weights=init)
@@ -407,3 +410,107 @@ def test_warnings_point_at_the_users_line_by_every_way(tmp_path):
         with pytest.warns(PeftWarning) as caught:
             way()
         assert {warning.filename for warning in caught} == {__file__}, [str(w.message) for w in caught]
+
+
+# What a configuration cannot hold
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "named"),
+    [
+        (lambda: LoraConfig(r=2.5), TypeError, "r must be int, got 2.5"),
+        (lambda: LoraConfig(lora_alpha="a"), TypeError, "lora_alpha must be float, got 'a'"),
+        (lambda: LoraConfig(inference_mode="no"), TypeError, "inference_mode must be bool, got 'no'"),
+        (lambda: LoraConfig(target_modules=3), TypeError, "target_modules must be list[str] | str | None, got 3"),
+        (lambda: LoraConfig(target_modules=["q_proj", None]), TypeError, "got ['q_proj', None]"),
+        (lambda: LoraConfig(modules_to_save="lm_head"), TypeError, "modules_to_save must be list[str] | None"),
+        (lambda: LoraConfig(rank_pattern={"q": "2"}), TypeError, "rank_pattern must be dict[str, int] | None"),
+        (lambda: LoraConfig(rank_pattern={"((": 2}), ValueError, "rank_pattern='((' is not a valid regular"),
+        (lambda: LoraConfig(lora_alpha=0), ValueError, "finite and not 0, got 0"),
+        (lambda: LoraConfig(alpha_pattern={"q": float("nan")}), ValueError, "alpha_pattern['q'] scales"),
+        (lambda: SftConfig(num_tunable_weights=2.5), TypeError, "num_tunable_weights must be int | None, got 2.5"),
+        (lambda: SftConfig(density="x"), TypeError, "density must be float, got 'x'"),
+        (lambda: get_peft_model(llama(), {"r": 2}), TypeError, "must be the configuration of a method"),
+        (lambda: get_peft_model(llama(), PeftConfig()), TypeError, "must be the configuration of a method"),
+        (lambda: get_peft_config({"r": 2}), KeyError, "must say its 'peft_type'"),
+    ],
+)
+def test_what_a_configuration_cannot_hold_is_refused_by_name(make, error, named):
+    with pytest.raises(error) as refused:
+        make()
+    assert named in str(refused.value)
+
+
+def test_what_means_the_same_is_taken():
+    """As files and other programs have it: whole numbers for fractions, tuples for lists, dicts for objects."""
+    config = LoraConfig(
+        r=np.int64(4), lora_alpha=16.0, lora_dropout=0, target_modules=("q_proj",), exclude_modules={"lm_head"},
+        layers_to_transform=range(2), runtime_config={"ephemeral_gpu_offload": False}, alpha_pattern={"v_proj": 3},
+    )  # fmt: skip
+    assert adapter_layers(get_peft_model(llama(), config)) == {
+        f"base_model.model.model.layers.{n}.self_attn.q_proj" for n in range(2)
+    }
+
+
+def test_layers_that_do_not_exist_are_told_from_names_that_do_not():
+    with pytest.raises(ValueError, match=r"without that there are some in the layers \[0, 1\]"):
+        get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], layers_to_transform=[7]))
+
+
+def test_training_biases_of_layers_without_any_is_warned_of():
+    with pytest.warns(PeftWarning, match="bias='lora_only' has no effect"):
+        get_peft_model(llama(), LoraConfig(target_modules=QV, bias="lora_only"))
+
+
+# What would be lost, or have no effect
+
+
+@methods
+@pytest.mark.parametrize("way", ["unload", "merge_and_unload"])
+def test_an_adapter_that_is_gone_is_not_saved_empty(tmp_path, method, way):
+    model = adapted(llama(), method=method)
+    getattr(model, way)()
+    with pytest.raises(ValueError, match="no tensors of adapter 'default' any more"):
+        model.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.out = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.out(self.attention(x, x, x)[0])
+
+
+@methods
+def test_a_module_that_torch_never_calls_is_no_target(method):
+    with pytest.raises(ValueError, match="attention.out_proj is part of a MultiheadAttention"):
+        get_peft_model(Attention(), CONFIGS[method](target_modules=["out_proj"]))
+    model = get_peft_model(Attention(), CONFIGS[method](target_modules="all-linear", **few(method)))
+    assert adapter_layers(model) == {"base_model.model.out"}
+
+
+@methods
+def test_adapters_inside_a_transformer_layer_of_torch_have_effect_in_evaluation(method):
+    """There torch takes the weights of the layer's parts without calling them (its fast path)."""
+    base = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2).eval()
+    x = torch.randn(2, 3, 8)
+    model = adapted(base, method=method, target_modules=["linear1", "linear2"], **few(method))
+    expected = model(x)  # with gradients there is no fast path
+    with torch.no_grad():
+        assert torch.allclose(model(x), expected, atol=1e-6)
+        merged = model.merge_and_unload()(x)
+    assert torch.allclose(merged, expected, atol=1e-5)
+
+
+def few(method: str) -> dict:
+    """A budget that a model of a hundred weights can hold."""
+    return {"num_tunable_weights": 20} if method == "sft" else {}
+
+
+@pytest.mark.parametrize("name", ["a/b", "a\\b", "checkpoint\n", "../evil"])
+def test_names_that_no_folder_can_have_are_refused(name):
+    with pytest.raises(ValueError, match="without slashes and control characters"):
+        get_peft_model(llama(), LoraConfig(target_modules=QV), adapter_name=name)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from sft_runs import assert_same, snapshot
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -19,6 +20,7 @@ from peft import (
     SftTrainer,
     get_peft_model,
     select_static,
+    set_peft_model_state_dict,
 )
 from peft.tuners.sft import budget
 
@@ -348,6 +350,35 @@ def test_the_trainer_resumes_and_the_file_loads(algorithm, base_model, data, tmp
         assert torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)
 
 
+@pytest.mark.parametrize("how", ["load_adapter", "set_peft_model_state_dict", "load_state_dict"])
+def test_the_configuration_knows_the_budget_that_was_loaded(how, base_model, tmp_path):
+    moved = adapt(base_model)
+    total = sum(moved.peft_config["default"].num_deltas.values())
+    (_, _, first), (_, _, second), *_ = moved.active_deltas()
+    free = [n for n in range(second.choices) if n not in second.indices.tolist()][:3]
+    first.exchange(torch.arange(3), torch.tensor([], dtype=torch.int64))
+    second.exchange(torch.tensor([], dtype=torch.int64), torch.tensor(free))
+    now = moved.peft_config["default"].num_deltas
+    assert sum(now.values()) == total
+    moved.save_pretrained(tmp_path)
+    assert SftConfig.from_pretrained(tmp_path).num_deltas == now
+
+    start = adapt(base_model).peft_config["default"].num_deltas
+    model, given = adapt(base_model), dict(start)
+    model.add_adapter("given", SftConfig(task_type="CAUSAL_LM", budget="global", num_deltas=given))
+    untouched = copy.deepcopy(model)
+    if how == "load_adapter":
+        model.load_adapter(tmp_path, "default")
+    elif how == "set_peft_model_state_dict":
+        set_peft_model_state_dict(model, load_file(tmp_path / "adapter_model.safetensors"), "given")
+    else:
+        model.load_state_dict(moved.state_dict(), strict=False)
+    name, other = ("given", "default") if how == "set_peft_model_state_dict" else ("default", "given")
+    assert now != start
+    assert model.peft_config[name].num_deltas == now and model.peft_config[other].num_deltas == start
+    assert given == start and all(config.num_deltas == start for config in untouched.peft_config.values())
+
+
 def test_a_rigid_adapter_does_not_take_another_size():
     def adapter(k, **settings):
         config = SftConfig(target_modules=list(LAYERS), num_deltas={"first": k, "second": 3, "third": 3}, **settings)
@@ -426,16 +457,16 @@ def test_candidates_fit_into_24_bytes_per_trained_value():
 def test_the_graph_of_an_older_step_may_be_alive():
     """It holds on to the parameter's gradient accumulator, which remembers the size."""
     model, optimizer, selector = make()
-    batches = random_batches(12)
-    graphs = []
-    for batch in batches:
+    graphs, seen = [], [sizes(model)]
+    for batch in random_batches(12):
         loss = loss_of(model, batch)
         graphs.append(loss)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         selector.step()
-    assert sizes(model) != sizes(make()[0])
+        seen.append(sizes(model))
+    assert any(one != seen[0] for one in seen)
 
 
 # ---- What is refused ----

@@ -16,9 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from peft import PeftModel, SftConfig, get_peft_model
-from peft.tuners.sft import kernels
+from peft.tuners import ops
+from peft.tuners.sft import gradients, kernels
 from peft.tuners.sft.layer import SparseDelta, random_positions
-from peft.tuners.sft.model import logical_numel, share_out
+from peft.tuners.sft.model import share_out
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 10), (7, 6)),
@@ -60,7 +61,7 @@ def take(path: str, model: PeftModel, monkeypatch) -> None:
     if path == "product":
         layer.base_layer.register_forward_hook(lambda module, args, output: None)
     elif path == "blocks":
-        monkeypatch.setattr(kernels, "WORKSPACE_BYTES", 2 * 8 * min(layer.base_layer.weight.shape))
+        monkeypatch.setattr(gradients, "WORKSPACE_BYTES", 2 * 8 * min(layer.base_layer.weight.shape))
     elif path == "dense":
         layer._apply_adapters = lambda names, x: layer.op.op(x, *layer.folded(names))
 
@@ -236,7 +237,7 @@ def test_an_error_in_the_middle_leaves_the_weight_as_it_was(error, when, monkeyp
 
         monkeypatch.setattr(kernels, "wide_sum", first_only)
     elif when == "forward product":
-        monkeypatch.setattr(kernels, "linear", fail)
+        monkeypatch.setattr(ops, "linear", fail)
     if when != "backward product":
         with pytest.raises(error, match="in the middle"):
             model(x)
@@ -312,7 +313,7 @@ class LargestNew(TorchDispatchMode):
 @pytest.mark.parametrize("kind", ["linear", "Conv1D"])
 def test_no_tensor_of_the_size_of_the_weight_is_made(kind, gathering, monkeypatch):
     n = 128
-    monkeypatch.setattr(kernels, "WORKSPACE_BYTES", 4 * n * n // 16)
+    monkeypatch.setattr(gradients, "WORKSPACE_BYTES", 4 * n * n // 16)
     model = adapt(nn.Linear(n, n) if kind == "linear" else Conv1D(n, n), ["a", "b"], k=100)
     if gathering:
         layer_of(model).sft_delta["b"].start_gathering()
@@ -517,10 +518,12 @@ def test_an_embedding_with_sparse_gradients_trains():
 
 
 def test_a_packed_weight_counts_what_it_encodes():
-    packed = nn.Parameter(torch.zeros(30, 1, dtype=torch.uint8), requires_grad=False)
-    assert logical_numel(packed) == 30
-    packed.quant_state = type("QuantState", (), {"shape": torch.Size((6, 10))})()
-    assert logical_numel(packed) == 60
+    bnb = pytest.importorskip("bitsandbytes")
+    base = nn.Sequential(bnb.nn.Linear4bit(8, 16, bias=False), nn.Linear(16, 4)).to("cpu")
+    model = get_peft_model(base, SftConfig(target_modules=["0"], density=0.25))
+    _, _, delta = next(model.active_deltas())
+    assert delta.values.numel() == (8 * 16 + 16 * 4 + 4) // 4
+    assert model.get_nb_trainable_parameters() == (49, 8 * 16 + 16 * 4 + 4 + 49)
 
 
 # Files

@@ -80,7 +80,7 @@ class TestAdamW:
         run(SftAdamW(groups, lr=0.01), params, grads)
         for i, (lr, betas, decay) in enumerate([(0.1, (0.5, 0.6), 0.0), (0.01, (0.9, 0.999), 0.2)]):
             p = adamw_reference(start[i], [step[i].numpy() for step in grads], lr, betas, 1e-6, decay)[0]
-            np.testing.assert_allclose(params[i].detach().numpy(), p, rtol=1e-12)
+            np.testing.assert_allclose(params[i].detach().numpy(), p, rtol=1e-12, atol=1e-14)
 
     def test_float32_bias_correction_has_float32_accuracy(self):
         # 1 - 0.999**age loses four of seven digits when computed as it is written.
@@ -269,7 +269,7 @@ class TestSM3:
         for i, param in enumerate(params):
             own = [step[i].numpy() for step in grads]
             p, covers = sm3_reference(start[i], own, 0.2, momentum, 0.1, 1e-3, row_cover_only)
-            np.testing.assert_allclose(param.detach().numpy(), p, rtol=1e-12)
+            np.testing.assert_allclose(param.detach().numpy(), p, rtol=1e-12, atol=1e-14)
             names = {f"accumulator_{dim}" for dim in range(len(covers))} | ({"momentum_buffer"} if momentum else set())
             assert optimizer.state[param].keys() == names
             for dim, cover in enumerate(covers):
@@ -297,7 +297,7 @@ class TestSM3:
         positions = [divmod(int(flat), columns) for flat in delta.indices]
         own = [step[0].numpy() for step in grads]
         p, covers = sm3_reference(start, own, 0.2, 0.4, 0.1, 1e-3, row_cover_only, positions)
-        np.testing.assert_allclose(delta.values.detach().numpy(), p, rtol=1e-12)
+        np.testing.assert_allclose(delta.values.detach().numpy(), p, rtol=1e-12, atol=1e-14)
         for dim, (cover, size) in enumerate(zip(covers, (shape[0], columns))):
             expected = [cover.get(place, 0.0) for place in range(size)]
             np.testing.assert_allclose(optimizer.state[delta.values][f"accumulator_{dim}"], expected, rtol=1e-12)
@@ -324,7 +324,8 @@ class TestSM3:
         assert {value.dtype for value in state.values()} == {torch.float32}
         assert delta.values.dtype == torch.bfloat16
         np.testing.assert_allclose(state["accumulator_0"], [covers[0].get(i, 0.0) for i in range(6)], rtol=1e-5)
-        np.testing.assert_allclose(delta.values.detach().double(), p, rtol=2**-7, atol=2**-8)
+        # Each of the three steps rounds to bfloat16, by up to 2**-8 of the number.
+        np.testing.assert_allclose(delta.values.detach().double(), p, rtol=3 * 2**-8, atol=2**-8)
 
     @pytest.mark.parametrize("duplicate", [lambda s: pickle.loads(pickle.dumps(s)), copy.deepcopy])
     def test_copies_and_reloads_exactly(self, duplicate):

@@ -113,16 +113,18 @@ class Simulation:
             and self.t % self.config.reselection_steps < self.config.selection_accumulation_steps
         )
         summed = {name: torch.zeros(w.numel(), dtype=torch.float64) for name, w in self.base.items()}
+        rounded = {name: torch.zeros(w.numel()) for name, w in self.base.items()}  # gradients are gathered in float32
         for batch in micro_batches:
             for name, grad in self.gradients(batch, len(micro_batches)).items():
                 if gathering and self.gathered[name] is None:
                     candidates = grad.abs().topk(len(self.active[name])).indices.tolist()
                     self.gathered[name] = {c: [] for c in candidates}
                 summed[name] += grad
+                rounded[name] += grad.float()
         for name, grad in summed.items():
             if gathering:
                 for candidate, seen in self.gathered[name].items():
-                    seen.append(grad[candidate].item())
+                    seen.append(rounded[name][candidate].numpy()[()])  # so that the sum is in float32 too
             self.update(name, grad)
         self.t += 1
         phase = self.t % self.config.reselection_steps
@@ -178,8 +180,8 @@ class Simulation:
             entry = active[position] = {"value": 0.0, "m": 0.0, "v": 0.0, "age": 1}
             if self.config.selection_algorithm == "rigl":
                 n = len(seen[position])
-                entry["m"] = sum(seen[position]) / n * (1 - BETAS[0] ** n)
-                entry["v"] = sum(g * g for g in seen[position]) / n * (1 - BETAS[1] ** n)
+                entry["m"] = float(sum(seen[position])) / n * (1 - BETAS[0] ** n)
+                entry["v"] = float(sum(g * g for g in seen[position])) / n * (1 - BETAS[1] ** n)
                 entry["age"] = n + 1
         self.gathered[name] = None
 

@@ -1,7 +1,5 @@
 """Positions chosen by several processes. In a file of its own, since each of them imports it, the Trainer is slow."""
 
-import socket
-
 import torch
 from torch import nn
 
@@ -25,9 +23,9 @@ def chosen(model):
     return {name: delta.indices.tolist() for _, name, delta in model.active_deltas()}
 
 
-def data_parallel_worker(rank, port, folder):
+def data_parallel_worker(rank, folder):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", world_size=2, rank=rank)
     models, batches = torch.load(f"{folder}/start.pt", weights_only=False)
     for model in models:
         parallel = nn.parallel.DistributedDataParallel(model)
@@ -37,15 +35,12 @@ def data_parallel_worker(rank, port, folder):
 
 
 def test_all_ranks_choose_what_one_process_does(tmp_path):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     models, batches = (
         [make("gradient"), make("fisher")],
         [tuple(torch.randn(8, n, dtype=torch.float64) for n in (7, 5)) for _ in range(4)],
     )
     torch.save((models, batches), tmp_path / "start.pt")
-    torch.multiprocessing.spawn(data_parallel_worker, (port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(data_parallel_worker, (str(tmp_path),), nprocs=2)
     for model in models:
         select_static(model, batches, loss_of, progress=False)
     for rank in range(2):

@@ -25,7 +25,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.ops import make_op
-from peft.tuners.sft import kernels
+from peft.tuners.sft import gradients
 from peft.tuners.sft.model import share_out
 from peft.tuners.sft.structured import make_layout
 
@@ -302,7 +302,7 @@ class LargestNew(TorchDispatchMode):
 @each
 @pytest.mark.parametrize("gathering", [False, True])
 def test_no_tensor_of_the_size_of_the_weight_is_made(how, gathering, monkeypatch):
-    monkeypatch.setattr(kernels, "WORKSPACE_BYTES", 4 * 300)
+    monkeypatch.setattr(gradients, "WORKSPACE_BYTES", 4 * 300)
     tiles = {"block_size": 8} if how == "block" else {}
     model = get_peft_model(nn.Sequential(nn.Linear(96, 80)), config(how, num_tunable_weights=200, **tiles))
     (delta,) = deltas_of(model)
@@ -321,7 +321,7 @@ def test_no_tensor_of_the_size_of_the_weight_is_made(how, gathering, monkeypatch
 @pytest.mark.parametrize("path", ["plain", "hooked", "small blocks"])
 def test_candidates_are_the_groups_of_largest_gradient(kind, how, path, monkeypatch):
     if path == "small blocks":
-        monkeypatch.setattr(kernels, "WORKSPACE_BYTES", 1)
+        monkeypatch.setattr(gradients, "WORKSPACE_BYTES", 1)
     model = adapt(kind, [how])
     if path == "hooked":
         hook(model)

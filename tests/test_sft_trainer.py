@@ -249,6 +249,7 @@ def test_seq2seq(data, tmp_path):
         use_cpu=True,
         disable_tqdm=True,
     )
+    data = [row | {"labels": data[0]["labels"]} for row in data]  # one answer to everything is learned for certain
     trainer = SftTrainer(Seq2SeqTrainer)(model=model, args=args, train_dataset=data, eval_dataset=data[:6])
     before = trainer.evaluate()["eval_loss"]
     trainer.train()

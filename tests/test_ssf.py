@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -116,9 +117,16 @@ def test_unmerging_is_exact_for_any_scale(make, bias, dtype):
         set_values(layer, torch.tensor([0.0, -0.0, 1e-38, -2.7, 1e-20, 3.0]), torch.randn(6), name)
     x = torch.randn(2, 5, 3) if isinstance(base, nn.Conv1d) else torch.randn(2, 5)
     forward = model(x.to(dtype))
+    # What the output is if no two numbers cancel, all being positive: rounding errors are in proportion to it.
+    positive = copy.deepcopy(base).double()
+    for parameter in positive.parameters():
+        parameter.data.abs_()
+    size = positive(x.to(dtype).double().abs())
+    for name in ("default", "second"):
+        view = (6, 1) if isinstance(base, nn.Conv1d) else (6,)
+        size = size * layer.ssf_scale[name].abs().view(view) + layer.ssf_shift[name].abs().view(view)
     model.merge_adapter()
-    tolerance = {"rtol": 5e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(model(x.to(dtype)), forward, **tolerance)
+    assert ((model(x.to(dtype)) - forward).abs() <= 10 * torch.finfo(dtype).eps * size).all()
     assert base.bias is not None and base.bias.dtype == dtype
     model.unmerge_adapter()
     after = base.state_dict()
@@ -260,7 +268,7 @@ def test_half_precision_outputs_are_kept_as_they_are():
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_packed_bases(bits, tmp_path):
+def test_packed_bases(bits, seed, tmp_path):
     bnb = pytest.importorskip("bitsandbytes")
 
     def make():
@@ -273,7 +281,6 @@ def test_packed_bases(bits, tmp_path):
         layer.weight.data.copy_(torch.randn(32, 64))
         return Net0(layer).requires_grad_(False).to("cpu")
 
-    seed = torch.seed() % 2**31
     x = torch.randn(8, 64)
     base = make()
     plain = base(x)
@@ -291,9 +298,6 @@ def test_packed_bases(bits, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(make(), tmp_path, is_trainable=True).train()  # in eval mode other kernels run
     assert torch.equal(loaded(x), model(x)) and not torch.equal(model(x), plain)
-    with pytest.raises(TypeError, match="packed .* no registered backend can read"):
-        model.merge_adapter()
-    assert not layer.merged
 
 
 class Net0(nn.Module):

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
         MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
         get_peft_model as get_peft_model,
     )
+    from .memory import (
+        MemoryEstimate as MemoryEstimate,
+        estimate_memory as estimate_memory,
+    )
     from .mixed_model import (
         PeftMixedModel as PeftMixedModel,
     )
@@ -55,6 +59,7 @@ if TYPE_CHECKING:
         search_structure as search_structure,
     )
     from .tuners.lora import (
+        LoftQConfig as LoftQConfig,
         LoraConfig as LoraConfig,
         LoraModel as LoraModel,
         LoraRuntimeConfig as LoraRuntimeConfig,
@@ -87,6 +92,9 @@ if TYPE_CHECKING:
     from .utils.error import (
         NoMatchingPeftModuleError as NoMatchingPeftModuleError,
         PeftError as PeftError,
+    )
+    from .utils.loftq_utils import (
+        replace_lora_weights_loftq as replace_lora_weights_loftq,
     )
     from .utils.other import (
         cast_mixed_precision_params as cast_mixed_precision_params,

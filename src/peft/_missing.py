@@ -76,8 +76,6 @@ MODULES: dict[str, str] = {
     "peft.tuners.xlora": "X-LoRA",
     "peft.utils.hotswap": "Hot-swapping of adapters",
     "peft.utils.incremental_pca": "EVA initialisation of LoRA",
-    "peft.utils.integrations": "Helpers for quantised and off-loaded layers",
-    "peft.utils.loftq_utils": "LoftQ initialisation of LoRA",
     "peft.utils.merge_utils": "Weighted combinations of adapters",
 }
 """Module -> what it is for; its own sub-modules are missing along with it."""
@@ -94,7 +92,6 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "LoRA on bare parameters (target_parameters)": ("ParamWrapper",),
         "LoRA's classes for bitsandbytes layers": ("Linear4bit", "Linear8bitLt"),
         "LoRA-GA initialisation": ("LoraGAConfig", "preprocess_loraga"),
-        "LoftQ initialisation of LoRA": ("LoftQConfig",),
         "Monte Carlo LoRA": ("MontecloraConfig",),
         "VeLoRA": ("VeloraConfig",),
     },
@@ -105,22 +102,15 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "EVA initialisation of LoRA": ("EvaConfig",),
         "KaSA": ("KasaConfig",),
         "LoRA-GA initialisation": ("LoraGAConfig",),
-        "LoftQ initialisation of LoRA": ("LoftQConfig",),
         "Monte Carlo LoRA": ("MontecloraConfig",),
         "VeLoRA": ("VeloraConfig",),
     },
     "peft.tuners.lora.layer": {
-        "Helpers for quantised and off-loaded layers": (
-            "dequantize_module_weight",
-            "gather_params_ctx",
-            "get_bnb_param_type",
-            "skip_init_on_device",
-        ),
+        "Helpers for quantised and off-loaded layers": ("get_bnb_param_type", "skip_init_on_device"),
         "Inspection of what targets match": ("check_adapters_to_merge",),
         "LoRA on bare parameters (target_parameters)": ("ParamWrapper",),
         "LoRA on nn.MultiheadAttention": ("MultiheadAttention",),
         "LoRA on tensor-parallel layers": ("LoraEmbeddingATPHolder",),
-        "LoftQ initialisation of LoRA": ("loftq_init",),
         "The dispatch of LoRA's layer classes": ("dispatch_default",),
         "Variants of LoRA (DoRA and others)": ("LoraVariant",),
     },
@@ -153,7 +143,6 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "peft.tuners.tuners_utils": {
         "GPTQ and AWQ helpers": ("is_gptqmodel_quant_linear",),
-        "Helpers for quantised and off-loaded layers": ("init_empty_weights",),
         "Inspection of what targets match": (
             "check_adapters_to_merge",
             "check_target_module_exists",
@@ -162,7 +151,7 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
             "match_target_against_key",
         ),
         "Layer replication": ("clone_module", "replicate_layers"),
-        "Off-loaded adapters": ("get_device_map", "onload_layer"),
+        "Off-loaded adapters": ("get_device_map",),
         "Prompt learning": ("BasePromptEncoder",),
         "Quantisation backends as classes": ("QuantizationBackend",),
         "Trainable tokens": ("set_additional_trainable_modules",),
@@ -170,7 +159,6 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "peft.utils": {
         "GPTQ and AWQ helpers": ("get_gptqmodel_quant_linear",),
         "Helpers for quantised and off-loaded layers": ("map_cache_to_layer_device_map",),
-        "LoftQ initialisation of LoRA": ("replace_lora_weights_loftq",),
         "Prefix tuning": (
             "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
             "bloom_model_postprocess_past_key_value",
@@ -216,6 +204,13 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "Inspection of what targets match": ("match_target_against_key",),
         "LoRA on tensor-parallel layers": ("TpInfo", "dtensor_from_local_like"),
+    },
+    "peft.utils.integrations": {
+        "Helpers for quantised and off-loaded layers": (
+            "get_bnb_param_type",
+            "map_cache_to_layer_device_map",
+            "skip_init_on_device",
+        ),
     },
     "peft.utils.quantization_utils": {
         "GPTQ and AWQ helpers": ("is_gptqmodel_awq_layer",),

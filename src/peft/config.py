@@ -12,10 +12,13 @@ import dataclasses
 import functools
 import inspect
 import json
+import numbers
 import os
 import tempfile
 import textwrap
-from collections.abc import Mapping, Sequence
+import types
+import typing
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -121,6 +124,45 @@ def documented(cls: type) -> type:
     return cls
 
 
+def check_types(config) -> None:
+    """Check each field of a dataclass by its annotation.
+
+    A whole number passes for a float, any sequence or set for a list, and a dict for the object that it was written
+    from. What a Literal permits is left to the class, which knows the rule.
+
+    Raises:
+        TypeError: a value of another type.
+    """
+    for name, (kind, text) in _annotations(type(config)).items():
+        if not _is_a(getattr(config, name), kind):
+            raise TypeError(f"{name} must be {text}, got {getattr(config, name)!r}")
+
+
+@functools.cache
+def _annotations(cls: type) -> dict[str, tuple[Any, str]]:
+    """`{field: (type, its text)}` of a dataclass."""
+    kinds = typing.get_type_hints(cls)
+    return {field.name: (kinds[field.name], str(field.type)) for field in dataclasses.fields(cls)}
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_a(value, one) for one in inner)
+    if kind is Any or origin is Literal:
+        return True
+    if kind in (int, float):
+        return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+    of = origin or kind
+    if of in (list, tuple, set):
+        is_one = isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes))
+        return is_one and all(_is_a(item, inner[0]) for item in value if inner)
+    if of is dict:
+        entry = inner or (Any, Any)
+        return isinstance(value, Mapping) and all(_is_a(k, entry[0]) and _is_a(v, entry[1]) for k, v in value.items())
+    return isinstance(value, (of, Mapping)) if dataclasses.is_dataclass(of) else isinstance(value, of)
+
+
 @dataclass
 class PeftConfigMixin:
     """Reading, writing and converting of configurations."""
@@ -138,6 +180,7 @@ class PeftConfigMixin:
     """The version of the library that wrote the file."""
 
     def __post_init__(self):
+        check_types(self)
         if self.task_type is not None and self.task_type not in list(TaskType):
             raise ValueError(f"task_type must be one of {[t.value for t in TaskType]} or None, got {self.task_type!r}")
         if self.peft_version is None:

@@ -33,6 +33,7 @@ METHODS: dict[str, Method] = {
     PeftType.SFT: Method("peft.tuners.sft:SftConfig", "peft.tuners.sft:SftModel", "sft_"),
     PeftType.SSF: Method("peft.tuners.ssf:SsfConfig", "peft.tuners.ssf:SsfModel", "ssf_"),
     PeftType.COMPACT_LORA: Method("peft.tuners.denas.config:CompactLoraConfig", "peft.tuners.lora:LoraModel", "lora_"),
+    PeftType.FINETUNA: Method("peft.finetuna:FinetunaConfig", "peft.finetuna:FinetunaModel", "lora_"),
 }
 
 
@@ -98,6 +99,8 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
     Raises:
         KeyError: no `peft_type`, or a method that does not exist here.
     """
+    if "peft_type" not in config_dict:
+        raise KeyError(f"A configuration must say its 'peft_type', got only {sorted(config_dict)}")
     return config_class(config_dict["peft_type"])(**config_dict)
 
 

@@ -48,11 +48,13 @@ def get_peft_model(
 
     Raises:
         ValueError: as in `BaseTuner.inject_adapter`.
-        TypeError: `tokenizer` or `batch` for a configuration that has no use for it.
+        TypeError: `peft_config` is of no method; `tokenizer` or `batch` for a configuration that has no use for it.
         NotImplementedError: `mixed=True`.
     """
     if mixed:
         raise NotImplementedError("mixed=True: models of several methods are not in this version of peft")
+    if getattr(peft_config, "peft_type", None) is None:
+        raise TypeError(f"peft_config must be the configuration of a method, such as LoraConfig, got {peft_config!r}")
     if isinstance(model, PeftModel):
         raise ValueError(
             "The model is a PeftModel already. For one more adapter use model.add_adapter(name, config); to start over "

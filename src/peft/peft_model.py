@@ -72,7 +72,7 @@ class PeftModel(nn.Module):
             model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
         )
         self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        self._prepare_gradient_checkpointing(model)
+        self.prepare_model_for_gradient_checkpointing(model)
         self.special_peft_forward_args = {"adapter_names"}
         if getattr(getattr(self.base_model, "config", None), "pretraining_tp", 1) > 1:
             self.base_model.config.pretraining_tp = 1  # slices base weights in forward, past the adapters
@@ -83,11 +83,11 @@ class PeftModel(nn.Module):
         listed = list(peft_config.modules_to_save or [])
         peft_config.modules_to_save = listed + [name for name in self.task_heads if name not in listed]
 
-    @staticmethod
-    def _prepare_gradient_checkpointing(model: nn.Module) -> None:
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
         """Reentrant checkpoints pass gradients only if their inputs require them: let the embeddings' output do so."""
         if _checkpoints(model) and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
+        return model
 
     # What there is
 
@@ -175,11 +175,12 @@ class PeftModel(nn.Module):
         self._add_task_heads(peft_config)
         self.peft_config[adapter_name] = peft_config
         try:
-            self.base_model.inject_adapter(self.base_model.model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+            self.base_model.inject_adapter(
+                self.base_model.model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
+            )
         except Exception:
             del self.peft_config[adapter_name]
             raise
-        self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several in this order, active; they train (unless `inference_mode`), others do not.

@@ -9,7 +9,7 @@ from torch import nn
 
 from .tuners.tuners_utils import BaseTunerLayer
 from .utils.other import AdapterParts
-from .utils.quantization_utils import find_backend, logical_numel
+from .utils.quantization_utils import find_backend, logical_numels
 
 Irregular = Literal["irregular"]  # layers disagree
 
@@ -61,7 +61,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         for _, tensor in layer.adapter_tensors(name)
         if not tensor.is_floating_point()
     }
-    counts = [(logical_numel(p), p.requires_grad) for p in model.parameters() if id(p) not in positions]
+    counts = [(n, p.requires_grad) for p, n in logical_numels(model) if id(p) not in positions]
     return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
 
 

@@ -123,14 +123,13 @@ def test_version_is_recent_enough_for_transformers():
     assert is_peft_greater_or_equal("0.21.0")
 
 
-def test_trainer_imports_peft_quickly_and_quietly():
-    code = "from transformers import Trainer"
-    done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, timeout=120)
-    lines = [line.split("|") for line in done.stderr.splitlines() if line.startswith("import time:")]
-    said = [line for line in done.stderr.splitlines() if "peft" in line.lower() and not line.startswith("import time:")]
-    microseconds = [int(own.split(":")[1]) for own, _, name in lines[1:] if name.strip().split(".")[0] == "peft"]
-    assert done.returncode == 0 and not said
-    assert microseconds and sum(microseconds) < 1e6  # without what they import: 60 ms where this was written
+def test_trainer_imports_little_of_peft_and_quietly():
+    code = "import sys; from transformers import Trainer; print(*(n for n in sys.modules if n.split('.')[0] == 'peft'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "peft" not in done.stderr.lower(), done.stderr
+    loaded = done.stdout.split()
+    methods_and_commands = ("peft.tuners.lora", "peft.tuners.sft", "peft.tuners.ssf", "peft.tuners.denas", "peft.cli")
+    assert "peft" in loaded and not [name for name in loaded if name.startswith(methods_and_commands)]
 
 
 # PeftAdapterMixin

@@ -1,4 +1,4 @@
-"""The command line: `peft train`, `peft evaluate`, `peft inspect`, `peft merge`, `peft search`.
+"""The command line: `peft train`, `evaluate`, `inspect`, `merge`, `search` and `memory`.
 
 Here is what all of them share: parsing, and turning what a user can mend (a wrong argument, a broken line in the data,
 a full disk) into one line on stderr and exit code 2. An error of ours keeps its traceback. Nothing heavy is imported
@@ -8,6 +8,7 @@ before the arguments have been checked.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -15,7 +16,8 @@ from .common import CliError, explain
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for an error that the user can mend, 130 if interrupted.
+    """Run one command and return its exit code: 0, 2 for an error that the user can mend, 130 if interrupted,
+    141 if nobody reads its output to the end.
 
     1 is what a check that fails returns (`peft evaluate --check`), or a mistake of ours, with its traceback.
     """
@@ -23,7 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args = parse(argv)
     try:
-        return importlib.import_module(f".{args.command}", __name__).run(args) or 0
+        code = importlib.import_module(f".{args.command}", __name__).run(args) or 0
+        sys.stdout.flush()  # or Python would find out at its end that nobody takes it, and we could not say so
+        return code
+    except BrokenPipeError:  # `peft inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt as interrupt:
         print(f"peft {args.command}: {interrupt or 'interrupted'}", file=sys.stderr)
         return 130

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -35,6 +36,10 @@ EXCLUSIVE = (("density", "num_tunable_weights"), ("epochs", "max_steps"), ("resu
 """Pairs of options of which at most one can be given."""
 
 DTYPES = ("auto", "float32", "bfloat16")
+ALL_LINEAR = "all-linear"
+QUANTIZED = ("nf4", "fp4", "int8", "torchao-int8", "quanto-int8", "quanto-int4")
+"""Values of --quantize; nf4, fp4 and int8 are bitsandbytes'."""
+
 TASK_PREFIX = "task:"
 
 
@@ -43,6 +48,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.register("type", None, not_empty)  # of the arguments for which no other is said
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -52,17 +58,26 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def find_conflict(args: argparse.Namespace) -> str | None:
-    """What is wrong with options that are right each by itself, or None."""
-    for method, names in METHOD_OPTIONS.items():
+def find_foreign_option(args: argparse.Namespace, options: dict[str, tuple[str, ...]]) -> str | None:
+    """An option that was given and belongs to another method, as a message, or None."""
+    for method, names in options.items():
         for name in names:
             if method != args.method and getattr(args, name) is not None:
                 return f"{option(name)} belongs to --method {method} and has no effect on --method {args.method}"
+    return None
+
+
+def find_conflict(args: argparse.Namespace) -> str | None:
+    """What is wrong with options that are right each by itself, or None."""
+    if message := find_foreign_option(args, METHOD_OPTIONS):
+        return message
     if args.selection_algorithm == "static" and args.reselection_steps is not None:
         return "--reselection-steps has no effect with --selection-algorithm static, which chooses once"
     for first, second in EXCLUSIVE:
         if getattr(args, first) not in (None, False) and getattr(args, second) not in (None, False):
             return f"{option(first)} and {option(second)} cannot be given together"
+    if args.budget == "global" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return "--budget global moves weights between layers, which needs a single process: start one, or leave it out"
     if args.data == TASK_PREFIX:
         return f"--data {TASK_PREFIX} lacks the name of the task, as in {TASK_PREFIX}spell_backward"
     if args.task_args is not None and not args.data.startswith(TASK_PREFIX):
@@ -72,16 +87,21 @@ def find_conflict(args: argparse.Namespace) -> str | None:
 
 def find_search_conflict(args: argparse.Namespace) -> str | None:
     """What is wrong with options of `peft search` that are right each by itself, or None."""
-    for method, names in SEARCH_METHOD_OPTIONS.items():
-        for name in names:
-            if method != args.method and getattr(args, name) is not None:
-                return f"{option(name)} belongs to --method {method} and has no effect on --method {args.method}"
+    if message := find_foreign_option(args, SEARCH_METHOD_OPTIONS):
+        return message
     for name in ("storage", "study"):
         if getattr(args, name) is not None and args.engine not in ("tpe", "nsga2"):
             return f"{option(name)} is for --engine tpe and nsga2"
     if args.latency_objective and args.engine != "nsga2":
         return "--latency-objective is for --engine nsga2"
     return None
+
+
+def find_memory_conflict(args: argparse.Namespace) -> str | None:
+    """What is wrong with options of `peft memory` that are right each by itself, or None."""
+    if args.method == "full" and args.target_modules is not None:
+        return "--target-modules is for adapters and has no effect on --method full"
+    return find_foreign_option(args, METHOD_OPTIONS)
 
 
 # ---- Types of values ----
@@ -103,16 +123,24 @@ def number(kind: type, rule: str, holds: Callable[[float], bool]) -> Callable[[s
 
 
 positive_int = number(int, "a whole number of at least 1", lambda value: value >= 1)
-any_int = number(int, "a whole number of at least 0", lambda value: value >= 0)
+seed = number(int, "a whole number from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
 positive = number(float, "a positive number", lambda value: 0 < value < float("inf"))
 share = number(float, "a number in (0, 1]", lambda value: 0 < value <= 1)
 probability = number(float, "a number in [0, 1)", lambda value: 0 <= value < 1)
 
 
+def not_empty(text: str) -> str:
+    """A path, a name. An empty one, from a variable of the shell that was not set, would mean the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
 def json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"is not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
@@ -127,7 +155,7 @@ def png_file(text: str) -> str:
 
 def module_names(text: str) -> str | list[str]:
     """ "q_proj,v_proj" -> a list; "all-linear" and regular expressions stay strings."""
-    if text == "all-linear":
+    if text == ALL_LINEAR:
         return text
     if any(character in text for character in "*+?()[]|^$\\"):
         return text
@@ -147,7 +175,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         SystemExit: exit code 2 after one line on stderr, if the arguments are wrong; 0 after `--help`.
     """
     args = make_parser().parse_args(argv)
-    checks = {"train": find_conflict, "search": find_search_conflict}
+    checks = {"train": find_conflict, "search": find_search_conflict, "memory": find_memory_conflict}
     if args.command in checks and (message := checks[args.command](args)):
         make_parser().exit(2, f"peft {args.command}: error: {message}\n")
     return args
@@ -155,12 +183,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def make_parser() -> Parser:
     parser = Parser(prog="peft", description="Fine-tune language models with few trained parameters.")
+    parser.register("type", None, str)  # its one argument is all the words of a command
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_train(commands)
     add_evaluate(commands)
     add_inspect(commands)
     add_merge(commands)
     add_search(commands)
+    add_memory(commands)
     return parser
 
 
@@ -217,12 +247,17 @@ def add_training_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--batch-size", type=positive_int, default=8, metavar="N", help="per device; default: 8")
     group.add_argument("--grad-accum", type=positive_int, default=1, metavar="N", help="batches per update; default: 1")
     group.add_argument("--lr", type=positive, help="learning rate; default: depends on the method")
-    group.add_argument("--seed", type=any_int, default=0, help="default: 0")
+    group.add_argument("--seed", type=seed, default=0, help="default: 0")
     group.add_argument(
         "--dtype",
         choices=DTYPES,
         default="auto",
         help="of the base model; auto (default): bfloat16 on accelerators that have it, else float32",
+    )
+    group.add_argument(
+        "--quantize",
+        choices=QUANTIZED,
+        help="pack the base model's linear layers (not its head); nf4, fp4 and int8 are bitsandbytes'",
     )
     group.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice to save memory")
     group.add_argument(
@@ -234,7 +269,7 @@ def add_method_options(train: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--target-modules",
         type=module_names,
-        default="all-linear",
+        default=ALL_LINEAR,
         metavar="NAMES",
         help="names with commas between them, a regular expression, or all-linear (default)",
     )
@@ -321,11 +356,7 @@ def add_search_limits(group: argparse._ArgumentGroup) -> None:
 
 
 def add_search_engines(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--score",
-        choices=("gradient_energy", "gradient_norm", "deltatuner"),
-        help="default: gradient_energy",
-    )
+    group.add_argument("--score", choices=("gradient_coherence", "deltatuner"), help="default: gradient_coherence")
     group.add_argument(
         "--engine",
         choices=("exact", "evolutionary", "random", "tpe", "nsga2"),
@@ -334,7 +365,34 @@ def add_search_engines(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--granularity", choices=("layer", "module"), help="what is decided as one; default: layer")
     group.add_argument("--rounds", type=positive_int, metavar="N", help="at most so many; default: 10")
     group.add_argument("--population", type=positive_int, metavar="N", help="structures in a round; default: 50")
-    group.add_argument("--seed", type=any_int, help="default: 12345")
+    group.add_argument("--seed", type=seed, help="default: 12345")
     group.add_argument("--storage", metavar="WHERE", help="journal file or database URL, to share and to go on from")
     group.add_argument("--study", metavar="NAME", help="name of the search in it; default: denas")
     group.add_argument("--latency-objective", action="store_true", help="nsga2: trade off latency as well")
+
+
+def add_memory(commands: argparse._SubParsersAction) -> None:
+    text = "Tell how much memory training takes. Only the configuration of the model is read."
+    memory = commands.add_parser("memory", help="tell how much memory training takes", description=text)
+    memory.add_argument("model", metavar="MODEL", help="folder, hub id, or smollm2, from its package")
+    memory.add_argument("--method", default="sft", choices=("full", *METHODS), help="default: sft")
+    memory.add_argument("--task", default=None, help="head and loss: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, ...")
+    memory.add_argument(
+        "--batch", "--batch-size", type=positive_int, default=8, metavar="N", help="sequences per GPU; default: 8"
+    )
+    memory.add_argument(
+        "--seq", "--max-length", type=positive_int, default=512, metavar="N", help="tokens in each; default: 512"
+    )
+    memory.add_argument("--padding", action="store_true", help="batches come with an attention mask")
+    memory.add_argument("--dtype", metavar="TYPE", help="of the weights; default: the configuration's")
+    memory.add_argument("--mixed-precision", action="store_true", help="float32 weights, trained in bfloat16")
+    memory.add_argument("--quantize", metavar="HOW", help="pack the frozen base: nf4 or int8")
+    memory.add_argument("--optimizer", metavar="NAME", help="adamw, adamw_8bit, sgd, adafactor; default: the method's")
+    memory.add_argument("--checkpointing", "--gradient-checkpointing", action="store_true", help="as in peft train")
+    memory.add_argument("--grad-accum", type=positive_int, default=1, metavar="N", help="batches per update")
+    memory.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
+    memory.add_argument("--gpus", type=positive_int, default=1, metavar="N", help="default: 1")
+    memory.add_argument("--sharding", metavar="HOW", help="zero1, zero2, zero3 or fsdp; default: data parallelism")
+    memory.add_argument("--offload", metavar="WHAT", help="to the CPU: optimizer, or all (weights too)")
+    add_method_options(memory)
+    memory.set_defaults(target_modules=None)

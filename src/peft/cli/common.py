@@ -20,6 +20,7 @@ DISK_FULL_TEXTS = (
     "PytorchStreamWriter failed writing",
     "inline_container.cc",
 )
+MEMORY_FULL_TEXTS = ("out of memory", "DefaultCPUAllocator: can't allocate memory")
 
 LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 """In a module's name, the number of a layer in a list."""
@@ -27,6 +28,10 @@ LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 class CliError(Exception):
     """Something the user can mend; shown as one line, without a traceback."""
+
+
+class NotFinite(CliError):
+    """A loss or trained weights that are infinite or not numbers."""
 
 
 def explain(error: BaseException) -> str | None:
@@ -40,12 +45,16 @@ def explain(error: BaseException) -> str | None:
         chain = chain.__cause__ or chain.__context__
     if isinstance(error, OSError) and error.errno is not None:
         return first_line(error)
+    if isinstance(error, MemoryError) or any(text in str(error) for text in MEMORY_FULL_TEXTS):
+        return f"out of memory; for training, lower --batch-size or --max-length ({first_line(error)})"
     return None
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type if it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of an error's message, and the second after a colon; or its type if it has none."""
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error  # str() would put it in quotes
+    lines = [line.strip() for line in str(text).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def notice(text: str) -> None:

@@ -31,7 +31,7 @@ IGNORED = -100
 
 
 def read_rows(path: str) -> list[dict[str, Any]]:
-    """Read a JSONL file; blank lines are skipped. Every row gets its line number as `__line__`.
+    """Read a JSONL file; blank lines are skipped. Every row gets its file and line number as `__where__`.
 
     Raises:
         CliError: there is no such file, it holds no rows, or a line (it is named) is not a row.
@@ -41,7 +41,8 @@ def read_rows(path: str) -> list[dict[str, Any]]:
         with open(path, "rb") as file:
             for line_number, line in enumerate(file, start=1):
                 if line.strip():
-                    rows.append(parse_row(line, f"{path}, line {line_number}") | {"__line__": line_number})
+                    where = f"{path}, line {line_number}"
+                    rows.append(parse_row(line, where) | {"__where__": where})
     except OSError as error:
         raise CliError(f"cannot read the data file {path}: {error.strerror}") from error
     if not rows:
@@ -57,6 +58,8 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
         raise CliError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:
         raise CliError(f"{where}: broken JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets in brackets
+        raise CliError(f"{where}: JSON that cannot be read ({error})") from error
     if not isinstance(row, dict):
         raise CliError(f"{where}: must be a JSON object, got {type(row).__name__}")
     kinds = [kind for kind in KINDS if set(kind) & set(row)]
@@ -70,6 +73,11 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
         for key in kinds[0]:
             if not isinstance(row[key], str):
                 raise CliError(f'{where}: "{key}" must be a string, got {type(row[key]).__name__}')
+    try:
+        json.dumps([row[key] for key in kinds[0]], ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start].encode("unicode_escape").decode()
+        raise CliError(f"{where}: {half} is half of a surrogate pair, and no character by itself") from error
     return row
 
 
@@ -156,7 +164,7 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], loss_on:
         loss_on: "completions" (completions, the assistant's turns, whole texts) or "all".
     """
     if "messages" in row:
-        segments = chat_segments(tokenizer, row["messages"], f"line {row.get('__line__', '?')}")
+        segments = chat_segments(tokenizer, row["messages"], row.get("__where__", "a row"))
         start = []  # the template writes it
     else:
         segments = [(row["text"], True)] if "text" in row else [(row["prompt"], False), (row["completion"], True)]
@@ -238,13 +246,11 @@ def chat_segments(
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], where: str, open_turn: bool) -> str:
     """Messages as text, with the beginning of the assistant's next turn if `open_turn`."""
-    from jinja2 import TemplateError
-
     if not tokenizer.chat_template:
         raise CliError(f"{where}: the model has no chat template; give rows with prompt and completion")
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
-    except TemplateError as error:
+    except Exception as error:  # a template is a program of the model's, and the messages are the user's
         raise CliError(f"{where}: the chat template refuses the messages: {first_line(error)}") from error
 
 

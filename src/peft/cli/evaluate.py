@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import CliError, format_table, notice
+from .common import CliError, NotFinite, format_table, notice
 from .data import Collator, Example, pad_id_of
 from .source import Source, read_source
 
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 METRICS_FILE = "metrics.json"
+MEASURED_WITH = {
+    "model", "data", "task_args", "train_size", "eval_size", "seed", "max_length", "loss_on", "batch_size", "dtype",
+}  # fmt: skip
+"""Arguments of a run that say what was measured, and how."""
+
 GENERATION_BATCH = 8
 """Generation takes so many times more rows at a time than training: it keeps no activations."""
 
@@ -46,6 +52,9 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: 
         model: the model, which is put into evaluation mode for the time being.
         source: tokenised.
         batch_size: rows per batch in training.
+
+    Raises:
+        NotFinite: the loss is infinite or not a number.
     """
     import torch
 
@@ -54,7 +63,10 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: 
     try:
         with torch.no_grad():
             if source.task is None:
-                return Measure("loss", held_out_loss(model, tokenizer, source.held_out_examples, batch_size))
+                loss = held_out_loss(model, tokenizer, source.held_out_examples, batch_size)
+                if not math.isfinite(loss):
+                    raise NotFinite(f"the held-out loss is {loss}")
+                return Measure("loss", loss)
             replies = reply_to(model, tokenizer, source.held_out_examples, batch_size * GENERATION_BATCH)
     finally:
         model.train(training)
@@ -145,7 +157,10 @@ def run(args: argparse.Namespace) -> int:
     quiet_transformers()
     tokenizer = load_tokenizer(run_args.model)
     source.tokenize(tokenizer, run_args.max_length, run_args.loss_on)
-    model = load_adapter(load_model(run_args.model, resolve_dtype(run_args.dtype)), args.adapter)
+    quantize = metrics["arguments"].get("quantize")  # runs of earlier versions do not have it
+    base = load_model(run_args.model, resolve_dtype(run_args.dtype), quantize=quantize)
+    source.check_fit(base)
+    model = load_adapter(base, args.adapter, is_trainable=True)  # bitsandbytes has other, coarser kernels for inference
     model.to(PartialState().device)
     notice(f"measuring on {len(source.held_out_examples)} held-out examples")
     now = measure(model, tokenizer, source, run_args.batch_size)
@@ -159,13 +174,24 @@ def run(args: argparse.Namespace) -> int:
 
 def read_metrics(folder: Path) -> dict[str, Any]:
     """The metrics.json of a run; raises CliError if there is none, or another program wrote it."""
+    if not (folder / METRICS_FILE).is_file():
+        raise CliError(f"{folder} has no {METRICS_FILE}: it is not the --output of a finished peft train")
+    return read_record(folder / METRICS_FILE, "metric", "after")
+
+
+def read_record(path: Path, *keys: str) -> dict[str, Any]:
+    """What was noted of a run, with its arguments, the digest of its data, and `keys`.
+
+    Raises:
+        CliError: the file holds something else.
+    """
     try:
-        metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CliError(f"{folder} has no {METRICS_FILE}: it is not the --output of a finished peft train") from error
-    except json.JSONDecodeError as error:
-        raise CliError(f"{folder / METRICS_FILE} is not valid JSON: {error}") from error
-    missing = {"arguments", "data_digest", "metric", "after"} - set(metrics if isinstance(metrics, dict) else ())
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CliError(f"{path} is not valid JSON: {error}") from error
+    missing = {"arguments", "data_digest", *keys} - set(record if isinstance(record, dict) else ())
+    if not missing:
+        missing = MEASURED_WITH - set(record["arguments"] if isinstance(record["arguments"], dict) else ())
     if missing:
-        raise CliError(f"{folder / METRICS_FILE} lacks {sorted(missing)}: peft train did not write it")
-    return metrics
+        raise CliError(f"{path} lacks {sorted(missing)}: peft train did not write it, or another version did")
+    return record

@@ -79,6 +79,8 @@ def read_adapter(folder: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]
 
     try:
         config = PeftConfig.from_pretrained(str(folder))
+        if config.peft_type is None:
+            raise ValueError(f"{CONFIG_NAME} has no peft_type")
         weights = load_peft_weights(str(folder), device="cpu")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CliError(f"cannot read the adapter {folder}: {first_line(error)}") from error

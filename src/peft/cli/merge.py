@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..utils.constants import CONFIG_NAME
 from .common import CliError, beside, first_line, format_bytes, give_usual_modes, notice
-from .models import load_adapter, load_model, load_tokenizer, quiet_transformers
+from .models import check_name, load_adapter, load_model, load_tokenizer, quiet_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.base)
     model = load_adapter(load_model(args.base, dtype), args.adapter)
     try:
-        merged = model.merge_and_unload(safe_merge=True)
+        merged = model.merge_and_unload(safe_merge=True, dequantize=True)
     except (ValueError, NotImplementedError) as error:
         raise CliError(f"cannot merge {args.adapter} into {args.base}: {first_line(error)}") from error
     make_room_for_biases(merged)
@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
 
 def check_paths(output: Path, adapter: Path, overwrite: bool) -> None:
     """Raise CliError if there is no adapter, or the output is not free."""
+    check_name(str(adapter), "load the adapter")
     if adapter.is_dir() and not (adapter / CONFIG_NAME).is_file():
         raise CliError(f"{adapter} is not an adapter: it has no {CONFIG_NAME}")
     if output.exists() and not output.is_dir():

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import importlib.util
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import METHOD_OPTIONS
@@ -45,47 +49,131 @@ def source_of(model: str) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": os.path.dirname(spec.origin), "gguf_file": EMBEDDED_FILE}
 
 
+def check_name(name: str, purpose: str) -> None:
+    """Raise CliError if there is no such folder, and the hub cannot have it: it would be asked again and again."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if os.path.isdir(name):
+        return
+    if os.path.exists(name):
+        raise CliError(f"cannot {purpose} {name}: it is a file; give a folder, or a name on the hub")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise CliError(f"cannot {purpose} {name}: there is no such folder") from error
+
+
+@contextlib.contextmanager
+def loading(purpose: str, model: str) -> Iterator[dict[str, Any]]:
+    """The arguments of transformers' `from_pretrained`; what it raises becomes a CliError.
+
+    Whatever that is: for files that are missing, damaged or do not fit, the libraries have no type in common.
+    """
+    from safetensors import SafetensorError
+
+    source = source_of(model)
+    folder = source["pretrained_model_name_or_path"]
+    check_name(folder, purpose)
+    try:
+        yield source
+    except Exception as error:
+        reason = first_line(error)
+        if isinstance(error, SafetensorError):
+            reason = f"{find_damaged(folder)} is damaged ({reason})"
+        elif not isinstance(error, (OSError, ValueError)):
+            reason = f"{type(error).__name__}: {reason}"
+        elif not os.path.isdir(folder):
+            reason = f"there is no such folder, and as a name on the hub: {reason}"
+        raise CliError(f"cannot {purpose} {model}: {reason}") from error
+
+
+def find_damaged(folder: str) -> str:
+    """Which file of a model's weights cannot be opened; safetensors does not say."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError:
+            return path.name
+    return "one of its files"
+
+
 def load_config(model: str) -> PretrainedConfig:
     """The configuration of a model; raises CliError if there is none."""
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(**source_of(model))
-    except (OSError, ValueError) as error:
-        raise CliError(f"cannot read the configuration of {model}: {first_line(error)}") from error
+    with loading("read the configuration of", model) as source:
+        return AutoConfig.from_pretrained(**source)
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; raises CliError if there is none."""
     from transformers import AutoTokenizer
 
+    with loading("load the tokenizer of", model) as source:
+        return AutoTokenizer.from_pretrained(**source)
+
+
+def quantization(name: str, dtype: torch.dtype) -> Any:
+    """transformers' configuration for a value of --quantize.
+
+    Raises:
+        CliError: the library is not installed.
+    """
+    import transformers
+
+    library, _, numbers = name.rpartition("-")
+    module = {"": "bitsandbytes", "quanto": "optimum.quanto"}.get(library, library)
     try:
-        return AutoTokenizer.from_pretrained(**source_of(model))
-    except (OSError, ValueError) as error:
-        raise CliError(f"cannot load the tokenizer of {model}: {first_line(error)}") from error
+        importlib.import_module(module)
+    except ImportError as error:
+        raise need(module.replace(".", "-"), f"--quantize {name}", "quantize") from error
+    if library == "quanto":
+        return transformers.QuantoConfig(weights=numbers)
+    if library == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    if numbers == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=numbers, bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
+    )
 
 
-def load_model(model: str, dtype: torch.dtype | str, kind: type | None = None) -> PreTrainedModel:
+def load_model(
+    model: str, dtype: torch.dtype | str, kind: type | None = None, quantize: str | None = None
+) -> PreTrainedModel:
     """A model, by default a causal language model.
 
     Args:
         model: folder, hub id, or "smollm2".
         dtype: of its weights; "auto": as they are stored.
         kind: transformers' class for it.
+        quantize: how to pack its linear layers; a value of --quantize.
 
     Raises:
         CliError: it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
-    try:
-        loaded = (kind or AutoModelForCausalLM).from_pretrained(**source_of(model), dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise CliError(f"cannot load the model {model}: {first_line(error)}") from error
-    if "gguf_file" in source_of(model):
-        # Its weights are plain numbers by now, but it still counts as quantised, and Trainer refuses to train it.
-        loaded.is_quantized, loaded.hf_quantizer = False, None
-        del loaded.config.quantization_config
+    from ..utils.quantization_utils import forget_quantization
+
+    packing = {"quantization_config": quantization(quantize, dtype)} if quantize else {}
+    with loading("load the model", model) as source:
+        from_file = "gguf_file" in source
+        # transformers does not pack while it reads a GGUF file.
+        loaded = (kind or AutoModelForCausalLM).from_pretrained(**source, dtype=dtype, **({} if from_file else packing))
+        if from_file:
+            forget_quantization(loaded)  # its weights are plain numbers by now
+        if from_file and packing:
+            tensors = loaded.state_dict()
+            loaded = type(loaded).from_pretrained(
+                None, config=loaded.config, state_dict=tensors, dtype=dtype, **packing
+            )
     # What an adapter's configuration names as its base; the folder of a Python package would mean nothing elsewhere.
     loaded.name_or_path = loaded.config.name_or_path = model
     return loaded
@@ -163,7 +251,8 @@ def load_adapter(model: PreTrainedModel, path: str, **options: Any) -> Any:
     """
     from peft import PeftModel
 
+    check_name(path, "load the adapter")
     try:
         return PeftModel.from_pretrained(model, path, **options)
-    except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CliError(f"cannot load the adapter {path}: {first_line(error)}") from error

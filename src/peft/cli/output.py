@@ -13,14 +13,15 @@ import dataclasses
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import write_atomically
 from .arguments import option
-from .common import CliError, beside, give_usual_modes, notice, remove_empty
-from .evaluate import METRICS_FILE, Measure
+from .common import CliError, NotFinite, beside, first_line, give_usual_modes, notice, remove_empty
+from .evaluate import METRICS_FILE, Measure, read_metrics, read_record
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -63,24 +64,28 @@ class Output:
         if not (resume or overwrite) and (begun or adapter):
             what = "an unfinished run (--resume goes on with it)" if begun else "an adapter"
             raise CliError(f"--output {folder} already holds {what}; --overwrite replaces it")
-        if resume and begun:
+        if self.finished:
+            self._run = read_metrics(folder)
+        elif resume:
             self._read_run()
 
     def _read_run(self) -> None:
         path = self.checkpoints / RUN_FILE
         try:
-            self._run = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise CliError(f"{path} is not valid JSON ({error}); --overwrite starts again") from error
-        if self._run["before"] is not None:
-            self.before = Measure(**self._run["before"])
+            self._run = read_record(path, "before")
+            if self._run["before"] is not None:
+                self.before = Measure(**self._run["before"])
+        except (CliError, TypeError) as error:
+            raise CliError(f"--resume: {first_line(error)}; --overwrite starts again") from error
         complete, _ = self._find_checkpoints()
         self.last_checkpoint = str(complete[-1]) if complete else None
 
     def _find_checkpoints(self) -> tuple[list[Path], list[Path]]:
-        """Checkpoints `(complete ones by step, others)`. Trainer writes trainer_state.json last."""
-        found = sorted(self.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-        complete = [path for path in found if is_json(path / "trainer_state.json")]
+        """Checkpoints `(whole ones by step, others)`. trainer_state.json is written last; torch's files are zips."""
+        found = [path for path in self.checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+        found.sort(key=lambda path: int(path.name.rpartition("-")[2]))
+        whole = (path for path in found if all(map(zipfile.is_zipfile, path.glob("*.pt*"))))
+        complete = [path for path in whole if is_json(path / "trainer_state.json")]
         return complete, [path for path in found if path not in complete]
 
     def identity(self, args: argparse.Namespace, digest: str) -> dict[str, Any]:
@@ -89,17 +94,18 @@ class Output:
         return {"arguments": arguments, "data_digest": digest}
 
     def check_same_run(self, args: argparse.Namespace, source: Source) -> None:
-        """Raise CliError if the run to resume is not the one that these arguments describe."""
+        """Raise CliError if the run to resume, finished or not, is not the one that these arguments describe."""
         if self._run is None:
             return
         now, then = self.identity(args, source.digest), self._run
-        for name in sorted(set(now["arguments"]) | set(then["arguments"])):
-            values = [identity["arguments"].get(name) for identity in (then, now)]
-            if values[0] != values[1]:
-                raise CliError(
-                    f"--resume: the run in {self.folder} was begun with {option(name)} {values[0]}, got {values[1]}; "
-                    f"give the same arguments, or --overwrite to start again"
-                )
+        old, new = then["arguments"], now["arguments"]
+        others = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+        if others:
+            begun, given = (", ".join(f"{option(name)} {values.get(name)}" for name in others) for values in (old, new))
+            raise CliError(
+                f"--resume: the run in {self.folder} was begun with {begun}, and not {given}; give the same "
+                f"arguments, or --overwrite to start again"
+            )
         source.check_digest(then["data_digest"], f"--resume: {args.data} has changed since {self.folder} was begun")
 
     # ---- Writing ----
@@ -114,9 +120,10 @@ class Output:
                 if self._writes:
                     self._begin(args, digest)
             yield
-        except BaseException:
+        except BaseException as error:
             if self._writes:
-                self._clean_up(made)
+                # The same command would diverge again. What an earlier one has left is not ours to remove.
+                self._clean_up(made, keep=self.last_checkpoint is not None or not isinstance(error, NotFinite))
             raise
 
     def _begin(self, args: argparse.Namespace, digest: str) -> None:
@@ -124,12 +131,13 @@ class Output:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
             self._run = {**self.identity(args, digest), "before": None}
         for incomplete in self._find_checkpoints()[1]:
+            notice(f"{incomplete} is not complete, or damaged: it is removed")
             shutil.rmtree(incomplete)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._write_run()
 
     def _write_run(self) -> None:
-        text = json.dumps(self._run, indent=2)
+        text = json.dumps(self._run, indent=2, allow_nan=False)
         write_atomically(self.checkpoints / RUN_FILE, lambda path: Path(path).write_text(text, encoding="utf-8"))
 
     def keep_before(self, before: Measure) -> None:
@@ -139,12 +147,18 @@ class Output:
             self._run["before"] = dataclasses.asdict(before)
             self._write_run()
 
-    def _clean_up(self, made: list[Path]) -> None:
-        """Remove what cannot be resumed; `made` are the folders that there were none of before, innermost first."""
+    def _clean_up(self, made: list[Path], keep: bool) -> None:
+        """Remove what cannot be resumed.
+
+        Args:
+            made: folders that there were none of before, innermost first.
+            keep: whether checkpoints that are complete are to be resumed.
+        """
         complete, incomplete = self._find_checkpoints()
-        for folder in incomplete if complete else [self.checkpoints]:
+        keep = keep and bool(complete)
+        for folder in incomplete if keep else [self.checkpoints]:
             shutil.rmtree(folder, ignore_errors=True)
-        if complete:
+        if keep:
             notice(f"{complete[-1]} is kept; the same command with --resume goes on from there")
         remove_empty(made)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import Any
@@ -9,9 +10,14 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .common import NotFinite
+
 
 class Progress(TrainerCallback):
-    """One bar on stderr, drawn by the first process. In a log file it is a line every ten seconds."""
+    """One bar on stderr, drawn by the first process. In a log file it is a line every ten seconds.
+
+    A loss that is no finite number ends the training.
+    """
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
@@ -59,6 +65,10 @@ class Progress(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if logs and "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise NotFinite(
+                    f"training diverged: the loss is {logs['loss']} at step {state.global_step}; lower --lr"
+                )
             self._shown["loss"] = f"{float(logs['loss']):.3f}"
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ CURVE_FILE = "loss.png"
 
 
 def write_metrics(metrics: dict[str, Any], folder: Path) -> None:
-    text = json.dumps(metrics, indent=2, ensure_ascii=False)
+    text = json.dumps(metrics, indent=2, allow_nan=False)
     (folder / METRICS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
@@ -39,12 +39,18 @@ def draw_curve(losses: list[tuple[int, float]], title: str, folder: Path) -> Non
         means.append(mean)
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="update step", ylabel="training loss", title=title)
+    axes = figure.add_subplot(xlabel="update step", ylabel="training loss")
+    axes.set_title(printable(title), parse_math=False)
     axes.plot(steps, values, color="C0", alpha=0.3, linewidth=1)
     axes.plot(steps, means, color="C0", linewidth=2)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     figure.savefig(folder / CURVE_FILE, dpi=120)
+
+
+def printable(title: str) -> str:
+    """A title without what is no Unicode, as the name of a file may hold; matplotlib would refuse it."""
+    return title.encode(errors="replace").decode()
 
 
 def summary(metrics: dict[str, Any], folder: Path) -> str:
@@ -139,7 +145,7 @@ def draw_deltas(deltas: dict[str, Delta], title: str, path: Path) -> None:
     size = (3 + max(4, 0.3 * len(numbers)), 1 + (0.8 + 0.3 * len(kinds)) * len(panels))
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title)
+    figure.suptitle(printable(title), parse_math=False)
     for axes, (label, value) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items()):
         grid = np.full((len(kinds), len(numbers)), np.nan)
         for name, (kind, number) in places.items():

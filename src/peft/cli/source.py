@@ -14,7 +14,7 @@ from .data import Example, content_of, encode_rows, read_rows, split_rows
 from .tasks import Task, task_row
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TASK_TRAIN_SIZE, TASK_EVAL_SIZE = 2000, 200
 
@@ -55,6 +55,21 @@ class Source:
         self.train_examples = self._encode("training", self.train, tokenizer, max_length, loss_on)
         # What is measured is the same whatever is trained on; with other arguments figures could not be compared.
         self.held_out_examples = self._encode("held-out", self.held_out, tokenizer, max_length, "completions")
+
+    def check_fit(self, model: PreTrainedModel) -> None:
+        """Raise CliError if the model has no embedding for one of the tokens, or for its position."""
+        examples = [*self.train_examples, *self.held_out_examples]
+        largest, longest = max(max(example.ids) for example in examples), max(len(example.ids) for example in examples)
+        rows = model.get_input_embeddings().weight.shape[0]
+        if largest >= rows:
+            raise CliError(
+                f"the tokenizer has a token {largest}, but the model only {rows} embeddings: they do not fit"
+            )
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and longest > positions:
+            raise CliError(
+                f"an example has {longest} tokens, but the model {positions} positions: give --max-length {positions}"
+            )
 
     def _encode(
         self, what: str, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int, loss_on: str

@@ -6,6 +6,7 @@ from the training problems if it turns up there as well (small tasks have few di
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
 import json
@@ -76,16 +77,22 @@ class Task:
         reserved = sorted({"seed", "size"} & set(self.settings))
         if reserved:
             raise CliError(f"--task-args cannot hold {reserved}: --seed, --train-size and --eval-size say these")
-        try:
+        with self._refusing():
             return reasoning_gym.create_dataset(self.name, seed=seed, size=count * TRIES, **self.settings)
-        except (TypeError, ValueError, AssertionError) as error:  # what its settings are checked with
-            raise CliError(
-                f"task {self.name} refuses --task-args {json.dumps(self.settings)}: {first_line(error)}"
-            ) from error
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """What a task says of wrong settings, at once or when it first uses them, becomes a CliError."""
+        try:
+            yield
+        except (TypeError, ValueError, AssertionError) as error:
+            settings = json.dumps(self.settings)
+            raise CliError(f"task {self.name} refuses --task-args {settings}: {first_line(error)}") from error
 
     def _generate(self, source: ProceduralDataset, count: int) -> Iterator[dict[str, Any]]:
         for i in range(count * TRIES):
-            problem = source[i]
+            with self._refusing():
+                problem = source[i]
             if not isinstance(problem["answer"], str):
                 raise CliError(f"task {self.name} comes without an answer to train on")
             yield problem

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from .arguments import TASK_PREFIX
-from .common import notice
+from .common import NotFinite, notice
 from .data import Collator, check_packing, pack, pad_id_of
 from .evaluate import Measure, measure, read_metrics
 from .models import add_adapter, load_model, load_tokenizer, make_adapter_config, quiet_transformers, resolve_dtype
@@ -44,12 +44,12 @@ def run(args: argparse.Namespace) -> None:
     """`peft train`."""
     fill_in_defaults(args)
     output = Output(Path(args.output), args.resume, args.overwrite)
+    source = read_source(args)
+    output.check_same_run(args, source)
     if output.finished:
         notice(f"the run in {output.folder} is finished; there is nothing to resume")
         print(summary(read_metrics(output.folder), output.folder))
         return
-    source = read_source(args)
-    output.check_same_run(args, source)
     config = make_adapter_config(args)
 
     import transformers
@@ -58,13 +58,14 @@ def run(args: argparse.Namespace) -> None:
     quiet_transformers()
     tokenizer = load_tokenizer(args.model)
     source.tokenize(tokenizer, args.max_length, args.loss_on)
-    base = load_model(args.model, resolve_dtype(args.dtype))
+    base = load_model(args.model, resolve_dtype(args.dtype), quantize=args.quantize)
+    source.check_fit(base)
     if args.packing:
         check_packing(base)
     if args.gradient_checkpointing:
-        # The first name is the new one in transformers 5.
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        from ..utils.other import enable_checkpointing
+
+        enable_checkpointing(base, {"use_reentrant": False})
     transformers.set_seed(args.seed)  # from here come SFT's first positions and LoRA's A
     model = add_adapter(base, config)
     training_args = make_training_args(args, output)
@@ -88,7 +89,7 @@ def make_training_args(args: argparse.Namespace, output: Output) -> TrainingArgu
     import torch
     from transformers import TrainingArguments
 
-    return TrainingArguments(
+    training_args = TrainingArguments(
         output_dir=str(output.checkpoints),
         num_train_epochs=args.epochs or 1.0,
         max_steps=args.max_steps or -1,
@@ -100,6 +101,7 @@ def make_training_args(args: argparse.Namespace, output: Output) -> TrainingArgu
         save_steps=args.save_steps or 0.25,  # a share of the run
         save_total_limit=2,
         logging_steps=1 / CURVE_POINTS,
+        logging_nan_inf_filter=False,  # Progress must see them
         include_num_input_tokens_seen="all" if args.packing else "non_padding",
         seed=args.seed,
         remove_unused_columns=False,
@@ -109,6 +111,13 @@ def make_training_args(args: argparse.Namespace, output: Output) -> TrainingArgu
         disable_tqdm=True,
         report_to="none",
     )
+    if training_args.n_gpu > 1:  # Trainer would drive all of them from this process by nn.DataParallel
+        notice(
+            f"one of {training_args.n_gpu} GPUs is used; for all of them start with torchrun --nproc-per-node "
+            f"{training_args.n_gpu} -m peft train ..."
+        )
+        training_args._n_gpu = 1
+    return training_args
 
 
 def make_trainer(
@@ -161,8 +170,13 @@ def train(
         trainer.train(resume_from_checkpoint=output.last_checkpoint)
     finally:
         progress.close()
+    if not all(parameter.isfinite().all() for parameter in model.parameters() if parameter.requires_grad):
+        raise NotFinite("training diverged: its last step has left weights that are no finite numbers; lower --lr")
     notice(f"measuring on {len(source.held_out_examples)} held-out examples after training")
-    after = measure(model, tokenizer, source, args.batch_size)
+    try:
+        after = measure(model, tokenizer, source, args.batch_size)
+    except NotFinite as error:
+        raise NotFinite(f"training diverged: {error}; lower --lr") from error
 
     metrics = collect_metrics(source, trainer, progress, before, after) | output.identity(args, source.digest)
     losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]

@@ -25,13 +25,14 @@ from ..utils.other import (
     shared_parameters,
 )
 from ..utils.placement import home_device, offload_hook, own_tensor, reshard
-from ..utils.quantization_utils import keep_trainable
+from ..utils.quantization_utils import forget_quantization, is_quantized, keep_trainable
 from ..utils.warning import warn
 from .ops import make_op
 from .parts import (
     cast_adapter_dtype,
     check_known,
     delete_adapter,
+    dequantize_layers,
     drop_trained_biases,
     keep_trained_biases,
     modules_with_adapters,
@@ -41,18 +42,31 @@ from .parts import (
     set_requires_grad,
     trained_biases,
 )
-from .targeting import TASK_HEAD_NAMES, is_target, keys_ending_in, resolve_all_linear, unmatched_entries
-from .tuners_utils import BASE_ADAPTER, BaseTunerLayer, as_list
+from .targeting import (
+    TASK_HEAD_NAMES,
+    is_never_called,
+    is_target,
+    keep_called,
+    keys_ending_in,
+    layer_index,
+    name_matches,
+    resolve_all_linear,
+    unmatched_entries,
+)
+from .tuners_utils import BASE_ADAPTER, BaseTunerLayer, MergeError, as_list
 
 
 def check_adapter_name(name: str) -> None:
     """Refuse names that a ModuleDict or a key of an adapter file cannot carry.
 
     Raises:
-        ValueError: an empty name, one with a dot, one of nn.Module's or of a dict's attributes, or `__base__`.
+        ValueError: an empty name, one with a dot, a slash or a control character, one of nn.Module's or of a dict's
+            attributes, or `__base__`.
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"An adapter's name must be a non-empty string, got {name!r}")
+    if not name.isprintable() or "/" in name or "\\" in name:
+        raise ValueError(f"An adapter's name is a folder's too, without slashes and control characters, got {name!r}")
     if "." in name:
         raise ValueError(f"An adapter's name must not contain a dot (it separates the parts of a key), got {name!r}")
     if name == BASE_ADAPTER:
@@ -99,6 +113,7 @@ class BaseTuner(nn.Module):
         super().__init__()
         self.model = model
         self.targeted_module_names: list[str] = []
+        self.merge_errors: dict[str, MergeError] = {}  # of the last merge, by the layer's name; packed weights only
         new = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         new = {name: config.for_model(model) for name, config in new.items()}
         had_config = hasattr(model, "peft_config")
@@ -110,7 +125,7 @@ class BaseTuner(nn.Module):
         self.peft_config.update(new)
         self._active_without_parts = [adapter_name]
         try:
-            self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+            self.inject_adapter(model, adapter_name, False, low_cpu_mem_usage, state_dict)
             self.set_adapter(adapter_name, inference_mode=self.peft_config[adapter_name].inference_mode)
         except Exception:
             for name in new:
@@ -181,14 +196,14 @@ class BaseTuner(nn.Module):
         self,
         model: nn.Module,
         adapter_name: str,
-        autocast_adapter_dtype: bool = False,
+        autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """Create adapter `adapter_name` (its configuration stands in `peft_config`) in all its targets.
 
         Raises:
-            ValueError: bad name, no default targets, or an unsupported target.
+            ValueError: bad name, no default targets, or an unsupported target (one that is never called, too).
             NoMatchingPeftModuleError: the patterns match no module.
         """
         check_adapter_name(adapter_name)
@@ -204,7 +219,7 @@ class BaseTuner(nn.Module):
         active, disabled = self.active_adapters, self._adapters_disabled
         if not config.inference_mode:
             keep_trainable(model)
-        shared, places = shared_parameters(model), Places(model)
+        shared, places, changes = shared_parameters(model), Places(model), []
         try:
             for key in targets:
                 parent, target, target_name = _get_submodules(model, key)
@@ -214,12 +229,16 @@ class BaseTuner(nn.Module):
                     self._create_and_replace(config, adapter_name, target, target_name, parent, key)
                 layer = model.get_submodule(key)
                 if layer is not target:
+                    keep_called(model, key, layer)
                     places.replace(target, layer)  # a module may stand in more places than the one called `key`
                     layer._active_adapter = list(active)
                     layer.enable_adapters(not disabled)
                 layer.op.shared |= id(layer.weight) in shared  # a merged layer has parted from the others for a while
+                changes.append(layer.base_change(adapter_name, config))
             wrap_modules_to_save(model, getattr(config, "modules_to_save", None) or [], adapter_name)
             _check_biases(model, config, adapter_name)
+            for change in filter(None, changes):
+                change()
         except Exception:
             self.take_back(adapter_name)
             raise
@@ -303,6 +322,11 @@ class BaseTuner(nn.Module):
             if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                 inside = (*inside, key + ".")
             if key in wanted if state_dict is not None else is_target(config, key):
+                if is_never_called(self.model, key):
+                    raise ValueError(
+                        f"Target module {key} is part of a MultiheadAttention of torch, which takes its weight without "
+                        "calling it, so an adapter would have no effect: add it to exclude_modules"
+                    )
                 targets[key] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
                 inside = (*inside, key + ".")
         if not targets and not getattr(config, "target_parameters", None):
@@ -318,9 +342,12 @@ class BaseTuner(nn.Module):
             for field in ("layers_to_transform", "layers_pattern", "exclude_modules")
             if getattr(config, field, None) is not None
         }
+        named = [key for key, _ in self.model.named_modules() if key and name_matches(config.target_modules, key)]
+        numbers = {layer_index(key, getattr(config, "layers_pattern", None)) for key in named}
         return (
             f"Target modules {wanted} not found in the base model"
             + (f" (with {limits})" if limits else "")
+            + (f"; without that there are some in the layers {sorted(numbers - {None})}" if numbers - {None} else "")
             + f". The model's module names end in: {', '.join(examples)}"
         )
 
@@ -346,9 +373,9 @@ class BaseTuner(nn.Module):
     def _move_to_base(self, layer: BaseTunerLayer, adapter_name: str) -> None:
         """Bring a new adapter to its base layer's device and (unless the method has its own) floating-point dtype."""
         base = layer.get_base_layer()
-        device, dtype = home_device(base), base.weight.dtype
+        device, dtype = home_device(base), layer.weight.dtype
         for _, parameter in layer.adapter_tensors(adapter_name):
-            cast = layer.widens_parameters and dtype.is_floating_point and parameter.is_floating_point()
+            cast = layer.widens_parameters and parameter.is_floating_point() and not is_quantized(base)
             where = parameter.device if parameter.is_meta else device
             parameter.data = parameter.data.to(where, dtype if cast else None)
 
@@ -445,6 +472,21 @@ class BaseTuner(nn.Module):
             for layer, count in before:
                 layer.unmerge_to(count)
             raise
+        self._report_merge_errors()
+
+    def _report_merge_errors(self) -> None:
+        errors = self.merge_errors = {
+            key: layer.merge_error
+            for key, layer in self.model.named_modules()
+            if isinstance(layer, BaseTunerLayer) and layer.merge_error is not None
+        }
+        if errors:
+            worst = max(errors, key=lambda key: errors[key].of_weight)
+            warn(
+                f"{len(errors)} merged weights were packed again, which rounds them. The error is "
+                f"{MergeError.total(errors.values())}; most in {worst}: {errors[worst]}; all are in merge_errors. "
+                "merge_and_unload(dequantize=True) gives an exact model with plain weights"
+            )
 
     def unmerge_adapter(self) -> None:
         reshard(self.model)
@@ -452,14 +494,45 @@ class BaseTuner(nn.Module):
             layer.unmerge()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        dequantize: bool | torch.dtype = False,
     ) -> nn.Module:
-        """Fold adapters (default: the active ones) into the base weights and give the plain model back."""
-        return self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
+        """Fold adapters (default: the active ones) into the base weights and give the plain model back.
+
+        Args:
+            dequantize: replace all packed weights of the model by plain ones, and fold into these, so that nothing is
+                rounded to the packed form again. True: in the type of the model's own plain parameters. A type: all of
+                the model gets it.
+
+        Raises:
+            TypeError: a packed weight that cannot be rewritten here (give `dequantize`).
+        """
+        return self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names, dequantize)
 
     def unload(self) -> nn.Module:
         """Give the base model back without its adapters."""
         return self._unload_and_optionally_merge(False)
+
+    def _merge_for_good(self, names: Sequence[str], safe_merge: bool, dequantize: bool | torch.dtype) -> None:
+        """Merge before any layer goes: an error leaves the model whole."""
+        if not dequantize:
+            self.merge_adapter(names, safe_merge)
+            return
+        merged = list(dict.fromkeys(name for layer in self.layers() for name in layer.merged_adapters))
+        if merged:
+            self.unmerge_adapter()  # what was merged before is not to be rounded either
+        packed = dequantize_layers(self.model, None if dequantize is True else dequantize)
+        try:
+            self.merge_adapter(list(dict.fromkeys([*merged, *names])), safe_merge)
+        except Exception:
+            places = Places(self.model)
+            for plain, layer in packed.items():
+                places.replace(plain, layer)
+            raise
+        forget_quantization(self.model)
 
     def _unload_and_optionally_merge(
         self,
@@ -467,13 +540,14 @@ class BaseTuner(nn.Module):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
+        dequantize: bool | torch.dtype = False,
     ) -> nn.Module:
         from tqdm import tqdm
 
         names = as_list(adapter_names) if adapter_names is not None else self.active_adapters
         self._check_known(names)
         if merge:
-            self.merge_adapter(names, safe_merge)  # all of it before any layer goes: an error leaves the model whole
+            self._merge_for_good(names, safe_merge, dequantize)
         drop_trained_biases(self.model)
         reshard(self.model)
         untied, places = False, Places(self.model)
@@ -493,6 +567,9 @@ class BaseTuner(nn.Module):
                 "The adapter changed a weight that the model ties to another; the merged model has them apart "
                 "(config.tie_word_embeddings is now False)",
             )
+        if isinstance(dequantize, torch.dtype):
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.to(dequantize if parameter.is_floating_point() else None)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
@@ -529,7 +606,12 @@ def _is_transformers_model(model: nn.Module) -> bool:
 
 def _check_biases(model: nn.Module, config, adapter_name: str) -> None:
     """Refuse to train biases that accelerate makes anew for every forward: their gradients would go nowhere."""
-    for name, _ in trained_biases(model, config, adapter_name) if not config.inference_mode else ():
+    if config.inference_mode or getattr(config, "bias", "none") == "none":
+        return
+    biases = list(trained_biases(model, config, adapter_name))
+    if not biases:
+        warn(f"bias={config.bias!r} has no effect: the layers that it means have no biases")
+    for name, _ in biases:
         if offload_hook(own_tensor(model, name)[0]) is not None:
             raise ValueError(f"bias={config.bias!r} cannot train {name}, which is off-loaded: use bias='none'")
 

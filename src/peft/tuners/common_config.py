@@ -35,6 +35,18 @@ class TargetedConfig(PeftConfig):
         _check_layer_selection(self)
 
 
+def check_pattern(pattern: str, name: str) -> None:
+    """Check that the option `name` holds a regular expression.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}={pattern!r} is not a valid regular expression: {error}") from error
+
+
 def _check_layer_selection(config: TargetedConfig) -> None:
     """Check what names modules and layers; lists of names become sets, as upstream has them in memory."""
     for name in ("target_modules", "exclude_modules"):
@@ -42,10 +54,7 @@ def _check_layer_selection(config: TargetedConfig) -> None:
         if isinstance(value, (list, tuple)):
             setattr(config, name, set(value))
         elif isinstance(value, str):
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"{name}={value!r} is not a valid regular expression: {error}") from error
+            check_pattern(value, name)
     if isinstance(config.target_modules, str) and config.target_modules.lower() != "all-linear":
         for name in ("layers_to_transform", "layers_pattern"):
             if getattr(config, name) is not None:

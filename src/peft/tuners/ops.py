@@ -15,6 +15,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
 from ..utils.placement import (
@@ -29,7 +30,15 @@ from ..utils.placement import (
     unhooked,
     whole_tensor,
 )
-from ..utils.quantization_utils import dequantize, is_quantized, requantize
+from ..utils.quantization_utils import (
+    dequantize,
+    is_quantized,
+    layer_before,
+    packed_state,
+    requantize,
+    stored_shape,
+    stored_weight,
+)
 
 
 class Op:
@@ -66,9 +75,14 @@ class Op:
         return tuple(self.weight_shape[2:])
 
     @property
+    def weight(self) -> torch.Tensor:
+        """The tensor with the numbers of the layer's weight, packed or not."""
+        return stored_weight(self.layer)
+
+    @property
     def stored_shape(self) -> torch.Size:
         """Shape of the logical weight as the layer stores it (a packed or sharded weight counts all its elements)."""
-        return logical_shape(self.layer.weight)
+        return stored_shape(self.layer)
 
     @property
     def weight_shape(self) -> torch.Size:
@@ -83,7 +97,8 @@ class Op:
     def load(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(W, b)`, whole and on the device where the layer runs; not copies where the layer holds them in the clear.
 
-        An off-loaded weight is fetched, a sharded one is gathered (by all processes together).
+        A packed weight is dequantised, an off-loaded one is fetched, a sharded one is gathered (by all processes
+        together).
 
         Raises:
             RuntimeError: the weight is not here and cannot be fetched.
@@ -91,7 +106,12 @@ class Op:
         with onloaded(self.layer):
             refuse_flattened(self.layer)
             bias = getattr(self.layer, "bias", None)
-            self._was_sharded |= is_sharded(self.layer.weight)
+            self._was_sharded |= is_sharded(self.weight)
+            if is_quantized(self.layer) and is_sharded(self.weight):
+                raise RuntimeError(
+                    f"The weight of {type(self.layer).__name__} is packed and sharded, and cannot be read in parts: "
+                    "save the adapter and do this in one process"
+                )
             return self.to_view(whole_tensor(dequantize(self.layer))), None if bias is None else whole_tensor(bias)
 
     def store(self, W: torch.Tensor, b: torch.Tensor | None) -> None:
@@ -99,20 +119,35 @@ class Op:
 
         Raises:
             RuntimeError: they are where they cannot be written.
+            TypeError: the weight is packed in a way that cannot be made here.
         """
         refuse_flattened(self.layer)
         self._refuse_computed()
         W = self.to_view(W.detach())
-        is_offloaded = offload_hook(self.layer) is not None
         if not is_quantized(self.layer):
             self._write("weight", W.to(self.layer.weight.dtype).contiguous())
-        elif is_offloaded:
+        elif offload_hook(self.layer) is not None:
             raise RuntimeError(
                 f"The packed weight of {type(self.layer).__name__} is off-loaded and cannot be rewritten: load the "
                 "model without off-loading"
             )
         else:
-            requantize(self.layer, W)
+            requantize(self.layer, W.contiguous())
+        self._store_bias(b)
+
+    def keep(self) -> tuple[dict[str, object], torch.Tensor | None] | None:
+        """What `put_back` needs to undo a `store` bit for bit, without a copy; None where the weight is not packed."""
+        state, bias = packed_state(self.layer), getattr(self.layer, "bias", None)
+        return None if state is None else (state, None if bias is None else bias.detach())
+
+    def put_back(self, kept: tuple[dict[str, object], torch.Tensor | None]) -> None:
+        state, bias = kept
+        for name, value in state.items():
+            setattr(self.layer, name, value)
+        self._store_bias(bias)
+
+    def _store_bias(self, b: torch.Tensor | None) -> None:
+        is_offloaded = offload_hook(self.layer) is not None
         bias = getattr(self.layer, "bias", None)
         if b is None:
             if bias is not None:
@@ -128,9 +163,26 @@ class Op:
         elif b is not bias:
             self._write("bias", b.detach().to(bias.dtype))
 
+    def plain(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """A layer that computes the same as this packed one, with its weight in the clear; None: in the type it has."""
+        W, b = self.load()
+        dtype = dtype or W.dtype
+        layer = layer_before(self.layer)
+        if layer is None:
+            with torch.device("meta"):
+                layer = self._empty(bias=b is not None)
+        layer.weight = nn.Parameter(self.to_view(W).to(dtype), requires_grad=False)
+        if b is not None:
+            layer.bias = nn.Parameter(b.detach().to(dtype), requires_grad=False)
+        return layer.train(self.layer.training)
+
+    def _empty(self, bias: bool) -> nn.Module:
+        """What `plain` fills."""
+        raise TypeError(f"{type(self.layer).__name__} cannot be replaced by a layer with a plain weight")
+
     def _refuse_computed(self) -> None:
         layer, name = self.layer, type(self.layer).__name__
-        if self._was_sharded and not is_sharded(layer.weight):
+        if self._was_sharded and not is_sharded(self.weight):
             raise RuntimeError(
                 f"The weight of {name} is sharded, and what is written into its gathered form would be lost: call "
                 "reshard() on the FSDP modules first"
@@ -163,8 +215,7 @@ class Op:
             parameter.data = value
 
     def _bias_dtype(self, b: torch.Tensor) -> torch.dtype:
-        weight = self.layer.weight
-        return weight.dtype if weight.is_floating_point() else b.dtype
+        return self.weight.dtype if self.weight.is_floating_point() else b.dtype
 
     @property
     def is_parted(self) -> bool:
@@ -204,28 +255,43 @@ class Op:
 class LinearOp(Op):
     kind = "Linear"
 
-    @property
-    def stored_shape(self) -> torch.Size:
-        layer = self.layer
-        if is_quantized(layer):
-            return torch.Size((layer.out_features, layer.in_features))
-        return super().stored_shape
-
     def op(self, x, W, b):
         return F.linear(x, W, b)
 
+    def _empty(self, bias):
+        return nn.Linear(self.in_features, self.out_features, bias)
 
-class Conv1DOp(Op):
+    # The product and its derivatives one by one, as an autograd function needs them; ConvOp has the same.
+
+    groups = 1
+
+    def framed(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def product(self, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+        return linear(x, W, b)
+
+    def input_gradient(self, gy: torch.Tensor, shape: torch.Size, W: torch.Tensor) -> torch.Tensor:
+        return gy @ W
+
+    def by_channel(self, t: torch.Tensor) -> torch.Tensor:
+        return t.reshape(-1, t.shape[-1])
+
+    def weight_gradient(
+        self, gy: torch.Tensor, x: torch.Tensor, start: int = 0, stop: int | None = None
+    ) -> torch.Tensor:
+        return gy[:, start:stop].T @ x
+
+
+class Conv1DOp(LinearOp):
     """transformers' `Conv1D` (GPT-2): a linear layer whose weight is stored (I, O)."""
 
-    kind = "Linear"
     transposed = True
-
-    def op(self, x, W, b):
-        return F.linear(x, W, b)
 
 
 class ConvOp(Op):
+    """A convolution. Its weight is (O, I / G, *K): every one of G groups of channels sees its own part of the input."""
+
     channel_dim = 1
 
     @property
@@ -236,8 +302,88 @@ class ConvOp(Op):
     def in_features(self) -> int:
         return self.layer.in_channels
 
+    @property
+    def groups(self) -> int:
+        return self.layer.groups
+
     def op(self, x, W, b):
         return self.layer._conv_forward(x, W, b)
+
+    def _empty(self, bias):
+        old = self.layer
+        return getattr(nn, self.kind)(
+            old.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation, old.groups,
+            bias, old.padding_mode,
+        )  # fmt: skip
+
+    @property
+    def _pads(self) -> bool:
+        """Whether the convolution itself pads, with zeros; else `framed` has to."""
+        return self.layer.padding_mode == "zeros" and not isinstance(self.layer.padding, str)
+
+    @property
+    def _geometry(self) -> tuple:
+        layer, none = self.layer, (0,) * len(self.kernel)
+        return layer.stride, layer.padding if self._pads else none, layer.dilation, False, none
+
+    def framed(self, x: torch.Tensor) -> torch.Tensor:
+        """The input (N, C, *S), or (C, *S), as `product` takes it: with N, and padded where it does not pad."""
+        x = x if x.dim() == 2 + len(self.kernel) else x.unsqueeze(0)
+        if self._pads:
+            return x
+        mode = self.layer.padding_mode
+        return F.pad(x, self.layer._reversed_padding_repeated_twice, "constant" if mode == "zeros" else mode)
+
+    def product(self, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+        """`op` for a framed input, in memory of its own; (N, O, *L)."""
+        return torch.convolution(x, W, b, *self._geometry, self.groups)
+
+    def input_gradient(self, gy: torch.Tensor, shape: torch.Size, W: torch.Tensor) -> torch.Tensor:
+        """The gradient of the framed input, of this shape, from that of the output (N, O, *L)."""
+        x = gy.new_empty(1).expand(shape)
+        return _convolution_backward(gy, x, W, None, *self._geometry, self.groups, (True, False, False))[0]
+
+    def by_channel(self, t: torch.Tensor) -> torch.Tensor:
+        """Input or output as `weight_gradient` takes it: channels in dimension 1."""
+        return t
+
+    def weight_gradient(
+        self, gy: torch.Tensor, x: torch.Tensor, start: int = 0, stop: int | None = None
+    ) -> torch.Tensor:
+        """Rows `start` to `stop` of the weight's gradient, (stop - start, I / G, *K).
+
+        Args:
+            gy: (N, O, *L) gradient of the output; some channels of it if G = 1.
+            x: (N, I, *S) the framed input, or some channels of it, equally many of each group.
+        """
+        stop = gy.shape[1] if stop is None else stop
+        outputs, inputs = gy.shape[1] // self.groups, x.shape[1] // self.groups
+        parts = []
+        while start < stop:  # whole groups together, parts of one each for itself
+            group, within = divmod(start, outputs)
+            whole = 0 if within else (stop - start) // outputs
+            count = whole * outputs or min(outputs - within, stop - start)
+            groups = whole or 1
+            weight = gy.new_empty(1).expand(count, inputs, *self.kernel)
+            some = gy[:, start : start + count], x[:, group * inputs : (group + groups) * inputs]
+            mask = (False, True, False)
+            parts.append(_convolution_backward(*some, weight, None, *self._geometry, groups, mask)[1])
+            start += count
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else gy.new_empty(0, inputs, *self.kernel)
+
+    def windows(self, x: torch.Tensor, size: torch.Size) -> torch.Tensor:
+        """What each weight is multiplied with, (I, *K, N, *L): a view of the input, or of a padded copy.
+
+        Args:
+            x: (N, I, *S), framed.
+            size: of the output, L.
+        """
+        strides, padding, dilations, *_ = self._geometry
+        x = F.pad(x, [n for p in reversed(padding) for n in (p, p)]) if any(padding) else x
+        batch, channel, *steps = x.stride()
+        taps = [step * dilation for step, dilation in zip(steps, dilations)]
+        moves = [step * stride for step, stride in zip(steps, strides)]
+        return x.as_strided((x.shape[1], *self.kernel, len(x), *size), (channel, *taps, batch, *moves))
 
 
 class EmbeddingOp(Op):
@@ -246,13 +392,42 @@ class EmbeddingOp(Op):
     kind = "Embedding"
     transposed = True
 
-    def op(self, x, W, b):
-        table = W.T
+    def op(self, x, W, b, *args, **kwargs):
+        if self.own_forward is not None:
+            with unhooked(self.own_forward):
+                return torch.func.functional_call(self.own_forward, {"weight": W.T}, (x, *args), kwargs)
+        return self._lookup(x, W.T, self.layer.padding_idx)
+
+    def _lookup(self, x: torch.Tensor, table: torch.Tensor, padding_idx: int | None) -> torch.Tensor:
         layer = self.layer
         # Not with `layer.sparse`: the table comes out of an adapter, and through that no sparse gradient can go.
-        y = F.embedding(x, table, layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq)
+        y = F.embedding(x, table, padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq)
         scale = self.embed_scale
         return y if scale is None else y * scale.to(y.dtype)
+
+    def _empty(self, bias):
+        old = self.layer
+        if self.embed_scale is not None:
+            return super()._empty(bias)
+        return nn.Embedding(
+            old.num_embeddings, old.embedding_dim, old.padding_idx, old.max_norm, old.norm_type, old.scale_grad_by_freq
+        )
+
+    def vectors(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The vectors (U, O) of some tokens (U,), a copy."""
+        return F.embedding(tokens, self.load()[0].T)
+
+    def op_on(self, x: torch.Tensor, tokens: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        """`op` with a table of which only some rows are given.
+
+        Args:
+            x: places in `tokens`.
+            tokens: (U,) distinct.
+            vectors: (U, O).
+        """
+        if self.layer.padding_idx is not None:  # this row is used, but has no gradient
+            vectors = torch.where((tokens == self.layer.padding_idx)[:, None], vectors.detach(), vectors)
+        return self._lookup(x, vectors, None)
 
     def add_shift(self, W, b, shift):
         # A table has no bias, but every row can carry the shift.
@@ -264,6 +439,13 @@ class EmbeddingOp(Op):
         """The factor that some embeddings (Gemma's) multiply their rows by; deltas of the table are scaled too."""
         scale = getattr(self.layer, "embed_scale", None)
         return scale if scale is None or torch.is_tensor(scale) else torch.tensor(scale)
+
+    @property
+    def own_forward(self) -> nn.Module | None:
+        """The layer if it does more than to look up its input (OPT's positions); its forward then has to be called."""
+        layer = vars(self.layer).get("plain", self.layer)  # of a packed one
+        own = layer is not None and type(layer).forward is not nn.Embedding.forward and self.embed_scale is None
+        return layer if own else None
 
 
 class NormOp(Op):
@@ -359,21 +541,26 @@ def linear(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Te
     return y
 
 
+_convolution_backward = torch.ops.aten.convolution_backward
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether calling `module` (nn.Linear, Conv1D) is exactly its product, with nothing that wants to see the call.
+_LINEAR = (nn.Linear,)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def is_plain(module: nn.Module, types: tuple[type, ...] = _LINEAR) -> bool:
+    """Whether calling `module` (of one of `types`, or Conv1D) is its product and nothing else, seen by nobody.
 
     Not plain: subclasses (FSDP, parametrisations, quantised), hooks (off-loading, ZeRO-3, the user's), a replaced
     `forward` (accelerate), tensor subclasses as weights (DTensor).
     """
-    if not (type(module) is nn.Linear or _is_conv1d(module)) or "forward" in module.__dict__:
+    if not (type(module) in types or _is_conv1d(module)) or "forward" in module.__dict__:
         return False
     if any(getattr(module, name) for name in _HOOKS):
         return False
-    return type(module.weight) in (nn.Parameter, torch.Tensor)
+    return type(module.weight) in (nn.Parameter, torch.Tensor, FakeTensor)  # fake ones stand for plain ones
 
 
 def no_global_hooks() -> bool:

@@ -13,9 +13,17 @@ import torch
 from torch import nn
 
 from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING, is_adapter_key
-from ..utils.other import AdapterParts, AuxiliaryTrainingWrapper, Places
+from ..utils.other import (
+    AdapterParts,
+    AuxiliaryTrainingWrapper,
+    Places,
+    id_tensor_storage,
+    shared_parameters,
+)
 from ..utils.placement import reshard
+from ..utils.quantization_utils import is_quantized, stored_weight
 from ..utils.warning import warn
+from .ops import make_op
 from .tuners_utils import BaseTunerLayer, as_list
 
 _BIASES = "_peft_trained_biases"  # attribute of a base model: its `TrainedBiases`, if an adapter trains any
@@ -228,3 +236,35 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
             for _, parameter in layer.adapter_tensors(adapter_name):
                 if parameter.dtype in (torch.float16, torch.bfloat16):
                     parameter.data = parameter.data.float()
+
+
+def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> dict[nn.Module, nn.Module]:
+    """Replace every packed layer of a model by one with the same weight in the clear; tied weights stay tied.
+
+    Args:
+        dtype: of the weights; None: the type of the model's first plain parameter, or, in a model that has none, what
+            each layer computes in.
+
+    Returns:
+        `{new layer: packed layer}`.
+    """
+    packed = [layer for layer in model.modules() if is_quantized(layer)]
+    others = {id(parameter) for layer in packed for parameter in layer.parameters()}
+    for part in parts(model):
+        others |= {id(parameter) for name in part._available_adapters for _, parameter in part.adapter_tensors(name)}
+    if dtype is None:
+        own = (p.dtype for p in model.parameters() if id(p) not in others and p.is_floating_point())
+        dtype = next(own, None)
+    places, replaced, weights = Places(model), {}, {}
+    for layer in packed:
+        plain = make_op(layer).plain(dtype)
+        held = stored_weight(layer)
+        has_memory = not (held.is_meta or hasattr(held, "__tensor_flatten__"))  # tensors around others have none
+        plain.weight = weights.setdefault(id_tensor_storage(held) if has_memory else id(held), plain.weight)
+        places.replace(layer, plain)
+        replaced[plain] = layer
+    shared = shared_parameters(model)
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.op.shared = id(layer.weight) in shared
+    return replaced

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
-from ..utils.quantization_utils import is_quantized
-from .ops import _is_conv1d
+from .ops import make_op
 
 TASK_HEAD_NAMES = (*SEQ_CLS_HEAD_NAMES, "qa_outputs")
 SHORTEN_FROM = 20  # upstream's number: configurations that mean the same layers are then the same
@@ -116,7 +115,26 @@ def unmatched_entries(
 
 
 def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_conv1d(module) or is_quantized(module)
+    op = make_op(module)
+    return op is not None and op.kind == "Linear"
+
+
+def is_never_called(model: nn.Module, key: str) -> bool:
+    """Whether torch takes the weight of module `key` and never calls it: an adapter around it would do nothing."""
+    return isinstance(model.get_submodule(key.rpartition(".")[0]), nn.MultiheadAttention)
+
+
+def keep_called(model: nn.Module, key: str, layer: nn.Module) -> None:
+    """Keep torch from taking the weights of a transformer layer's parts, among them `layer`, and calling none of them.
+
+    In evaluation it does that (the "fast path"), unless one of the parts has a hook.
+    """
+    if isinstance(model.get_submodule(key.rpartition(".")[0]), nn.TransformerEncoderLayer):
+        layer.register_forward_pre_hook(_do_nothing)
+
+
+def _do_nothing(layer: nn.Module, args: tuple) -> None:
+    pass
 
 
 def output_head_names(model: nn.Module) -> set[str]:
@@ -155,7 +173,7 @@ def resolve_all_linear(model: nn.Module, target_modules, is_adapter_layer=lambda
     names = set()
     for name, module in model.named_modules():
         adapted = is_adapter_layer(module)
-        if name in heads or not (adapted or is_linear(module)):
+        if name in heads or not (adapted or is_linear(module)) or is_never_called(model, name):
             continue
         if is_linear(module.get_base_layer() if adapted else module):
             names.add(name)

@@ -10,7 +10,9 @@ Several active adapters compose in the order in which they are listed: layer `F_
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,17 +20,48 @@ from torch import nn
 from .._lazy import explain_missing
 from ..utils.mixed_batch import run_by_row
 from ..utils.other import AdapterParts
-from ..utils.placement import whole_modules
+from ..utils.placement import onloaded as onload_layer, whole_modules  # noqa: F401  (others import the first)
 from ..utils.warning import warn
 from .ops import Op, make_op
 
-__all__ = ["AdditiveLayer", "BASE_ADAPTER", "BaseTunerLayer", "WeightSpaceLayer"]
+__all__ = ["AdditiveLayer", "BASE_ADAPTER", "BaseTunerLayer", "MergeError", "WeightSpaceLayer"]
 
 BASE_ADAPTER = "__base__"  # in a mixed batch: this row goes through the base model
 
 
 def as_list(names: str | Sequence[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
+
+
+class MergeError(NamedTuple):
+    """What packing a merged weight again has cost, as Frobenius norms over one layer, or over several (`total`)."""
+
+    error: float
+    """Of the stored weight less the exact one."""
+    weight: float
+    """Of the exact merged weight."""
+    change: float
+    """Of what the adapters changed in the weight."""
+
+    @classmethod
+    def total(cls, errors: Iterable[MergeError]) -> MergeError:
+        return cls(*(math.hypot(*norms) for norms in zip(*errors)))
+
+    @property
+    def of_weight(self) -> float:
+        """The error as a share of the weight."""
+        return self.error / (self.weight or 1.0)
+
+    def __str__(self) -> str:
+        return f"{self.of_weight:.2%} of the weight, {self.error / (self.change or 1.0):.0%} of the change"
+
+
+class _Merge(NamedTuple):
+    """What one call of `merge` leaves behind."""
+
+    memories: dict[str, object]  # adapter -> what `unfold` needs
+    kept: object  # `Op.keep`; where the weight is packed this is put back, and nothing is unfolded
+    error: MergeError | None
 
 
 class BaseTunerLayer(AdapterParts):
@@ -48,7 +81,7 @@ class BaseTunerLayer(AdapterParts):
     def __init__(self, base_layer: nn.Module):
         self.base_layer = base_layer
         self.merged_adapters: list[str] = []
-        self._merge_memory: dict[str, object] = {}
+        self._merges: list[_Merge] = []
         self._init_flags()
 
     # The mathematics, one method each
@@ -56,6 +89,13 @@ class BaseTunerLayer(AdapterParts):
     def update_layer(self, name: str, config) -> None:
         """Create the parameters of adapter `name`."""
         raise NotImplementedError
+
+    def base_change(self, name: str, config) -> Callable[[], None] | None:
+        """For initialisations that change the base weight: what does it, when all layers have agreed.
+
+        Called when the layer is in its place in the model.
+        """
+        return None
 
     def pre(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """What the adapter does to the layer's input."""
@@ -112,7 +152,7 @@ class BaseTunerLayer(AdapterParts):
 
     @property
     def weight(self) -> torch.Tensor:
-        return self.get_base_layer().weight
+        return self.op.weight
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -186,13 +226,14 @@ class BaseTunerLayer(AdapterParts):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters (default: the active ones) into the base weight.
 
-        Half-precision weights are folded in float32 and rounded once.
+        Half-precision and packed weights are folded in float32 and rounded, or packed again, once.
 
         Args:
             safe_merge: check every result before anything is written.
 
         Raises:
             ValueError: `safe_merge` met a value that is not finite.
+            TypeError: the weight is packed in a way that cannot be made here.
         """
         names = self.active_adapters if adapter_names is None else as_list(adapter_names)
         for name in names:
@@ -200,19 +241,27 @@ class BaseTunerLayer(AdapterParts):
                 warn(f"Adapter {name!r} is merged already, nothing to do")
         if safe_merge:
             self.check_merge(names)
-        before = len(self.merged_adapters)
-        try:
-            for name in self._mergeable(names):
-                W, b = self.op.load()
-                with self.whole_adapter(name):
-                    memory = self.remember(name, W, b)
-                    W, b = self.fold(name, _wide(W), None if b is None else _wide(b))
-                self.op.store(W, b)
-                self._merge_memory[name] = memory
-                self.merged_adapters.append(name)
-        except Exception:
-            self.unmerge_to(before)
-            raise
+        names = self._mergeable(names)
+        if not names:
+            return
+        base, b = self.op.load()
+        kept, memories, W = self.op.keep(), {}, base
+        for name in names:
+            with self.whole_adapter(name):
+                memories[name] = self.remember(name, W, b) if kept is None else None
+                W, b = self.fold(name, _wide(W), None if b is None else _wide(b))
+        self.op.store(W, b)
+        error = None
+        if kept is not None:
+            stored, _ = self.op.load()
+            error = MergeError(*(t.float().norm().item() for t in (stored.float() - W, W, W - base.float())))
+        self._merges.append(_Merge(memories, kept, error))
+        self.merged_adapters += names
+
+    @property
+    def merge_error(self) -> MergeError | None:
+        """What packing the merged weight has cost, last time; None: nothing is merged, or the weight is not packed."""
+        return self._merges[-1].error if self._merges else None
 
     @torch.no_grad()
     def check_merge(self, adapter_names: Sequence[str]) -> None:
@@ -253,14 +302,18 @@ class BaseTunerLayer(AdapterParts):
     @torch.inference_mode(False)
     @torch.no_grad()
     def unmerge_to(self, count: int) -> None:
-        """Take merged adapters out again, the last first, until `count` are left."""
+        """Take merged adapters out again, the last first, until `count` are left (as after an earlier `merge`)."""
         while len(self.merged_adapters) > count:
-            W, b = self.op.load()
-            name = self.merged_adapters[-1]
-            with self.whole_adapter(name):
-                W, b = self.unfold(name, W, b, self._merge_memory.pop(name))
-            self.op.store(W, b)
-            self.merged_adapters.pop()
+            merge = self._merges.pop()
+            if merge.kept is not None:
+                self.op.put_back(merge.kept)
+            else:
+                W, b = self.op.load()
+                for name, memory in reversed(merge.memories.items()):
+                    with self.whole_adapter(name):
+                        W, b = self.unfold(name, W, b, memory)
+                self.op.store(W, b)
+            del self.merged_adapters[-len(merge.memories) :]
         if not self.merged:
             self.op.retie()
 
@@ -333,7 +386,8 @@ class AdditiveLayer(BaseTunerLayer):
 
     def delta(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """The adapter's change of the output for the input `x`."""
-        return self.op.op(x, self.delta_weight(name).to(self.weight.dtype), None)
+        D = self.delta_weight(name)
+        return self.op.op(x, D.to(x.dtype) if x.is_floating_point() else D, None)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """`delta_weight` in the orientation in which the base layer stores its weight."""
@@ -368,6 +422,7 @@ explain_missing(
     {
         "BaseTuner": "peft.tuners.base",
         "get_pattern_key": "peft.tuners.targeting",
+        "init_empty_weights": "accelerate",
         **dict.fromkeys(
             ["cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad"], "peft.tuners.parts"
         ),

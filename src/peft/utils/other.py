@@ -18,6 +18,7 @@ from .constants import (  # noqa: F401  (other libraries import the constants fr
 )
 from .mixed_batch import run_by_row
 from .placement import independent_copy
+from .quantization_utils import find_backend
 
 
 class AdapterParts:
@@ -248,6 +249,13 @@ def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int, decoder_start
     return shifted.masked_fill(shifted == -100, pad_token_id)
 
 
+def enable_checkpointing(model: nn.Module, options: dict | None = None) -> None:
+    """Let a transformers model compute activations inside of its blocks twice instead of keeping them."""
+    # The first name is the new one in transformers 5.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)
+
+
 def prepare_model_for_kbit_training(
     model: nn.Module,
     use_gradient_checkpointing: bool = True,
@@ -256,17 +264,21 @@ def prepare_model_for_kbit_training(
 ) -> nn.Module:
     """Make a quantised model ready for training adapters on it.
 
-    All its parameters are frozen, those held in half precision (norms, embeddings, heads) are widened to float32, and
-    gradient checkpointing is switched on, with the inputs made to require gradients where the checkpoints need it.
+    All its parameters are frozen, those held in half precision (norms, embeddings, heads) are widened to float32 if its
+    packed layers take float32 inputs (those of bitsandbytes and torchao's int8 do), and gradient checkpointing is
+    switched on, with the inputs made to require gradients where the checkpoints need it.
 
     Args:
         model: a transformers model; changed in place and returned.
         gradient_checkpointing_kwargs: as in `PreTrainedModel.gradient_checkpointing_enable`.
         auto_clear_cache: give freed accelerator memory back between the casts.
     """
+    packed = [(layer, backend) for layer in model.modules() if (backend := find_backend(layer)) is not None]
+    left = {id(parameter) for layer, _ in packed for parameter in layer.parameters()}
+    widen = all(backend.casts_input for _, backend in packed)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-        if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit":
+        if widen and id(parameter) not in left and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
     if auto_clear_cache and torch.accelerator.is_available():
         torch.accelerator.memory.empty_cache()
@@ -274,9 +286,7 @@ def prepare_model_for_kbit_training(
         options = gradient_checkpointing_kwargs or {}
         if options.get("use_reentrant", True):
             model.enable_input_require_grads()
-        # The first name is the new one in transformers 5.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable(options or None)
+        enable_checkpointing(model, options or None)
     return model
 
 

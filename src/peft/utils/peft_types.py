@@ -59,6 +59,7 @@ class PeftType(str, enum.Enum):
     SFT = "SFT"
     SSF = "SSF"
     COMPACT_LORA = "COMPACT_LORA"
+    FINETUNA = "FINETUNA"
 
 
 class TaskType(str, enum.Enum):

@@ -36,9 +36,10 @@ def offload_hook(module: nn.Module):
 def home_device(module: nn.Module) -> torch.device:
     """Where a module's adapters belong: with its parameters, or where accelerate brings these when they are needed."""
     for owner in module.modules():
-        for parameter in filter(lambda p: p is not None, owner._parameters.values()):
-            device = parameter.device
-            for hook in align_hooks(owner) if parameter.is_meta else ():
+        # Some libraries keep packed weights in buffers.
+        for tensor in (t for held in (owner._parameters, owner._buffers) for t in held.values() if t is not None):
+            device = tensor.device
+            for hook in align_hooks(owner) if tensor.is_meta else ():
                 if hook.execution_device is not None:  # it may be 0, the first GPU
                     device = torch.device(hook.execution_device)
             return device
@@ -253,7 +254,7 @@ def refuse_flattened(layer: nn.Module) -> None:
     Raises:
         RuntimeError: it has.
     """
-    weight = layer.weight
+    weight = getattr(layer, "weight", None)  # packed ones may be called otherwise, and are never flattened
     is_freed = type(weight) in (torch.Tensor, nn.Parameter) and not weight.is_meta and _memory(weight) < weight.nbytes
     if getattr(weight, "_fsdp_flattened", False) or is_freed:
         raise RuntimeError(

@@ -6,15 +6,17 @@ saving and loading alike: the adapter's name is left out, everything else stays.
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
 from collections import namedtuple
-from collections.abc import Container, Iterable
+from collections.abc import Container
 
 import torch
 from torch import nn
 
 from .._lazy import explain_missing
-from .constants import SAFETENSORS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from .constants import DUMMY_TARGET_MODULES, SAFETENSORS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .other import AuxiliaryTrainingWrapper
 from .placement import (
     OffloadedTensor,
@@ -28,6 +30,7 @@ from .placement import (
     whole_tensor,
     whole_tensors,
 )
+from .quantization_utils import is_quantized
 from .warning import warn
 
 IncompatibleKeys = namedtuple("IncompatibleKeys", ["missing_keys", "unexpected_keys"])
@@ -86,6 +89,7 @@ def _embedding_keys(model: nn.Module, save_embedding_layers: bool | str, config,
     if save_embedding_layers == "auto":
         if not _vocabulary_changed(model, config):
             modules = [m for m in modules if isinstance(m, BaseTunerLayer) and adapter_name in m._available_adapters]
+            modules = [m for m in modules if not is_quantized(m.get_base_layer())]  # the base model is packed anew
         if modules:
             warn(
                 "The base model's embeddings are saved with the adapter, because the adapter targets them or the "
@@ -136,12 +140,17 @@ def get_peft_model_state_dict(
             the vocabulary was resized.
 
     Raises:
-        ValueError: no such adapter.
+        ValueError: no such adapter, or no tensors of it (it has been unloaded).
     """
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
     config = _config_of(model, adapter_name)
     keys = adapter_keys(model, adapter_name)
+    if not keys and getattr(config, "target_modules", None) != DUMMY_TARGET_MODULES:
+        raise ValueError(
+            f"The model has no tensors of adapter {adapter_name!r} any more: save it before unload() or "
+            "merge_and_unload(); what they return is saved with its own save_pretrained"
+        )
     keys.update({name: _plain_name(name) for name in _bias_keys(model, config, adapter_name)})
     embeddings = _embedding_keys(model, save_embedding_layers, config, adapter_name)
     if embeddings and any(getattr(module, "merged", False) for module in model.modules()):
@@ -328,7 +337,7 @@ def load_peft_weights(
         hf_hub_download_kwargs: `subfolder`, `revision`, `token`, `cache_dir`, ...
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, or it is damaged.
     """
     import re
 
@@ -340,30 +349,41 @@ def load_peft_weights(
     names = [SAFETENSORS_WEIGHTS_NAME, SAFETENSORS_INDEX_NAME, WEIGHTS_NAME]
     path = find_first(model_id, names, "adapter weights", **hub)
     if path.endswith(SAFETENSORS_INDEX_NAME):
-        tensors = _load_safetensors(_shards(path, model_id, hub), device)
-    elif path.endswith(SAFETENSORS_WEIGHTS_NAME):
-        tensors = _load_safetensors([path], device)
+        shards = _shards(path, model_id, hub)
+        tensors = {key: tensor for shard in shards for key, tensor in read_tensors(shard, device).items()}
     else:
-        tensors = torch.load(path, map_location=device, weights_only=True)
+        tensors = read_tensors(path, device)
     for pattern, replacement in (key_mapping or {}).items():
         tensors = {re.sub(pattern, replacement, key): tensor for key, tensor in tensors.items()}
     return tensors
 
 
 def _shards(index_path: str, model_id, hub: dict) -> list[str]:
-    import json
+    from ..config import PeftConfigMixin, find_first
 
-    from ..config import find_first
-
-    with open(index_path, encoding="utf-8") as file:
-        names = sorted(set(json.load(file)["weight_map"].values()))
+    index = PeftConfigMixin.from_json_file(index_path)
+    if not isinstance(index.get("weight_map"), dict):
+        raise ValueError(f"{index_path!r} must hold an object weight_map, which says where each tensor is")
+    names = sorted(set(index["weight_map"].values()))
     return [find_first(model_id, [name], f"a shard that {SAFETENSORS_INDEX_NAME} names", **hub) for name in names]
 
 
-def _load_safetensors(paths: Iterable[str], device) -> dict[str, torch.Tensor]:
+def read_tensors(path: str, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+    """Read a file of tensors, `*.safetensors` or what torch.save wrote; raises ValueError if it is damaged."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return {key: tensor for path in paths for key, tensor in load_file(path, device=str(device)).items()}
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path, device=str(device))
+        return torch.load(path, map_location=device, weights_only=True)
+    except (SafetensorError, EOFError, pickle.UnpicklingError, RuntimeError, OSError) as error:
+        # torch tells an incomplete file from lack of memory by the text only, or it has sought before the beginning.
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        raise ValueError(f"{path!r} is damaged, or no file of tensors: {error}") from error
 
 
 def write_adapter(tensors: dict[str, torch.Tensor], folder: str, safe_serialization: bool = True) -> None:

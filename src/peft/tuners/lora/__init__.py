@@ -1,7 +1,7 @@
 """Low-rank adaptation (LoRA, arXiv 2106.09685)."""
 
 from ..._lazy import explain_missing
-from .config import LoraConfig, LoraRuntimeConfig
+from .config import LoftQConfig, LoraConfig, LoraRuntimeConfig
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 from .model import LoraModel
 
@@ -11,6 +11,7 @@ __all__ = [
     "Conv3d",
     "Embedding",
     "Linear",
+    "LoftQConfig",
     "LoraConfig",
     "LoraLayer",
     "LoraModel",

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
 from ..._lazy import explain_missing
 from ...config import documented
 from ...utils.peft_types import PeftType
-from ..common_config import TargetedConfig
+from ..common_config import TargetedConfig, check_pattern
 
-INIT_NAMES = ("gaussian", "orthogonal")
+INIT_NAMES = ("gaussian", "orthogonal", "loftq")
 # Initialisations of upstream's that are not in this version. An adapter's file brings its tensors, whatever they were
 # initialised with; but some of the methods take the initial delta out of the base weights, and the file is for those.
 INITS_NOT_YET = ("eva", "mica")
-INITS_NOT_YET_THAT_CHANGE_THE_BASE = ("corda", "lora_ga", "loftq", "olora", "pissa")  # and pissa_niter_<number>
-INIT_FIELDS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")  # how to initialise, and nothing else
+INITS_NOT_YET_THAT_CHANGE_THE_BASE = ("corda", "lora_ga", "olora", "pissa")  # and pissa_niter_<number>
+INIT_FIELDS = ("eva_config", "corda_config", "lora_ga_config")  # how to initialise, and nothing else
 # Switches of upstream's whose method is not in this version: field -> what it would be.
 NOT_YET = {
     "megatron_config": "Megatron parallel layers",
     "trainable_token_indices": "trainable tokens",
-    "loftq_config": "LoftQ",
     "eva_config": "EVA initialisation",
     "corda_config": "CorDA initialisation",
     "lora_ga_config": "LoRA-GA initialisation",
@@ -40,6 +40,27 @@ NOT_YET = {
 
 
 @dataclass
+class LoftQConfig:
+    """How LoftQ (arXiv 2310.08659) quantises.
+
+    Raises:
+        ValueError: a value outside its range; it is named with the rule.
+    """
+
+    loftq_bits: int = 4
+    """Bits of a quantised weight: 2, 4 (NF4) or 8."""
+    loftq_iter: int = 1
+    """Turns of quantising and approximating. Adapters of several turns fit only the base weights that they were made
+    with, and not the same model packed by bitsandbytes."""
+
+    def __post_init__(self):
+        if self.loftq_bits not in (2, 4, 8):
+            raise ValueError(f"loftq_bits must be 2, 4 or 8, got {self.loftq_bits!r}")
+        if not isinstance(self.loftq_iter, int) or self.loftq_iter < 1:
+            raise ValueError(f"loftq_iter must be a whole number of at least 1, got {self.loftq_iter!r}")
+
+
+@dataclass
 class LoraRuntimeConfig:
     """How to run, as against what to compute; never saved."""
 
@@ -53,13 +74,13 @@ class LoraConfig(TargetedConfig):
     """LoRA: a delta `scaling * B A` of rank `r` beside every target (arXiv 2106.09685, eq. 3).
 
     Raises:
-        ValueError: a value outside its range; it is named with the rule.
+        TypeError, ValueError: a value of another type or outside its range; it is named with the rule.
         NotImplementedError: a switch whose method is not in this version.
     """
 
     r: int = 8
     """Rank of the delta."""
-    lora_alpha: int = 8
+    lora_alpha: float = 8
     """The delta is scaled by lora_alpha / r (lora_alpha / sqrt(r) with use_rslora)."""
     lora_dropout: float = 0.0
     """Probability of dropping an input of the delta, in training."""
@@ -69,13 +90,14 @@ class LoraConfig(TargetedConfig):
     """Which biases of the base model train: none, all, or those of adapted layers."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) (rank-stabilised LoRA, arXiv 2312.03732, eq. 4)."""
-    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
+    init_lora_weights: bool | Literal["gaussian", "orthogonal", "loftq"] = True
     """True: A Kaiming-uniform, B zero. "gaussian": A normal with deviation 1/r, B zero. "orthogonal": A and B with
-    orthogonal factors whose product is zero. False: both random, so that the delta is not zero (for tests).
+    orthogonal factors whose product is zero. "loftq": the base weights are quantised, and A and B make up for the error
+    (arXiv 2310.08659). False: both random, so that the delta is not zero (for tests).
     Files of adapters that were initialised in another way are read; see the compatibility page."""
-    rank_pattern: dict | None = field(default_factory=dict)
+    rank_pattern: dict[str, int] | None = field(default_factory=dict)
     """Ranks of single layers: {regular expression for the end of a module's name: rank}."""
-    alpha_pattern: dict | None = field(default_factory=dict)
+    alpha_pattern: dict[str, float] | None = field(default_factory=dict)
     """lora_alpha of single layers, like rank_pattern."""
     megatron_config: dict | None = None
     """Not in this version."""
@@ -83,8 +105,8 @@ class LoraConfig(TargetedConfig):
     """Import path of Megatron; without effect while megatron_config is None."""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     """Not in this version."""
-    loftq_config: dict = field(default_factory=dict)
-    """Not in this version."""
+    loftq_config: LoftQConfig | dict | None = field(default_factory=dict)
+    """Bits and turns of init_lora_weights="loftq": a LoftQConfig, or its fields as a dict."""
     eva_config: dict | None = None
     """Not in this version."""
     corda_config: dict | None = None
@@ -125,7 +147,7 @@ class LoraConfig(TargetedConfig):
         self.peft_type = PeftType.LORA
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
-        self.loftq_config = self.loftq_config or {}
+        self._check_loftq()
         self._check_numbers()
         for name, what in NOT_YET.items():
             if getattr(self, name) and not (self.inference_mode and name in INIT_FIELDS):
@@ -136,8 +158,18 @@ class LoraConfig(TargetedConfig):
     def _check_numbers(self):
         ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}
         for name, r in ranks.items():
-            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+            if r < 1:
                 raise ValueError(f"LoRA rank must be a positive whole number, got {name}={r!r}")
+        alphas = {
+            "lora_alpha": self.lora_alpha,
+            **{f"alpha_pattern[{key!r}]": a for key, a in self.alpha_pattern.items()},
+        }
+        for name, alpha in alphas.items():
+            if alpha == 0 or not math.isfinite(alpha):
+                raise ValueError(f"{name} scales the delta, so it must be finite and not 0, got {alpha!r}")
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, name):
+                check_pattern(key, name)
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
         if self.bias not in ("none", "all", "lora_only"):
@@ -156,9 +188,23 @@ class LoraConfig(TargetedConfig):
                 "(A saved adapter that was initialised so can be loaded: its file says inference_mode=true)"
             )
 
+    def _check_loftq(self):
+        """Fill in the defaults; a dict, as in upstream's files.
+
+        Files that were initialised so and then declared to be plain (init_lora_weights: true) keep the settings.
+        """
+        given = self.loftq_config or {}
+        given = given if isinstance(given, dict) else asdict(given)
+        unknown = sorted(set(given) - {entry.name for entry in fields(LoftQConfig)})
+        if unknown:
+            raise ValueError(f"loftq_config has loftq_bits and loftq_iter, got {unknown}")
+        if given and self.init_lora_weights != "loftq" and not self.inference_mode:
+            raise ValueError(f"loftq_config={given} has no effect unless init_lora_weights is 'loftq'")
+        self.loftq_config = asdict(LoftQConfig(**given)) if self.init_lora_weights == "loftq" else given
+
     @property
     def init_changes_base(self) -> bool:
-        """Whether the adapter's tensors fit only base weights that its initialisation has changed."""
+        """Whether the adapter's tensors fit only base weights that its initialisation has changed, and we cannot."""
         init = str(self.init_lora_weights)
         return init in INITS_NOT_YET_THAT_CHANGE_THE_BASE or re.fullmatch(r"pissa_niter_\d+", init) is not None
 

@@ -7,12 +7,16 @@ bare parameters (`lora_embedding_A`). Letters: O out, I in, r rank, K kernel.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..._lazy import explain_missing
+from ...utils.loftq_utils import loftq_init
+from ...utils.placement import offload_hook
+from ...utils.quantization_utils import is_quantized
 from ..ops import is_plain, no_global_hooks
 from ..tuners_utils import AdditiveLayer
 from .fused import fused_lora, lora_product
@@ -71,6 +75,47 @@ class LoraLayer(AdditiveLayer):
         init_function(init_lora_weights)(A, B, self.r[name])
         if self.lora_bias[name]:
             nn.init.zeros_(self.lora_B[name].bias)
+
+    def set_factors(self, name: str, A: torch.Tensor, B: torch.Tensor) -> None:
+        """Start from the delta `B A`, scaling included."""
+        for factor, value in zip(self.factors(name), (A, B / self.scaling[name])):
+            factor.data.copy_(value)
+
+    def base_change(self, name, config):
+        """LoftQ: quantise the base weight, and let the adapter make up for the error (see `utils.loftq_utils`).
+
+        For an adapter from a file this repeats what was done for it; a weight that is quantised already stays as it is.
+
+        Raises:
+            ValueError: the layer is not a plain linear one of its own, or has other adapters.
+        """
+        base = self.get_base_layer()
+        init = getattr(config, "init_lora_weights", True)  # finetuna's adapters have none
+        if init != "loftq" or (config.from_file and is_quantized(base)):
+            return None
+        if is_quantized(base):
+            raise ValueError(
+                "init_lora_weights='loftq' quantises plain weights, and these are packed already: leave it out and "
+                "call replace_lora_weights_loftq(model) on the finished model"
+            )
+        if self.op.kind != "Linear" or self.op.shared or offload_hook(base) is not None:
+            raise ValueError(
+                "init_lora_weights='loftq' is for linear layers whose weight is not tied to another module's and not "
+                f"off-loaded, and this {type(base).__name__} is not one: leave it out of target_modules"
+            )
+        if len(self._available_adapters) > 1 and not config.from_file:
+            raise ValueError(
+                "init_lora_weights='loftq' changes the base weights, which other adapters of the model were made for: "
+                "only a model's first adapter can be initialised so"
+            )
+        return partial(self._apply_loftq, name, config.loftq_config["loftq_bits"], config.loftq_config["loftq_iter"])
+
+    def _apply_loftq(self, name: str, bits: int, turns: int) -> None:
+        W, b = self.op.load()
+        Q, A, B = loftq_init(W.detach(), bits, self.r[name], turns)
+        self.op.store(Q, b)
+        if not self.factors(name)[0].is_meta:
+            self.set_factors(name, A, B)
 
     def product(self, name: str) -> torch.Tensor:
         """`B A` as a change of the weight, (O, I, *K), without the scaling."""
@@ -244,6 +289,11 @@ class Embedding(LoraLayer, nn.Module):
         A, B = self.factors(name)
         return B @ A
 
+    def _apply_adapters(self, names, x, *args, **kwargs):
+        if self.op.own_forward is None:
+            return super()._apply_adapters(names, x, *args, **kwargs)
+        return self.op.op(x, *self.folded(names), *args, **kwargs)  # which rows are taken only its forward knows
+
     def post(self, name, x, y, before=()):
         A, B = self.factors(name)
         delta = F.linear(F.embedding(x, A.T), B) * self.scaling[name]
@@ -251,7 +301,7 @@ class Embedding(LoraLayer, nn.Module):
         return y + (delta if scale is None else delta * scale.to(delta)).to(y.dtype)
 
     def delta(self, name, x):
-        return self.post(name, x, torch.zeros((), dtype=self.weight.dtype, device=x.device))
+        return self.post(name, x, torch.zeros((), dtype=self.lora_embedding_B[name].dtype, device=x.device))
 
 
-explain_missing(__name__)
+explain_missing(__name__, dict.fromkeys(["dequantize_module_weight", "gather_params_ctx"], "peft.utils.integrations"))

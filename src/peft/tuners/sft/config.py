@@ -96,7 +96,7 @@ class SftConfig(_SftOptions, TargetedConfig):
         for name in ("granularity", "selection_algorithm", "budget", "reselection_rate_policy", "dtype"):
             if getattr(self, name) not in choices(name):
                 raise ValueError(f"{name} must be one of {choices(name)}, got {getattr(self, name)!r}")
-        if not isinstance(self.block_size, int) or self.block_size < 1:
+        if self.block_size < 1:
             raise ValueError(f"block_size must be a positive whole number, got {self.block_size!r}")
         if self.granularity != "block" and self.block_size != type(self).block_size:
             raise ValueError(
@@ -139,5 +139,5 @@ class SftConfig(_SftOptions, TargetedConfig):
         if self.num_tunable_weights is not None and self.num_tunable_weights <= 0:
             raise ValueError(f"num_tunable_weights must be positive, got {self.num_tunable_weights!r}")
         for name, k in (self.num_deltas or {}).items():
-            if not isinstance(k, int) or k < 0:
+            if k < 0:
                 raise ValueError(f"num_deltas[{name!r}] must be a whole number >= 0, got {k!r}")

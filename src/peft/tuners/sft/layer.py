@@ -1,9 +1,10 @@
 """Sparse deltas and the layer that adds them: `W` with `values` added at `indices`.
 
-On plain linear layers forward and backward go through `kernels.sparse_linear`, which writes the delta into the frozen
-weight for the duration of one product. Everywhere else (convolutions, embeddings, layers with hooks, packed weights)
-it is a product with the folded weight or a sparse product beside the layer. Deltas of whole rows, columns or blocks
-have kernels of their own (`structured`).
+On plain linear layers and convolutions forward and backward go through `kernels.written_product`, which writes the
+delta into the frozen weight for the duration of one product. Embeddings add it to the vectors that they look up. Beside
+linear layers that cannot be written (hooks, packed weights) stands a sparse product. What is left takes a copy of its
+weight: norms, convolutions that cannot be written, transforms of torch.func. How deltas of whole rows, columns or
+blocks lie in a weight is in `structured`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import torch
 from torch import nn
 
 from ...utils.quantization_utils import is_quantized
-from ..ops import is_plain, no_global_hooks
+from ..ops import CONVOLUTIONS, ConvOp, EmbeddingOp, LinearOp, is_plain, no_global_hooks
 from ..tuners_utils import AdditiveLayer
-from .kernels import Candidates, add, added, sparse_linear, sparse_product
+from .gradients import Candidates, Uses
+from .kernels import add, added, is_writable, lookup, sparse_product, written_product
 from .structured import GroupCandidates, Layout, add_product, make_layout
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class SparseDelta(nn.Module):
         shape: of the weight as stored.
         layout: how the weight is cut into groups; None: into single numbers.
         elastic: the number of slots may change, under a global budget.
+        counts: `num_deltas` of an elastic delta's configuration, in which its number is kept right under `key`.
         candidate_count: how many candidates are chosen when gradients are gathered.
         is_selected: the positions were chosen (`select_static`) or loaded, not just drawn.
         observer: while set, the layer computes with `observer(W)`, W as stored, in place of W. `select_static` sees
@@ -55,10 +58,16 @@ class SparseDelta(nn.Module):
     """
 
     def __init__(
-        self, shape: torch.Size, k: int, dtype: torch.dtype, layout: Layout | None = None, elastic: bool = False
+        self,
+        shape: torch.Size,
+        k: int,
+        dtype: torch.dtype,
+        layout: Layout | None = None,
+        counts: dict[str, int] | None = None,
+        key: str = "",
     ):
         super().__init__()
-        self.elastic = elastic
+        self.counts, self.key = counts, key
         self.shape = torch.Size(shape)
         self.layout = layout
         index_dtype = torch.int32 if self.choices < 2**31 else torch.int64
@@ -69,6 +78,10 @@ class SparseDelta(nn.Module):
         self.is_selected = False
         self.observer: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.stop_gathering()
+
+    @property
+    def elastic(self) -> bool:
+        return self.counts is not None
 
     @property
     def dense_numel(self) -> int:
@@ -123,8 +136,13 @@ class SparseDelta(nn.Module):
     def resize(self, k: int) -> None:
         """Make room for k positions if it may; all are to be set afterwards."""
         if self.elastic and k != self.values.shape[0]:
-            _put(self.values, self.values.new_zeros(k, *self.values.shape[1:]))
-            _put(self.indices, self.indices.new_zeros(k))
+            self._set(self.values.new_zeros(k, *self.values.shape[1:]), self.indices.new_zeros(k))
+
+    def _set(self, values: torch.Tensor, indices: torch.Tensor) -> None:
+        _put(self.values, values)
+        _put(self.indices, indices)
+        if self.elastic:
+            self.counts[self.key] = len(indices)
 
     # Reselection
 
@@ -149,8 +167,7 @@ class SparseDelta(nn.Module):
         source = torch.cat([slots, slots.new_full((positions.numel(),), -1)])[order]
         values = self.values.new_zeros(source.numel(), *self.values.shape[1:])
         values[source >= 0] = self.values[source[source >= 0]]
-        _put(self.indices, indices[order])
-        _put(self.values, values)
+        self._set(values, indices[order])
         return source
 
     # Gathering of gradients for a reselection ("rigl")
@@ -165,6 +182,7 @@ class SparseDelta(nn.Module):
         self.is_gathering = True
         self.ranks = ranks
         self.candidate_count = self.slots if count is None else count
+        self.uses = Uses()
         self.candidates: torch.Tensor | None = None  # (c,) of the type of indices, sorted
         self.candidate_grad: torch.Tensor | None = None  # (c,) or (c, s) float32, summed over micro-batches
 
@@ -176,6 +194,7 @@ class SparseDelta(nn.Module):
         self.is_gathering = False
         self.ranks: Ranks | None = None
         self.candidate_count = 0
+        self.uses: Uses | None = None
         self.candidates = None
         self.candidate_grad = None
 
@@ -238,13 +257,14 @@ class SftLayer(AdditiveLayer, nn.Module):
         AdditiveLayer.__init__(self, base_layer)
         self.sft_delta = nn.ModuleDict()
 
-    def update_layer(self, name, config, *, k: int):
-        weight = self.get_base_layer().weight
-        natural = weight.dtype if weight.is_floating_point() else torch.float32  # a packed weight has none of its own
+    def update_layer(self, name, config, *, key: str):
+        # A packed weight has no type of its own.
+        natural = torch.float32 if is_quantized(self.get_base_layer()) else self.weight.dtype
         dtype = natural if config.dtype == "auto" else getattr(torch, config.dtype)
         layout = make_layout(self.op, config, type(self.get_base_layer()).__name__)
-        elastic = config.budget == "global"
-        self.sft_delta[name] = SparseDelta(self.op.stored_shape, k, dtype, layout, elastic)
+        counts = config.num_deltas if config.budget == "global" else None
+        k = config.num_deltas[key]
+        self.sft_delta[name] = SparseDelta(self.op.stored_shape, k, dtype, layout, counts, key)
 
     def before_load(self, name, path, tensors):
         values = tensors.get(f"{path}.sft_delta.{name}.values")
@@ -275,34 +295,30 @@ class SftLayer(AdditiveLayer, nn.Module):
     def unfold(self, name, W, b, memory):
         stored = self.op.to_view(W).contiguous().clone()
         positions, numbers = memory
-        stored.view(-1)[positions] = numbers
+        stored.view(-1)[positions] = numbers.to(stored.dtype)  # wider where it was not the first to be folded
         return self.op.to_view(stored), b
 
     def post(self, name, x, y, before=()):
         delta = self.sft_delta[name]
         if delta.layout is None:
-            return y + sparse_product(x, delta, self.op.transposed).to(y.dtype)
-        return add_product(y, x, delta)
+            return y + sparse_product(x, delta, self.op).to(y.dtype)
+        return add_product(y, x, self.op, delta)
 
     def _apply_adapters(self, names, x, *args, **kwargs):
         base, op = self.base_layer, self.op
-        observed = any(self.sft_delta[name].observer is not None for name in names)
-        if op.kind != "Linear" or observed or torch._C._are_functorch_transforms_active():  # they need the whole weight
-            return op.op(x, *self.folded(names))
-        callable_only = args or kwargs or not no_global_hooks() or is_quantized(self.get_base_layer())
-        writable = (
-            not callable_only
-            and is_plain(base)
-            and not base.weight.requires_grad
-            and base.weight.is_contiguous()
-            and (not base.weight.is_inference() or torch.is_inference_mode_enabled())
-        )
-        deltas = [self.sft_delta[n] for n in names]
-        structured = {d.layout is not None for d in deltas}
-        # Written into weights of half precision, a structured delta would be rounded like them (see `structured`).
-        if writable and len(structured) == 1 and (structured == {False} or base.weight.dtype.itemsize >= 4):
-            return sparse_linear(x, base.weight, base.bias, deltas, op.transposed)
-        return super()._apply_adapters(names, x, *args, **kwargs)
+        deltas = [self.sft_delta[name] for name in names]
+        if torch._C._are_functorch_transforms_active() or any(d.observer is not None for d in deltas):
+            return op.op(x, *self.folded(names))  # they need the whole weight
+        if isinstance(op, EmbeddingOp) and op.own_forward is None:
+            return lookup(x, op, deltas)
+        is_plain_call = not args and not kwargs and no_global_hooks() and is_plain(base, (nn.Linear, *CONVOLUTIONS))
+        if is_plain_call and not is_quantized(base) and is_writable(base.weight):
+            # Written into weights of half precision, a structured delta would be rounded like them (see `structured`).
+            if isinstance(op, ConvOp) or base.weight.dtype.itemsize >= 4 or all(d.layout is None for d in deltas):
+                return written_product(x, op, deltas)
+        if isinstance(op, LinearOp):
+            return super()._apply_adapters(names, x, *args, **kwargs)
+        return op.op(x, *self.folded(names), *args, **kwargs)
 
 
 def _added(flat: torch.Tensor, delta: SparseDelta) -> torch.Tensor:

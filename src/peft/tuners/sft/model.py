@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 
 from ...utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from ...utils.quantization_utils import logical_numel
+from ...utils.quantization_utils import logical_numels
 from ..base import BaseTuner
 from ..ops import make_op
 from ..tuners_utils import BaseTunerLayer
@@ -88,6 +88,8 @@ class SftModel(BaseTuner):
             if total is None:
                 total = int(config.density * self._base_numel())
             config.num_deltas = share_out(total, sizes, slots)
+        else:
+            config.num_deltas = dict(config.num_deltas)  # a global budget changes it, and the user's is the user's
         strangers = sorted(set(config.num_deltas) - set(targets))
         missing = sorted(set(targets) - set(config.num_deltas))
         if strangers or missing:
@@ -111,21 +113,10 @@ class SftModel(BaseTuner):
             for name in layer._available_adapters
             for _, parameter in layer.adapter_tensors(name)
         } | {id(parameter) for wrapper in self.wrappers() for parameter in wrapper.adapter_parameters()}
-        return sum(logical_numel(p) for p in self.model.parameters() if id(p) not in adapters)
+        return sum(n for p, n in logical_numels(self.model) if id(p) not in adapters)
 
     def layer_kwargs(self, config, key):
-        return {"k": config.num_deltas[key]}
-
-    def record_budget(self) -> None:
-        """Note in the configurations how many positions the layers have now, where that may have changed."""
-        counts: dict[str, dict[str, int]] = {}
-        for key, layer in self.model.named_modules():
-            if isinstance(layer, SftLayer):
-                for name, delta in layer.sft_delta.items():
-                    if delta.elastic:
-                        counts.setdefault(name, {})[key] = delta.indices.numel()
-        for name, num_deltas in counts.items():
-            self.peft_config[name].num_deltas = num_deltas
+        return {"key": key}
 
     def active_deltas(self) -> Iterator[tuple[BaseTunerLayer, str, SparseDelta]]:
         """`(layer, name of the delta in the base model, delta)` for the deltas of the active adapters."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from .kernels import Candidates
+    from .gradients import Candidates
     from .layer import SparseDelta
     from .structured import GroupCandidates
 
@@ -41,7 +41,8 @@ class Ranks:
     wants to be summed, (number of the delta, first position, last position + 1), and then waits for the others. If
     they announce different blocks, the one of the last delta is summed first, since a backward pass goes from the last
     layer to the first; a process that announced something else does not use that layer, so it adds zeros. At the end of
-    its backward pass a process adds zeros until all have come to the end.
+    its backward pass a process adds zeros until all have come to the end. A layer that is used several times announces
+    itself at the last of its uses, so all processes that use it must do so equally often.
 
     Every process must make the same number of backward passes per update step, and use at least one adapted layer in
     each of them; otherwise the process group's timeout ends the run.
@@ -84,7 +85,8 @@ class Ranks:
             raise RuntimeError(
                 f"Rank {torch.distributed.get_rank()} runs the adapted layers in another order than the other ranks "
                 f"(delta {self._numbers[delta]} of {len(self.deltas)} came late), so their gradients cannot be summed. "
-                f"Layers that only some ranks use must be registered in the order in which they run"
+                f"Layers that only some ranks use must be registered in the order in which they run, and no layer may "
+                f"be used more often by some ranks than by others"
             )
         if task == self._latest_task:
             return

@@ -126,14 +126,12 @@ class SftSelector:
         self.optimizer = _unwrapped_optimizer(optimizer, sft_config.selection_algorithm)
         _check_trained(self.deltas, self.optimizer)
         _check_selected(self.deltas, sft_config)
-        self._model = sft_model(model)
         self._grad_scale = grad_scale or _scale_getter(optimizer)
         competes = sft_config.budget == "global" and sft_config.selection_algorithm != "static"
         needs_group = competes or sft_config.selection_algorithm == "rigl"
         group = find_group(model, process_group) if needs_group else None
         if sft_config.budget == "global":
             _check_elastic(self.deltas, group)
-            self._model.record_budget()
         self._ranks = None if group is None else Ranks(group, list(self.deltas.values()))
 
         self.last_report: list[dict[str, Any]] = []
@@ -276,8 +274,6 @@ class SftSelector:
                 mean, mean_square = (sums[found] / known.updates for sums in (known.total, known.squares))
                 fresh = (source < 0).nonzero().squeeze(1)
                 self.optimizer.seed_elements(delta.values, fresh, mean, mean_square, known.updates)
-        if is_global:
-            self._model.record_budget()
         return moved
 
     def _moves_by_gradient(self, counts: list[int]) -> Iterator[tuple[Tensor, Tensor]]:

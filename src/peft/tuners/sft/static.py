@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ...utils.quantization_utils import is_quantized
 from ...utils.warning import PeftWarning
 from .budget import Pool, largest
 from .config import choices
@@ -107,7 +108,6 @@ def select_static(
         )
     with torch.no_grad():
         unseen = _place_anywhere(scores, active) if elastic == {True} else _place(scores)
-    tuner.record_budget()
     if len(unseen) == len(active):
         raise ValueError(
             "The loss depends on none of the adapted layers, so their gradients say nothing: is the adapter disabled "
@@ -242,8 +242,9 @@ class _GradientSum:
 
 def _sum_dtype(layer: SftLayer) -> torch.dtype:
     """float32, or what is wider among the weight's type; a packed weight has no type of its own."""
-    dtype = layer.weight.dtype
-    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float32
+    if is_quantized(layer.get_base_layer()):
+        return torch.float32
+    return torch.promote_types(layer.weight.dtype, torch.float32)
 
 
 class _Observed(torch.autograd.Function):

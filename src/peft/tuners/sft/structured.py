@@ -35,10 +35,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import gradients
 
 if TYPE_CHECKING:
-    from ..ops import Op
+    from ..ops import ConvOp, LinearOp, Op
     from .config import SftConfig
     from .layer import SparseDelta
 
@@ -52,6 +52,8 @@ class Layout:
     kernel: int  # K
     transposed: bool
     """The weight is stored (I, O)."""
+    channel_groups: int
+    """G of a convolution, whose input has G * I channels."""
 
     count: int
     """Number of groups."""
@@ -60,7 +62,14 @@ class Layout:
     align = 1
     """Row blocks of the weight must begin at multiples of this for `add_squares` to see whole groups."""
     needs_input = True
-    """Whether the groups' gradients need the whole input of a linear layer."""
+    """Whether the groups' gradients need the whole input of a linear layer or convolution."""
+    is_thin = True
+    """Whether there is a `gradient` for less than a whole linear layer or convolution."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight as a matrix."""
+        return self.out_features, self.in_features * self.kernel
 
     def positions(self, groups: Tensor) -> Tensor:
         """(g, s) int64, the flat row-major positions of the groups' numbers in the weight as it is stored."""
@@ -72,23 +81,23 @@ class Layout:
         raise NotImplementedError
 
     def read(self, W: Tensor, groups: Tensor) -> Tensor:
-        """(g, s) the groups' numbers in the matrix `W` (O, I)."""
+        """(g, s) the groups' numbers in the matrix `W` (O, I * K)."""
         raise NotImplementedError
 
     def write(self, W: Tensor, groups: Tensor, numbers: Tensor) -> None:
-        """Put the groups' numbers (g, s) into the matrix `W` (O, I)."""
+        """Put the groups' numbers (g, s) into the matrix `W` (O, I * K)."""
         raise NotImplementedError
 
     def inputs(self, x: Tensor, groups: Tensor) -> Tensor:
-        """What of the input `x` (N, I) the groups' gradients depend on."""
+        """What of the input `x` (N, G * I, *S) the groups' gradients depend on."""
         return x
 
-    def gradient(self, gy: Tensor, inputs: Tensor, groups: Tensor) -> Tensor:
-        """(g, s) the groups' part of `gy^T x`; gy (N, O), inputs as `inputs()` gives them."""
+    def gradient(self, op: LinearOp | ConvOp, gy: Tensor, inputs: Tensor, groups: Tensor) -> Tensor:
+        """(g, s) the groups' part of the weight's gradient; gy (N, O, *L), inputs as `inputs()` gives them."""
         raise NotImplementedError
 
     def add_product(self, y: Tensor, x: Tensor, groups: Tensor, values: Tensor) -> None:
-        """`y` (N, O) += `x D^T` in place, D the weight that is zero but for the groups' `values`."""
+        """`y` (N, O) += `x D^T` in place, D a linear layer's weight that is zero but for the groups' `values`."""
         raise NotImplementedError
 
     def input_gradient(self, gy: Tensor, groups: Tensor, values: Tensor) -> Tensor:
@@ -132,8 +141,12 @@ class Rows(Layout):
     def write(self, W, groups, numbers):
         W.index_copy_(0, groups.long(), numbers)
 
-    def gradient(self, gy, inputs, groups):
-        return gy.index_select(1, groups).T @ inputs
+    @property
+    def is_thin(self):
+        return self.channel_groups == 1
+
+    def gradient(self, op, gy, inputs, groups):
+        return op.weight_gradient(gy.index_select(1, groups), inputs).flatten(1)
 
     def add_product(self, y, x, groups, values):
         y.index_add_(1, groups, (values @ x.T).T)
@@ -157,17 +170,22 @@ class Columns(Layout):
         o, k = (torch.arange(n, device=groups.device) for n in (self.out_features, self.kernel))
         return o[:, None], groups[:, None, None] * self.kernel + k
 
+    def _by_channel(self, W: Tensor) -> Tensor:
+        return W.unflatten(1, (self.in_features, self.kernel))
+
     def read(self, W, groups):
-        return W.index_select(1, groups).T
+        return self._by_channel(W).index_select(1, groups).transpose(0, 1).flatten(1)
 
     def write(self, W, groups, numbers):
-        W.index_copy_(1, groups.long(), numbers.T)
+        numbers = numbers.unflatten(1, (self.out_features, self.kernel))
+        self._by_channel(W).index_copy_(1, groups.long(), numbers.transpose(0, 1))
 
     def inputs(self, x, groups):
-        return x.index_select(1, groups)
+        by_group = x.unflatten(1, (self.channel_groups, self.in_features))
+        return by_group.index_select(2, groups).flatten(1, 2)
 
-    def gradient(self, gy, inputs, groups):
-        return inputs.T @ gy
+    def gradient(self, op, gy, inputs, groups):
+        return op.weight_gradient(gy, inputs).transpose(0, 1).flatten(1)
 
     def add_product(self, y, x, groups, values):
         y.addmm_(x.index_select(1, groups), values)
@@ -176,7 +194,7 @@ class Columns(Layout):
         return gy.new_zeros(len(gy), self.in_features).index_add_(1, groups, (values @ gy.T).T)
 
     def add_squares(self, squares, block, start):
-        squares += _squared_norm(block.unflatten(1, (self.in_features, self.kernel)), (0, 2))
+        squares += _squared_norm(self._by_channel(block), (0, 2))
 
     def _factors(self, o, i):
         return o.sum().view(1), i.view(self.in_features, self.kernel).sum(1)
@@ -226,9 +244,9 @@ class Blocks(Layout):
 
     def _step(self, t: Tensor) -> int:
         """Tiles at a time, so that what is gathered of (N, channels) for them stays bounded: N * b numbers each."""
-        return max(1, kernels.WORKSPACE_BYTES // max(1, len(t) * self.b * t.element_size()))
+        return max(1, gradients.WORKSPACE_BYTES // max(1, len(t) * self.b * t.element_size()))
 
-    def gradient(self, gy, inputs, groups):
+    def gradient(self, op, gy, inputs, groups):
         left, right = self._tiled(gy), self._tiled(inputs)
         parts = []
         for some in groups.split(self._step(gy)):
@@ -286,7 +304,7 @@ def make_layout(op: Op, config: SftConfig, name: str) -> Layout | None:
             "of target_modules, or take granularity='element'"
         )
     channels_out, channels_in, kernel = shape[0], shape[1], math.prod(shape[2:])
-    common = (channels_out, channels_in, kernel, op.transposed)
+    common = (channels_out, channels_in, kernel, op.transposed, getattr(op, "groups", 1))
     if config.granularity == "row":
         return Rows(*common, count=channels_out, size=channels_in * kernel)
     if config.granularity == "column":
@@ -303,7 +321,7 @@ def make_layout(op: Op, config: SftConfig, name: str) -> Layout | None:
 # ---- Gathering of gradients for a reselection ----
 
 
-class GroupCandidates(kernels.Candidates):
+class GroupCandidates(gradients.Candidates):
     """Choice of the groups whose gradient has the largest norm, `candidate_count` of them, for one delta.
 
     It sees the gradient of the view (O, I * K), whole rows, a multiple of `layout.align` at a time.
@@ -331,13 +349,16 @@ class GroupCandidates(kernels.Candidates):
 
 
 class _AddProduct(torch.autograd.Function):
-    """`y (N, O), x (N, I), values, indices, delta -> y + x D^T`; y and x of one dtype."""
+    """`y (N, O), x (N, I), values, indices, op, delta -> y + x D^T`; y and x of one dtype."""
 
     @staticmethod
-    def forward(ctx, y, x, values, indices, delta):
+    def forward(ctx, y, x, values, indices, op, delta):
         layout = delta.layout
-        ctx.delta, ctx.whole = delta, delta.is_gathering or layout.needs_input
-        inputs = (x if ctx.whole else layout.inputs(x, indices)) if ctx.needs_input_grad[2] else None
+        ctx.op, ctx.delta, ctx.whole = op, delta, delta.is_gathering or layout.needs_input
+        inputs = None
+        if ctx.needs_input_grad[2]:
+            gradients.expect(ctx, [delta])
+            inputs = x if ctx.whole else layout.inputs(x, indices)
         ctx.save_for_backward(values, indices, inputs)
         y = y.clone()
         layout.add_product(y, x, indices, values.to(x.dtype))
@@ -347,21 +368,23 @@ class _AddProduct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gy):
         values, indices, inputs = ctx.saved_tensors
-        layout = ctx.delta.layout
+        op, delta, layout = ctx.op, ctx.delta, ctx.delta.layout
         gx = gv = None
         with torch.autocast(gy.device.type, enabled=False):
             if ctx.needs_input_grad[1]:
                 gx = layout.input_gradient(gy, indices, values.to(gy.dtype))
-            if inputs is not None:
-                picked = layout.inputs(inputs, indices) if ctx.whole else inputs
-                gv = layout.gradient(gy, picked, indices).to(values.dtype)
-                if ctx.whole:
-                    kernels.gather_product(ctx.delta, gy, inputs)
-        return gy if ctx.needs_input_grad[0] else None, gx, gv, None, None
+            if inputs is not None and ctx.whole:
+                gradient = gradients.ProductGradient(op, gy, lambda form: form(inputs) if form else inputs)
+                (gv,) = gradients.gradients_of(ctx, gradient, [delta], [indices])
+            elif inputs is not None:
+                gv = layout.gradient(op, gy, inputs, indices)
+            gv = gv if gv is None else gv.to(values.dtype)
+        return gy if ctx.needs_input_grad[0] else None, gx, gv, None, None, None
 
 
-def add_product(y: Tensor, x: Tensor, delta: SparseDelta) -> Tensor:
+def add_product(y: Tensor, x: Tensor, op: LinearOp, delta: SparseDelta) -> Tensor:
     """`y` (..., O) plus the product of `x` (..., I) with the delta alone, in the dtype of `y`."""
     with torch.autocast(x.device.type, enabled=False):
         rows = x.reshape(-1, x.shape[-1]).to(y.dtype)
-        return _AddProduct.apply(y.reshape(-1, y.shape[-1]), rows, delta.values, delta.indices, delta).view(y.shape)
+        y_rows = y.reshape(-1, y.shape[-1])
+        return _AddProduct.apply(y_rows, rows, delta.values, delta.indices, op, delta).view(y.shape)

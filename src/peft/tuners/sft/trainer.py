@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ...config import write_atomically
+from ...utils.save_and_load import read_tensors
 from ...utils.warning import PeftWarning
 from .config import SftConfig
 from .optimizer import SftSM3
@@ -274,9 +275,7 @@ class SftTrainerMixin:
                 stacklevel=2,
             )
             return
-        from safetensors.torch import load_file
-
-        state = load_file(path)
+        state = read_tensors(path)
         saved_step = int(state.get("completed_steps", -1))
         if saved_step != self.state.global_step:
             raise ValueError(
