@@ -27,7 +27,7 @@ setup(
     keywords=["deep learning", "fine-tuning", "lora", "sparse fine-tuning", "peft", "transformers"],
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"peft": ["py.typed"]},
+    package_data={"peft": ["py.typed", "tuners/denas/presets/*.json"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",

@@ -25,6 +25,7 @@ from transformers import BertConfig, BloomConfig, GPT2Config, LlamaConfig, MT5Co
 
 import peft
 from peft import LoraConfig, SftConfig, SsfConfig
+from peft.utils.other import enable_checkpointing
 
 MODELS: dict[str, tuple[str, PretrainedConfig]] = {
     "SmolLM2-135M": (
@@ -157,7 +158,7 @@ def build(task: str, config: PretrainedConfig, options: dict[str, Any]) -> torch
         quantize(model)
         peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if options.get("gradient_checkpointing"):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model, {"use_reentrant": False})
     return model
 
 

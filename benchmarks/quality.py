@@ -33,6 +33,13 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
 PAGE = ROOT / "docs" / "source" / "quality.md"
 POLL_SECONDS = 2.0
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONHASHSEED": "0",  # some tasks draw other problems otherwise
+}
+"""Of the process that runs a cell, besides what this one has."""
 
 LABELS = {
     "full": "full fine-tuning",
@@ -133,15 +140,8 @@ def run_missing(suite: Suite, folder: Path, seeds: int, pause_file: Path | None)
 def run_cell(suite: Suite, cell: Cell, folder: Path, pause_file: Path | None) -> bool:
     """Run a cell in a process of its own; returns whether it succeeded."""
     what = json.dumps([dataclasses.asdict(suite), dataclasses.asdict(cell), str(folder / cell.file)])
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONHASHSEED": "0",  # some tasks draw other problems otherwise
-    }
     script = str(ROOT / "benchmarks" / "quality_cell.py")
-    return run_process([sys.executable, script, what], environment, pause_file) == 0
+    return run_process([sys.executable, script, what], {**os.environ, **ENVIRONMENT}, pause_file) == 0
 
 
 def run_process(command: list[str], environment: dict[str, str], pause_file: Path | None) -> int:
@@ -255,11 +255,11 @@ def draw(results: Results, path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def fill_page(page: str, model: str, text: str) -> str:
-    """The page with the text between the markers of the model's tables."""
-    begin, end = f"<!-- {model}: written by benchmarks/quality.py -->", f"<!-- {model}: end -->"
+def fill_page(page: str, name: str, text: str, writer: str = "benchmarks/quality.py") -> str:
+    """The page with the text between the markers that have this name."""
+    begin, end = f"<!-- {name}: written by {writer} -->", f"<!-- {name}: end -->"
     if page.count(begin) != 1 or page.count(end) != 1:
-        raise SystemExit(f"{PAGE} must have the lines {begin!r} and {end!r} once each: between them go the tables")
+        raise SystemExit(f"The page must have the lines {begin!r} and {end!r} once each: between them go the tables")
     return f"{page.partition(begin)[0]}{begin}\n\n{text}\n\n{end}{page.partition(end)[2]}"
 
 

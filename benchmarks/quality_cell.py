@@ -94,15 +94,23 @@ class Cell:
 SUITES = {
     "minilm": Suite(
         model="minilm",
-        tasks={"syllogism": {"invalid_ratio": 0.5}, "aiw": {"task_type_weights": [0.5, 0.5, 0.0], "max_entities": 20}},
+        tasks={
+            "syllogism": {"invalid_ratio": 0.5},
+            # With reasoning-gym's 86 names a training of this length does not learn who is a man and who a woman.
+            "family_relationships": {
+                "max_family_size": 4,
+                "male_names": ["James", "John", "Robert", "Michael"],
+                "female_names": ["Mary", "Linda", "Susan", "Barbara"],
+            },
+        },
         rates={
-            "full": (5e-5, 1e-4, 2e-4),
-            "lora": (5e-4, 1e-3, 2e-3, 5e-3),
+            "full": (1e-4, 2e-4, 5e-4),
+            "lora": (1e-3, 2e-3, 5e-3),
             "sft-rigl": (1e-3, 2e-3, 5e-3),
-            "sft-sm3": (3e-3, 1e-2, 3e-2),
+            "sft-sm3": (1e-3, 3e-3, 1e-2),
             "sft-static": (1e-3, 2e-3, 5e-3),
-            "ssf": (2e-3, 5e-3, 1e-2, 2e-2),
-            "head": (1e-3, 3e-3, 1e-2),
+            "ssf": (5e-3, 1e-2, 2e-2),
+            "head": (3e-3, 1e-2, 3e-2),
         },
         steps=75,
         batch=16,
@@ -218,7 +226,12 @@ class Classifier:
         self.answers = sorted({problem["answer"] for problem in task.train})
         if len(self.answers) < 2:
             raise SystemExit(f"all {len(task.train)} training problems of {task.name} have one answer: train on more")
-        self.examples = [self._encode(p) | {"labels": self.answers.index(p["answer"])} for p in task.train]
+        self.examples = self.examples_of(task.train)
+
+    def examples_of(self, problems: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What the model is trained on, of each problem whose answer is one that the head can choose."""
+        known = (p for p in problems if p["answer"] in self.answers)
+        return [self._encode(p) | {"labels": self.answers.index(p["answer"])} for p in known]
 
     def _encode(self, problem: dict[str, Any]) -> dict[str, list[int]]:
         return dict(self.tokenizer(problem["question"], truncation=False))
@@ -262,8 +275,11 @@ class Generator:
         self.model, self.batch = suite.model, suite.batch
         self.tokenizer = load_tokenizer(suite.model)
         self.task = task
-        self.examples = self._source(task.train).train_examples
+        self.examples = self.examples_of(task.train)
         self.collate = Collator(pad_id_of(self.tokenizer))
+
+    def examples_of(self, problems: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        return self._source(problems).train_examples
 
     def _source(self, problems: Sequence[dict[str, Any]]):
         from peft.cli.source import Source
@@ -346,26 +362,46 @@ def loss_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return model(**batch).loss
 
 
-def run_cell(suite: Suite, cell: Cell) -> dict[str, Any]:
-    """Train and measure; returns what goes into the cell's file."""
+Problem = Classifier | Generator
+
+
+def problem_of(suite: Suite, task: str) -> Problem:
+    """A suite's task for its model."""
+    from peft.cli.tasks import Task
+
+    sizes = (suite.steps * suite.batch, suite.validation + suite.test)
+    kind = Classifier if suite.model == "minilm" else Generator
+    return kind(suite, Task(task, suite.tasks[task], *sizes, suite.data_seed))
+
+
+def run_cell(
+    suite: Suite,
+    cell: Cell,
+    build: Callable[[nn.Module, str, int], nn.Module] | None = None,
+    score: Callable[[Problem, nn.Module, Sequence[dict[str, Any]]], float] | None = None,
+) -> dict[str, Any]:
+    """Train and measure; returns what goes into the cell's file.
+
+    Args:
+        build: what makes the model trainable; None: the cell's method.
+        score: what is measured on held-out problems; None: the share that is solved.
+    """
     import transformers
 
     from peft.cli.models import quiet_transformers
-    from peft.cli.tasks import Task
 
     quiet_transformers()
     torch.set_num_threads(1)
-    sizes = (suite.steps * suite.batch, suite.validation + suite.test)
-    task = Task(cell.task, suite.tasks[cell.task], *sizes, suite.data_seed)
-    validation, test = task.held_out[: suite.validation], task.held_out[suite.validation :]
-    problem = (Classifier if suite.model == "minilm" else Generator)(suite, task)
+    problem = problem_of(suite, cell.task)
+    held_out, score = problem.task.held_out, score or type(problem).score
+    validation, test = held_out[: suite.validation], held_out[suite.validation :]
     transformers.set_seed(cell.seed)
     model = problem.base()  # with a new head, the same for every method
     head = problem.head_parameters(model)
     frozen = problem.base().requires_grad_(False).train()
     frozen.enable_input_require_grads()
     transformers.set_seed(cell.seed)
-    model = METHODS[cell.method](model, problem.task_type, suite.rank)
+    model = (build or METHODS[cell.method])(model, problem.task_type, suite.rank)
 
     def batch(step: int) -> dict[str, torch.Tensor]:
         return problem.collate(problem.examples[step * suite.batch :][: suite.batch])
@@ -377,8 +413,8 @@ def run_cell(suite: Suite, cell: Cell) -> dict[str, Any]:
         trainer.train()
     model.zero_grad()
     figures = {
-        "validation": problem.score(model, validation),
-        "test": problem.score(model, test),
+        "validation": score(problem, model, validation),
+        "test": score(problem, model, test),
         "majority": max(Counter(problem["answer"] for problem in test).values()) / len(test),
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad) - head,
         "head": head,
@@ -391,7 +427,7 @@ def run_cell(suite: Suite, cell: Cell) -> dict[str, Any]:
     return dataclasses.asdict(cell) | figures | {"settings": suite.settings(cell.task), "about": about()}
 
 
-def make_trainer(suite: Suite, cell: Cell, problem: Classifier | Generator, model: nn.Module, folder: str) -> Trainer:
+def make_trainer(suite: Suite, cell: Cell, problem: Problem, model: nn.Module, folder: str) -> Trainer:
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     from peft import SftTrainer

@@ -179,7 +179,7 @@ METHODS: dict[str, MethodCase] = {
         bad=(
             ({"r": 0}, "rank must be a positive whole number, got r=0"),
             ({"r": -3}, "got r=-3"),
-            ({"r": 2.5}, "got r=2.5"),
+            ({"r": 2.5}, "r must be int, got 2.5"),
             ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\]=0"),
             ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), got 1.0"),
             ({"lora_dropout": -0.1}, "got -0.1"),

@@ -6,6 +6,10 @@ import csv
 import importlib.util
 import itertools
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,15 +78,34 @@ def test_exact_is_the_best_of_all(batch):
     assert result.params <= limit and json.loads(best) == result.structure
 
 
+class SaveInputAndOutput:
+    """Of the module's last call."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __enter__(self):
+        self.handle = self.module.register_forward_hook(self.save)
+        return self
+
+    def save(self, module, args, output):
+        self.x, self.y = args[0], output
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+
 def score_by_hand(model, batch, structure) -> float:
-    """Energy of the gradients' best low-rank parts."""
+    """Nuclear norms of the gradients' best low-rank parts, each over what its tokens' gradients and inputs measure."""
     total = 0.0
     for i, (on, r) in enumerate(zip(structure["num_hidden_layers"], structure["r"])):
         for name in ("q_proj", "v_proj") if on else ():
-            weight = model.get_submodule(f"model.layers.{i}.self_attn.{name}").weight
-            weight.requires_grad_(True)
-            (gradient,) = torch.autograd.grad(model(**batch).loss, weight)
-            total += torch.linalg.svdvals(gradient.double())[:r].pow(2).sum().item()
+            module = model.get_submodule(f"model.layers.{i}.self_attn.{name}")
+            with SaveInputAndOutput(module) as seen:
+                loss = model(**batch).loss
+            x, (g,) = seen.x.detach(), torch.autograd.grad(loss, seen.y)
+            G = g.flatten(0, 1).double().T @ x.flatten(0, 1).double()
+            total += (torch.linalg.svdvals(G)[:r].sum() / (g.norm() * x.norm())).item()
     return total
 
 
@@ -117,7 +140,7 @@ def test_outside_the_budget_nothing_is_scored(engine):
 
 
 @engines
-@pytest.mark.parametrize("score", ["gradient_energy", "deltatuner"])
+@pytest.mark.parametrize("score", ["gradient_coherence", "deltatuner"])
 def test_same_seed_same_search(batch, engine, score):
     model = llama()
     torch.manual_seed(0)
@@ -130,7 +153,7 @@ def test_same_seed_same_search(batch, engine, score):
 
 
 @pytest.mark.parametrize("config", [LoraConfig(), SsfConfig()], ids=["lora", "ssf"])
-@pytest.mark.parametrize("score", ["gradient_energy", "deltatuner"])
+@pytest.mark.parametrize("score", ["gradient_coherence", "deltatuner"])
 def test_model_is_left_as_it_was(batch, config, score):
     model = llama().train()
     model.model.layers[0].mlp.eval()
@@ -202,6 +225,94 @@ def test_killed_search_goes_on(batch, tmp_path, engine, kind):
     assert rest.front == whole.front
     with pytest.raises(ValueError, match=r"search with other settings .*r_max"):
         find(batch, model, max_epochs=3, storage=storage, r_max=5, **options)
+
+
+SEARCHER = """
+import pathlib, sys, time
+sys.path.insert(0, {tests!r})
+import optuna
+import torch
+from tiny_models import llama
+
+from peft import DenasConfig, LoraConfig, search_structure
+from peft.tuners.denas.search import Scorer
+
+own, storage, options = pathlib.Path(sys.argv[1]), sys.argv[2], {options!r}
+ask = optuna.Study.ask
+
+
+def asks_with_the_others(study):
+    own.with_suffix(".asks").touch()
+    while not all(pathlib.Path(peer).with_suffix(".asks").exists() for peer in sys.argv[3:]):
+        time.sleep(0.001)
+    return ask(study)
+
+
+optuna.Study.ask = asks_with_the_others  # all expect the first trial to be theirs
+score = Scorer.score
+
+
+def scores_and_says_so(self, codes, latency):
+    time.sleep(0.05)  # long enough for the other one to have its turn
+    with own.open("a") as file:
+        file.write(repr(codes.tolist()) + "\\n")
+    return score(self, codes, latency)
+
+
+Scorer.score = scores_and_says_so
+torch.manual_seed(0)
+model, ids = llama(), torch.arange(12).reshape(2, 6)
+result = search_structure(
+    model, LoraConfig(), DenasConfig(storage=storage, **options), batch=dict(input_ids=ids, labels=ids), progress=False
+)
+own.with_suffix(".history").write_text(str(len(result.history)))
+"""
+
+
+@needs_optuna
+def test_processes_search_together_and_one_is_killed(tmp_path):
+    """Two processes on one journal share the work; one is killed, the other and a third end it. Nothing is done twice.
+
+    All draw with the same seed.
+    """
+    import optuna
+
+    options = {"engine": "tpe", "score": "deltatuner", "population_num": 30, "max_epochs": 2, "patience": None}
+    script, storage = tmp_path / "searcher.py", tmp_path / "search.log"
+    script.write_text(SEARCHER.format(tests=str(Path(__file__).parent), options=options))
+    files = [tmp_path / f"{name}.txt" for name in "abc"]
+
+    def start(file, *peers):
+        return subprocess.Popen([sys.executable, *map(str, (script, file, storage, *peers))])
+
+    def scored(file) -> list[str]:
+        return file.read_text().splitlines() if file.exists() else []
+
+    first, second = start(files[0], files[1]), start(files[1], files[0])
+    try:
+        while not (len(scored(files[0])) >= 3 and len(scored(files[1])) >= 3):
+            assert first.poll() is None and second.poll() is None, "a process ended before the other took part"
+            time.sleep(0.01)
+        first.kill()
+        third = start(files[2])
+        assert second.wait(120) == 0 and third.wait(120) == 0
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.wait()
+    done = [line for file in files for line in scored(file)]
+    assert len(done) == len(set(done))
+    backend = optuna.storages.journal.JournalFileBackend(str(storage))
+    study = optuna.load_study(study_name="denas", storage=optuna.storages.JournalStorage(backend))
+    assert 60 <= len(study.trials) <= 61  # both may begin the last one
+    told = {
+        json.dumps(trial.user_attrs["structure"])
+        for trial in study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
+    }
+    # The killed one may have scored a structure without having told.
+    assert len(done) - 1 <= len(told) <= len(done)
+    # Who ends last knows all.
+    assert max(int(file.with_suffix(".history").read_text()) for file in files[1:]) == len(told)
 
 
 # ---- Several objectives ----
@@ -279,7 +390,7 @@ def test_many_candidates_are_looked_up_at_once(seed):
         ({"engine": "sigopt"}, "engine must be one of"),
         ({"score": "deltatuner", "engine": "exact"}, "engine='exact' needs a score that is a sum"),
         ({"engine": "exact", "max_latency": 3}, "engine='exact' knows parameters only"),
-        ({"diversity_weight": 2}, "diversity_weight has no meaning with score='gradient_energy'"),
+        ({"diversity_weight": 2}, "diversity_weight has no meaning with score='gradient_coherence'"),
         ({"alpha_max": 2}, "alpha_max has no meaning"),
         ({"storage": "x.log"}, "storage is Optuna's"),
         ({"engine": "tpe", "objectives": ["score", "params"]}, "objectives are what engine='nsga2'"),

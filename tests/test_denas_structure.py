@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,6 +50,23 @@ def test_lora_structure_gives_these_ranks_and_no_others(tmp_path, as_file):
     }
     layer = model.get_base_model().model.layers[1].self_attn.q_proj
     assert layer.r["default"] == 5 and layer.scaling["default"] == 2
+
+
+@pytest.mark.parametrize(("name", "layers"), [("smollm2-135m", 30), ("all-minilm-l6-v2", 6)])
+def test_structures_that_come_with_the_package(name, layers, tmp_path, monkeypatch):
+    """By name, on models with as many layers; a folder of that name goes before them."""
+    base = llama(num_hidden_layers=layers)
+    model = get_peft_model(base, CompactLoraConfig(best_structure=name, target_modules="all-linear"))
+    structure = model.peft_config["default"].structure
+    assert structure == read_structure(name) and len(structure["r"]) == layers
+    sizes = {layer.r["default"] for layer in model.base_model.layers()}
+    assert sizes == {r for r, on in zip(structure["r"], structure["num_hidden_layers"]) if on}
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    write_structure(LORA, name)
+    assert read_structure(name) == LORA
+    with pytest.raises(ValueError, match=rf"give a file, or one of .*'{name}'"):
+        read_structure("smollm3")
 
 
 def test_structure_per_module_type():

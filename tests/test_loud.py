@@ -425,7 +425,7 @@ def test_warnings_point_at_the_users_line_by_every_way(tmp_path):
         (lambda: LoraConfig(target_modules=["q_proj", None]), TypeError, "got ['q_proj', None]"),
         (lambda: LoraConfig(modules_to_save="lm_head"), TypeError, "modules_to_save must be list[str] | None"),
         (lambda: LoraConfig(rank_pattern={"q": "2"}), TypeError, "rank_pattern must be dict[str, int] | None"),
-        (lambda: LoraConfig(rank_pattern={"((": 2}), ValueError, "rank_pattern: '((' is not a valid regular"),
+        (lambda: LoraConfig(rank_pattern={"((": 2}), ValueError, "rank_pattern='((' is not a valid regular"),
         (lambda: LoraConfig(lora_alpha=0), ValueError, "finite and not 0, got 0"),
         (lambda: LoraConfig(alpha_pattern={"q": float("nan")}), ValueError, "alpha_pattern['q'] scales"),
         (lambda: SftConfig(num_tunable_weights=2.5), TypeError, "num_tunable_weights must be int | None, got 2.5"),

@@ -120,7 +120,7 @@ def test_estimate_is_what_training_takes(model, method, options):
 
 def test_eighteen_bytes_per_parameter_of_mixed_precision():
     """4 for the weight, 4 for its gradient, 8 for AdamW's moments, 2 for the copy in which autocast computes."""
-    linear = LlamaConfig(vocab_size=8, hidden_size=128, intermediate_size=512, num_hidden_layers=16)
+    linear = LlamaConfig(vocab_size=8, hidden_size=128, intermediate_size=512, num_hidden_layers=8)
     for config, optimizer, expected in ((linear, "adamw", 18), (linear, "sgd", 10), (linear, "adamw_8bit", 12)):
         found = estimate_memory(
             config, batch_size=1, sequence_length=1, mixed_precision=True, optimizer=optimizer,
@@ -187,6 +187,11 @@ def test_sixteen_bit_weights_and_wide_copies_of_deepspeed():
     fsdp = estimate(num_gpus=2, sharding="fsdp", mixed_precision=True)  # its float32 shards are the weights
     assert fsdp.gpu["weights"] == pytest.approx(4 * found.parameters / 2, rel=2e-3)
     assert fsdp.gpu["optimizer"] == pytest.approx(8 * found.parameters / 2, rel=1e-3)
+    packed = {
+        name: estimate(method="lora", quantization="nf4", **options)
+        for name, options in {"one": {}, "fsdp": {"num_gpus": 2, "sharding": "fsdp", "mixed_precision": True}}.items()
+    }
+    assert packed["fsdp"].gpu["weights"] == pytest.approx(packed["one"].gpu["weights"] / 2, rel=1e-3)
 
 
 def test_offloading_moves_to_the_cpu():

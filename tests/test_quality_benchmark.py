@@ -116,10 +116,10 @@ def test_cell_that_fails_is_named_and_the_others_run(tmp_path, monkeypatch, caps
         return True
 
     monkeypatch.setattr(quality, "run_cell", run_cell)
-    arguments = ["--only", "lora", "--tasks", "aiw", "--rates", "1e-3", "2e-3", "--seeds", "2"]
+    arguments = ["--only", "lora", "--tasks", "syllogism", "--rates", "1e-3", "2e-3", "--seeds", "2"]
     assert quality.main([*arguments, "--results", str(tmp_path)]) == 1
     assert [cell.rate for cell in ran] == [1e-3, 2e-3]  # no second seed while the choice is open
-    assert "failed: aiw-lora-lr0.002-seed0.json" in capsys.readouterr().err
+    assert "failed: syllogism-lora-lr0.002-seed0.json" in capsys.readouterr().err
 
 
 def test_cells_of_other_settings_are_refused(tmp_path):
@@ -133,7 +133,7 @@ def test_cells_of_other_settings_are_refused(tmp_path):
     [
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--steps", "1"], "--steps must be at least 2, got 1"),
-        (["--tasks", "chess"], "--tasks must be of syllogism, aiw with --model minilm, got chess"),
+        (["--tasks", "chess"], "--tasks must be of syllogism, family_relationships with --model minilm, got chess"),
         (["--model", "smollm2", "--only", "head"], "with --model smollm2, got head"),
     ],
 )

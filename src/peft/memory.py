@@ -34,6 +34,7 @@ from .cli.common import format_bytes, format_table
 from .config import PeftConfig
 from .mapping_func import get_peft_model
 from .status import count_parameters
+from .tuners.sft import gradients
 from .tuners.sft.optimizer import SftAdamW, SftSM3
 from .tuners.sft.parallel import refusal
 from .tuners.sft.selector import SftSelector, named_deltas
@@ -318,8 +319,7 @@ class _PackedProduct(torch.autograd.Function):
             return F.linear(x, layer.unpacked(), None if bias is None else bias.to(x.dtype))
         ctx.save_for_backward(x)  # LLM.int8 keeps it even though the weight is frozen
         rounded = x.to(torch.int8)
-        product = x.new_empty(*x.shape[:-1], layer.out_features, dtype=torch.int32)
-        del rounded
+        product = rounded.new_empty(*x.shape[:-1], layer.out_features, dtype=torch.int32)
         return product.to(x.dtype)
 
     @staticmethod
@@ -350,7 +350,8 @@ def _scalar(tensor: Tensor) -> bool | int | float:
     """A number out of a tensor. Conditions hold, and what is searched in a sorted list is found at equal distances."""
     spread = getattr(tensor.untyped_storage(), "spread", None)
     if spread is not None:
-        return spread * tensor.storage_offset() // (tensor.untyped_storage().nbytes() // tensor.element_size() - 1)
+        places = tensor.untyped_storage().nbytes() // tensor.element_size()
+        return spread * tensor.storage_offset() // max(1, places - 1)
     return True if tensor.dtype == torch.bool else 1
 
 
@@ -393,7 +394,8 @@ def _read_masks() -> contextlib.AbstractContextManager[None]:
 def _cuda_kernels() -> Iterator[None]:
     """Choose, for fake tensors on the CPU, what keeps as much for backward as the kernels on CUDA.
 
-    There, attention with dropout has fused kernels too, and the mask of a dropout is one byte per number.
+    There, attention with dropout has fused kernels too, the mask of a dropout is one byte per number, and no product is
+    sampled.
     """
 
     def attention(real: Callable) -> Callable:
@@ -411,7 +413,11 @@ def _cuda_kernels() -> Iterator[None]:
 
         return drop
 
-    with _replaced(F, "scaled_dot_product_attention", attention), _replaced(F, "dropout", dropout):
+    with (
+        _replaced(F, "scaled_dot_product_attention", attention),
+        _replaced(F, "dropout", dropout),
+        _replaced(gradients, "_can_sample", lambda _: lambda tensor: False),
+    ):
         yield
 
 
@@ -429,7 +435,9 @@ class _Played:
     gradients: int
     """Of everything that is trained, when backward is over."""
     masters: int
-    """The optimiser's float32 copies of 16-bit weights, which "optimizer" includes."""
+    """The optimiser's float32 copies of 16-bit weights, which "optimizer" includes; 0: it has none."""
+    halves: int
+    """All weights in 16 bits, trained or not."""
     unit: tuple[int, int]
     """Weights, and trained weights, of the largest part of the model that is gathered in one piece."""
     parameters: int
@@ -530,6 +538,7 @@ def _play(
         like_cuda: Prefer what CUDA's kernels would keep.
     """
     counts = count_parameters(model)
+    gradients._silence_beta_warning()  # which it does once per process, and must do outside of fake tensors
     meter = _Meter()
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -569,6 +578,7 @@ def _play(
             step,
             gradients=sum(parameter.grad.nbytes for parameter in trained if parameter.grad is not None),
             masters=sum(parameter.nbytes for parameter in masters) if halved else 0,
+            halves=sum(parameter.nbytes for parameter in model.parameters() if parameter.dtype == torch.bfloat16),
             unit=_largest_unit(model),
             trained=counts[0],
             parameters=counts[1],
@@ -595,7 +605,7 @@ def _start_gathering(model: nn.Module, config: PeftConfig | None, optimizer: tor
     if getattr(config, "selection_algorithm", "static") == "static":
         return
     try:
-        SftSelector(model, optimizer, config, total_update_steps=10**6, grad_accumulation_steps=1)
+        SftSelector(model, optimizer, config, 10**6, grad_accumulation_steps=1, process_group=None)
     except TypeError as error:
         raise ValueError(f"{error}") from error
 
@@ -641,9 +651,10 @@ def _place(played: _Played, num_gpus: int, sharding: str | None, offload: str | 
     moments = [played.backward] if offload else [played.backward, played.step]  # else the CPU takes the step
     places = []
     for moment in moments:
-        whole = Counter(moment)
-        if sharding == "fsdp" and played.masters:  # its shards are float32, copies to work on and weights in one
-            whole |= {"weights": 2 * moment["weights"], "gradients": 2 * moment["gradients"]}
+        whole = {part: moment[part] for part in PARTS}
+        if sharding == "fsdp" and played.masters:  # its shards are float32: weights and the optimiser's copies in one
+            whole["weights"] += played.halves
+            whole["gradients"] *= 2
             whole["optimizer"] -= played.masters
         shared = ("optimizer", "gradients", "weights")[:stage]
         if stage and moment is played.step:

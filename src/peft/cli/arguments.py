@@ -356,11 +356,7 @@ def add_search_limits(group: argparse._ArgumentGroup) -> None:
 
 
 def add_search_engines(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--score",
-        choices=("gradient_energy", "gradient_norm", "deltatuner"),
-        help="default: gradient_energy",
-    )
+    group.add_argument("--score", choices=("gradient_coherence", "deltatuner"), help="default: gradient_coherence")
     group.add_argument(
         "--engine",
         choices=("exact", "evolutionary", "random", "tpe", "nsga2"),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from ..config import documented
-from ..tuners.denas.config import ENGINES, SCORES, DenasConfig
+from ..tuners.denas.config import ENGINES, SCORES, DenasConfig, SearchSettings
 
 ALGOS = ("auto", "lora", "ssf", "sft")
 SEARCH_ENGINES = {
@@ -19,7 +19,7 @@ SEARCH_ENGINES = {
 
 @documented
 @dataclass
-class DeltaTunerArguments:
+class DeltaTunerArguments(SearchSettings):
     """What `optimize` does; for programs and `transformers.HfArgumentParser`.
 
     Raises:
@@ -30,36 +30,8 @@ class DeltaTunerArguments:
     """"EvolutionarySearchEngine", "RandomSearchEngine", or one of our engines: "exact", "tpe", "nsga2"."""
     model_id: str | None = None
     """Name of the base model, for the configuration of the adapter; None: what the model says itself."""
-    batch_size: int = 4
-    """Rows of the batch that candidates are scored on."""
-    max_epochs: int = 10
-    """Rounds of the search."""
-    scale_factor: int = 10
-    """Tries for each candidate that is needed."""
-    select_num: int = 50
-    """Best candidates that the next round is made from."""
-    population_num: int = 50
-    """Candidates of one round."""
-    m_prob: float = 0.2
-    """Probability that a mutation draws a size of a layer anew."""
-    s_prob: float = 0.4
-    """Probability that a mutation switches a layer on or off."""
-    crossover_num: int = 25
-    """Candidates of a round that are crossed from two of the best."""
-    mutation_num: int = 25
-    """Candidates of a round that are mutated from one of the best."""
     img_size: int = 32
     """Tokens in each row of the batch."""
-    expressivity_weight: float = 0.0
-    """Weight of this term of the score "deltatuner"."""
-    complexity_weight: float = 0.0
-    """Likewise."""
-    diversity_weight: float = 1.0
-    """Likewise."""
-    saliency_weight: float = 1.0
-    """Likewise."""
-    latency_weight: float = 0.0
-    """Likewise."""
     max_param_limits: float | None = None
     """Most trained parameters, in millions; None: as many as the adapter that the search starts from."""
     min_param_limits: float | None = None
@@ -86,8 +58,8 @@ class DeltaTunerArguments:
     algo: str = "auto"
     """"lora", "ssf", "sft", or "auto": lora for a model that has LoRA already, else ssf."""
     score: str | None = None
-    """The score: "deltatuner", "gradient_energy" or "gradient_norm". None: "deltatuner", and for sft and the engine
-    "exact", which it is not for, "gradient_energy"."""
+    """The score, "deltatuner" or "gradient_coherence". None: "deltatuner", and for sft and the engine "exact", which it
+    is not for, "gradient_coherence"."""
 
     def __post_init__(self):
         if self.algo not in ALGOS:
@@ -112,15 +84,10 @@ class DeltaTunerArguments:
         if self.search_space_name not in (None, algo):
             raise ValueError(f"search_space_name={self.search_space_name!r} is not that of algo={algo!r}")
         engine = SEARCH_ENGINES[self.search_engine]
-        score = self.score or ("gradient_energy" if algo == "sft" or engine == "exact" else "deltatuner")
-        same = (
-            "batch_size", "max_epochs", "scale_factor", "select_num", "population_num", "m_prob", "s_prob",
-            "crossover_num", "mutation_num", "expressivity_weight", "complexity_weight", "diversity_weight",
-            "saliency_weight", "latency_weight",
-        )  # fmt: skip
-        fields: dict[str, Any] = {name: getattr(self, name) for name in same}
+        score = self.score or ("gradient_coherence" if algo == "sft" or engine == "exact" else "deltatuner")
+        same = {field.name: getattr(self, field.name) for field in dataclasses.fields(SearchSettings)}
         return DenasConfig(
-            **fields,
+            **same,
             score=score,
             engine=engine,
             patience=None,

@@ -44,7 +44,7 @@ def check_pattern(pattern: str, name: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{name}: {pattern!r} is not a valid regular expression: {error}") from error
+        raise ValueError(f"{name}={pattern!r} is not a valid regular expression: {error}") from error
 
 
 def _check_layer_selection(config: TargetedConfig) -> None:

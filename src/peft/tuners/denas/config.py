@@ -14,23 +14,56 @@ from .layout import GRANULARITIES
 
 OBJECTIVES = ("score", "params", "latency")
 ENGINES = ("exact", "evolutionary", "random", "tpe", "nsga2")
-ADDITIVE_SCORES = ("gradient_energy", "gradient_norm")
-SCORES = (*ADDITIVE_SCORES, "deltatuner")
+SCORES = ("gradient_coherence", "deltatuner")
 WEIGHTS = ("expressivity_weight", "complexity_weight", "diversity_weight", "saliency_weight", "latency_weight")
+
+
+@dataclass
+class SearchSettings:
+    """What deltatuner's arguments and ours have in common, by deltatuner's names and with its defaults."""
+
+    population_num: int = 50
+    """Candidates of one round, in every engine but "exact"."""
+    select_num: int = 50
+    """Best candidates that the next round of "evolutionary" is made from."""
+    crossover_num: int = 25
+    """Candidates of a round that are crossed from two of these."""
+    mutation_num: int = 25
+    """Candidates of a round that are mutated from one of these."""
+    max_epochs: int = 10
+    """Rounds."""
+    m_prob: float = 0.2
+    """Probability that a mutation draws a size of a layer anew."""
+    s_prob: float = 0.4
+    """Probability that a mutation switches a layer on or off."""
+    scale_factor: int = 10
+    """Tries for each candidate that is needed, before a round goes on with fewer."""
+    expressivity_weight: float = 0.0
+    """Weights of the terms of the score "deltatuner"; see `peft.tuners.denas.score`."""
+    complexity_weight: float = 0.0
+    """Likewise."""
+    diversity_weight: float = 1.0
+    """Likewise."""
+    saliency_weight: float = 1.0
+    """Likewise."""
+    latency_weight: float = 0.0
+    """Likewise, of the time of a forward pass in seconds."""
+    batch_size: int = 4
+    """Rows of the batch that is made where none is given."""
 
 
 @documented
 @dataclass
-class DenasConfig:
+class DenasConfig(SearchSettings):
     """A train-free search for the structure of an adapter: which layers get one, and of what size.
 
     Raises:
         ValueError: a value outside its range, or one that has no meaning with the others.
     """
 
-    score: Literal["gradient_energy", "gradient_norm", "deltatuner"] = "gradient_energy"
-    """What says how good a structure is. "gradient_energy" and "gradient_norm" are sums over layers, from one forward
-    and backward pass; "deltatuner" is deltatuner's formula, from one pass for each candidate."""
+    score: Literal["gradient_coherence", "deltatuner"] = "gradient_coherence"
+    """What says how good a structure is. "gradient_coherence" is a sum over layers, from one forward and backward pass;
+    "deltatuner" is deltatuner's formula, from one pass for each candidate."""
     engine: Literal["exact", "evolutionary", "random", "tpe", "nsga2"] | None = None
     """How structures are searched: "exact" (the best of all within max_params; for scores that are sums),
     "evolutionary", "random", or Optuna's "tpe" and "nsga2" (several objectives, a Pareto front). None: "exact" where it
@@ -45,7 +78,7 @@ class DenasConfig:
     """From one rank to the next."""
     alpha_min: int = 1
     """Smallest multiplier a of LoRA, with lora_alpha = a * r, that is tried. Only the score "deltatuner" depends on it;
-    with the others it is lora_alpha / r of the adapter's configuration."""
+    with the other it is lora_alpha / r of the adapter's configuration."""
     alpha_max: int = 6
     """Largest multiplier."""
     alpha_step: int = 1
@@ -64,38 +97,10 @@ class DenasConfig:
     """Longest forward pass of the batch, in milliseconds, measured on this machine. Not with "exact" or SFT."""
     min_latency: float | None = None
     """Shortest forward pass, in milliseconds."""
-    population_num: int = 50
-    """Candidates of one round, in every engine but "exact"."""
-    select_num: int = 50
-    """Best candidates that the next round of "evolutionary" is made from."""
-    crossover_num: int = 25
-    """Candidates of a round that are crossed from two of these."""
-    mutation_num: int = 25
-    """Candidates of a round that are mutated from one of these."""
-    max_epochs: int = 10
-    """Rounds."""
     patience: int | None = 3
     """Stop after so many rounds without a better score. None: never before max_epochs."""
-    m_prob: float = 0.2
-    """Probability that a mutation draws a size of a layer anew."""
-    s_prob: float = 0.4
-    """Probability that a mutation switches a layer on or off."""
-    scale_factor: int = 10
-    """Tries for each candidate that is needed, before a round goes on with fewer."""
     seed: int = 12345
     """Of the search and of the initial deltas that "deltatuner" scores."""
-    expressivity_weight: float = 0.0
-    """Weights of the terms of the score "deltatuner"; see `peft.tuners.denas.score`."""
-    complexity_weight: float = 0.0
-    """Likewise."""
-    diversity_weight: float = 1.0
-    """Likewise."""
-    saliency_weight: float = 1.0
-    """Likewise."""
-    latency_weight: float = 0.0
-    """Likewise, of the time of a forward pass in seconds."""
-    batch_size: int = 4
-    """Rows of the batch that is made where none is given."""
     sequence_length: int = 32
     """Tokens in each of its rows."""
     objectives: list[str] | None = None
@@ -119,7 +124,7 @@ class DenasConfig:
     @property
     def is_additive(self) -> bool:
         """Whether the score is a sum over layers."""
-        return self.score in ADDITIVE_SCORES
+        return self.score == "gradient_coherence"
 
     @property
     def needs_latency(self) -> bool:
@@ -163,7 +168,7 @@ class DenasConfig:
                     raise ValueError(f"{name} has no meaning with score={self.score!r}, only with 'deltatuner'")
         if self.engine == "exact":
             if not self.is_additive:
-                raise ValueError(f"engine='exact' needs a score that is a sum over layers, one of {ADDITIVE_SCORES}")
+                raise ValueError("engine='exact' needs a score that is a sum over layers, 'gradient_coherence'")
             if self.needs_latency:
                 raise ValueError("engine='exact' knows parameters only: with a limit on latency choose another engine")
         if self.storage is not None and self.engine not in ("tpe", "nsga2"):
@@ -204,17 +209,17 @@ class CompactLoraConfig(LoraConfig):
     _tokenizer = _batch = None
 
     best_structure: dict[str, Any] | str | None = None
-    """The structure: deltatuner's JSON object, or a file that holds it."""
+    """The structure: deltatuner's JSON object, a file that holds it, or the name of one that comes with the package."""
     search: DenasConfig | dict[str, Any] | None = None
     """How to search for one. None, without best_structure: as `DenasConfig()` says."""
     layer_name: str = "num_hidden_layers"
     """The key of the structure that says which layers are on."""
 
     def __post_init__(self):
-        super().__post_init__()
-        self.peft_type = PeftType.COMPACT_LORA
         if isinstance(self.best_structure, os.PathLike):
             self.best_structure = os.fspath(self.best_structure)
+        super().__post_init__()
+        self.peft_type = PeftType.COMPACT_LORA
         if self.best_structure is not None and self.search is not None:
             raise ValueError("best_structure and search exclude each other: give the structure, or search for one")
         if isinstance(self.search, dict):

@@ -1,20 +1,19 @@
-"""Scores that are sums over layers: what the gradient of the loss says that a delta of a size could achieve.
+"""The score that is a sum over layers: how far the gradients of a layer's tokens agree on one change of its weight.
 
-At the start of a fine-tuning the delta is zero, and the loss falls along the gradient. How far, to first order, within
-what a delta of one size can reach, is a number for each module and size. These numbers come from one forward and
-backward pass of the frozen model, do not depend on each other, and add up over modules. With G (O, I) the gradient of
-the loss with respect to a weight, sigma its singular values in falling order, and y (.., O) the output of a layer with
-gradient g:
+A weight W has the inputs x (N, I) and the gradients g (N, O) of its outputs, of all N tokens of a batch. Its gradient
+G = g^T x (O, I) is what changes the loss for all tokens at once; were every token free to have its own change of W, the
+loss would fall by |g|_F |x|_F instead. The ratio is a number for each module and size, comes from one forward and
+backward pass of the frozen model, and adds up over modules. With sigma the singular values of G in falling order, and
+y (N, O) the output:
 
-                  "gradient_energy"                          "gradient_norm"
-    LoRA, rank r  sum_{i<=r} sigma_i^2                       sum_{i<=r} sigma_i
-    SSF           ||sum g*y||^2 + ||sum g||^2                |sum g*y|_1 + |sum g|_1
-    SFT, k        sum of the k largest G_ij^2                sum of the k largest |G_ij|
+    LoRA, rank r  sum_{i<=r} sigma_i / (|g|_F |x|_F)      at most 1, since |g^T x|_* <= |g|_F |x|_F
+    SSF           |sum_n g*y|_1 / (|g|_F |y|_F) + |sum_n g|_1 / (|g|_F |1|_F)
+    SFT, k        sum of the k largest |G_ij| / (|g|_F |x|_F)
 
-The first is the squared norm of the gradient's part that the delta can follow: the decrease of the loss by a small
-step of gradient descent, per learning rate. For LoRA that is the best matrix of rank r (Eckart-Young; the direction
-that LoRA-GA, arXiv 2407.05000, starts in). The second is the same for steps that move every direction equally far, as
-Adam's and Muon's do: the dual of the spectral norm (LoRA), or of the largest entry (SSF, SFT).
+The numerators are the first-order decrease of the loss by a step that moves every direction equally far, as Adam's and
+Muon's do: the dual of the spectral norm (LoRA), or of the largest entry (SSF, SFT). Without the denominators the last
+layers of a model would win, whose gradients are the largest; that says little about the loss after training, as the
+measurements in docs/source/denas.md show.
 
 Several batches are averaged. Nothing of the model is changed, and memory is that of one weight's gradient.
 """
@@ -53,20 +52,15 @@ def singular_values(G: Tensor, count: int) -> Tensor:
     return torch.nn.functional.pad(sigma, (0, count - sigma.numel()))
 
 
-def lora_value(G: Tensor, ranks: Sequence[int], power: int) -> Tensor:
-    """`sum_{i<=r} sigma_i(G)^power` for each rank."""
-    sums = singular_values(G.flatten(1), max(ranks)).double().pow(power).cumsum(0)
+def lora_value(G: Tensor, ranks: Sequence[int]) -> Tensor:
+    """`sum_{i<=r} sigma_i(G)` for each rank."""
+    sums = singular_values(G.flatten(1), max(ranks)).double().cumsum(0)
     return sums[torch.tensor(ranks, device=sums.device) - 1]
 
 
-def ssf_value(scale: Tensor, shift: Tensor, power: int) -> Tensor:
-    """`sum |.|^power` of the gradients of scale (O,) and shift (O,) -> (1,)."""
-    return torch.stack([scale, shift]).abs().pow(power).sum().reshape(1)
-
-
-def sft_value(G: Tensor, counts: Sequence[int], power: int) -> Tensor:
-    """Sum of the k largest `|G_ij|^power` for each k."""
-    top = G.flatten().abs().topk(max(counts)).values.double().pow(power).cumsum(0)
+def sft_value(G: Tensor, counts: Sequence[int]) -> Tensor:
+    """Sum of the k largest `|G_ij|` for each k."""
+    top = G.flatten().abs().topk(max(counts)).values.double().cumsum(0)
     return top[torch.tensor(counts, device=top.device) - 1]
 
 
@@ -103,32 +97,40 @@ class _Probe:
             self.total = None
 
     def gradient(self, x: Tensor, y: Tensor, g: Tensor) -> list[Tensor]:
-        """The gradients of one call: here that of the weight, (O, I, *K)."""
-        return [weight_gradient(self.op, x, g)]
+        """What adds up over calls: the gradient of the weight (O, I, *K), |g|_F^2 and |x|_F^2.
+
+        Numbers of tokens (an embedding's input) stand for vectors of norm 1.
+        """
+        inputs = square_norm(x) if x.is_floating_point() else torch.tensor(x.numel(), dtype=torch.float64)
+        return [weight_gradient(self.op, x, g), square_norm(g), inputs]
 
 
 class _ChannelProbe(_Probe):
-    """For SSF: gradients of scale and shift instead of the weight's."""
+    """For SSF: the gradients of scale and shift (O,) instead of the weight's, |g|_F^2, |y|_F^2 and |1|_F^2."""
 
     def gradient(self, x, y, g):
         channel = self.op.channel_dim % y.dim()
         others = [d for d in range(y.dim()) if d != channel]
-        return [(g.double() * y.double()).sum(others), g.double().sum(others)]
+        size = torch.tensor(y.numel(), dtype=torch.float64)
+        return [(g.double() * y.double()).sum(others), g.double().sum(others), square_norm(g), square_norm(y), size]
 
 
-def score_table(model: nn.Module, space: SearchSpace, batches: Sequence[Mapping[str, Any]], score: str) -> np.ndarray:
+def square_norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x.detach(), dtype=torch.float64).square()
+
+
+def score_table(model: nn.Module, space: SearchSpace, batches: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """The value of every unit by size, (U, V), from one forward and backward pass of each batch.
 
     Raises:
         ValueError: the model returns no loss, the gradients are not finite, or none reaches a target.
     """
-    power = 2 if score == "gradient_energy" else 1
     values: dict[str, Tensor] = {}
 
     def finish(key: str, parts: list[Tensor]) -> None:
         if not all(part.isfinite().all() for part in parts):
             raise ValueError(f"The gradients of {key} are not finite: use another batch, or the model in float32")
-        new = _value(space, key, parts, power).cpu()
+        new = _value(space, key, parts).cpu()
         values[key] = values[key] + new if key in values else new
 
     kind = _ChannelProbe if space.method == PeftType.SSF else _Probe
@@ -151,13 +153,22 @@ def score_table(model: nn.Module, space: SearchSpace, batches: Sequence[Mapping[
     return torch.stack(table).numpy() / len(batches)
 
 
-def _value(space: SearchSpace, key: str, parts: list[Tensor], power: int) -> Tensor:
+def _value(space: SearchSpace, key: str, parts: list[Tensor]) -> Tensor:
     if space.method == PeftType.SSF:
-        return ssf_value(*parts, power)
-    (G,) = parts
+        scale, shift, g2, y2, size = parts
+        return (ratio(scale.abs().sum(), g2, y2) + ratio(shift.abs().sum(), g2, size)).reshape(1)
+    G, g2, x2 = parts
     if space.method == PeftType.LORA:
-        return lora_value(G, space.values[0], power)
-    return sft_value(G, [sft_weights(space.layout, key, space.config, share) for share in space.values[0]], power)
+        value = lora_value(G, space.values[0])
+    else:
+        value = sft_value(G, [sft_weights(space.layout, key, space.config, share) for share in space.values[0]])
+    return ratio(value, g2, x2)
+
+
+def ratio(value: Tensor, *squares: Tensor) -> Tensor:
+    """`value` over the product of two norms, which are given as squares; 0 where they are."""
+    norm = torch.stack([square.to(value.device) for square in squares]).sqrt().prod()
+    return value / norm if norm else torch.zeros_like(value)
 
 
 def loss_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

@@ -76,7 +76,7 @@ def search_structure(
         table = net = None
         if search.is_additive:
             model.eval()
-            table = score_table(model, space, batches, search.score)
+            table = score_table(model, space, batches)
         if not search.is_additive or search.needs_latency:
             if len(batches) > 1:
                 raise ValueError(f"score='deltatuner' and latencies take one batch, got {len(batches)}")

@@ -2,12 +2,17 @@
 
 Optuna proposes sizes and switches freely; a proposal is brought into the budget of parameters before it is scored, by
 random steps that depend on nothing but the seed and the trial's number. The samplers are seeded the same way, anew for
-each trial, so that a search that was killed goes on as if nothing had happened.
+each trial, so that a search that was killed goes on as if nothing had happened (but for the structure that it was just
+scoring, which nobody scores then).
+
+Processes that share a storage claim a structure before they score it. Of two that claim the same one at the same time
+neither scores it.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,9 +47,10 @@ def search_with_optuna(search: Search) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = _open(optuna, search)
     known = set()
+    salt = 0
 
     def take_over() -> None:
-        """Remember what earlier runs and other processes have scored."""
+        """Remember what has been scored, here, by earlier runs or by other processes."""
         for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)):
             if trial.number not in known:
                 known.add(trial.number)
@@ -56,8 +62,8 @@ def search_with_optuna(search: Search) -> None:
         for _ in range(size):
             if len(study.get_trials(deepcopy=False)) >= search.config.max_epochs * size:
                 break
-            _try_one(optuna, study, search)
-            take_over()
+            salt = _try_one(optuna, study, search, salt, take_over)
+    take_over()
     if search.config.engine == "nsga2":
         search.front = pareto_front(search.history, search.config.objectives)
 
@@ -100,25 +106,42 @@ def _storage(optuna, where: str | None):
     return optuna.storages.JournalStorage(journal.JournalFileBackend(where))
 
 
-def _sampler(optuna, config: DenasConfig, number: int):
-    seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
+def _sampler(optuna, config: DenasConfig, number: int, salt: int):
+    seed = int(np.random.SeedSequence([config.seed, number, salt]).generate_state(1)[0])
     if config.engine == "tpe":
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(20, config.population_num))
     return optuna.samplers.NSGAIISampler(seed=seed, population_size=config.population_num)
 
 
-def _try_one(optuna, study: optuna.Study, search: Search) -> None:
-    study.sampler = _sampler(optuna, search.config, len(study.get_trials(deepcopy=False)))
+def _try_one(optuna, study: optuna.Study, search: Search, salt: int, take_over: Callable[[], None]) -> int:
+    """Ask for a proposal, score it, tell. Returns the salt of the next one's seed.
+
+    The sampler must be seeded before the trial has its number. Two processes that expect the same number would draw the
+    same proposals from then on; so who gets another one than it expected draws differently ever after.
+    """
+    expected = len(study.get_trials(deepcopy=False))
+    study.sampler = _sampler(optuna, search.config, expected, salt)
     trial = study.ask()
     rng = np.random.default_rng([search.config.seed, trial.number])
     codes = search.space.fit(_suggest(trial, search), search.budget, rng)
-    record = None if codes is None else search.evaluate(codes)
+    claimed = codes is not None and _claim(optuna, study, trial, search, codes)
+    take_over()  # after the claim: what was scored until then is known, what is being scored has been seen above
+    record = search.evaluate(codes) if claimed else None
     if record is None:
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        return
-    trial.set_user_attr(STRUCTURE, search.space.to_dict(record.codes))
-    trial.set_user_attr("record", [record.score, record.params, record.latency])
-    study.tell(trial, objectives_of(record, search.config))
+    else:
+        trial.set_user_attr("record", [record.score, record.params, record.latency])
+        study.tell(trial, objectives_of(record, search.config))
+    return salt if trial.number == expected else trial.number
+
+
+def _claim(optuna, study: optuna.Study, trial: optuna.Trial, search: Search, codes: np.ndarray) -> bool:
+    """Say what this trial is going to score; False: another process has said the same and is at it."""
+    structure = search.space.to_dict(codes)
+    trial.set_user_attr(STRUCTURE, structure)
+    running = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
+    others = (other for other in running if other.number != trial.number)
+    return all(other.user_attrs.get(STRUCTURE) != structure for other in others)
 
 
 def objectives_of(record: Record, config: DenasConfig) -> list[float]:

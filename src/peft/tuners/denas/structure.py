@@ -17,6 +17,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -31,6 +32,7 @@ from .layout import Granularity, Layout, Unit, layout_of
 LAYER_NAME = "num_hidden_layers"
 SIZES = {PeftType.LORA: ("r", "alpha"), PeftType.SSF: (), PeftType.SFT: ("share",)}
 """What a structure says of a layer besides on or off, by method."""
+PRESETS = Path(__file__).with_name("presets")
 EVEN_SHARE = 4
 """The share of an SFT layer that has the density asked for: 2 is half of that density, 8 twice."""
 
@@ -119,17 +121,23 @@ def _flat(name: str, values: Any, layout: Layout, by_kind: bool) -> list:
 def read_structure(source: dict[str, Any] | str | os.PathLike) -> dict[str, Any]:
     """A structure's object, from a file (the first line that is not empty; JSON, or a Python dict) or as it is given.
 
+    A name of `presets` means the file that comes with the package, unless there is a file or folder of that name.
+
     Raises:
         ValueError: there is no such file, or it holds none.
     """
     if isinstance(source, dict):
         return copy.deepcopy(source)
     path = os.path.join(source, STRUCTURE_NAME) if os.path.isdir(source) else source
+    if source in presets() and not os.path.exists(source):
+        path = PRESETS / f"{source}.json"
     try:
         with open(path, encoding="utf-8") as file:
             line = next((line.strip() for line in file if line.strip()), "")
     except OSError as error:
-        raise ValueError(f"Cannot read the structure {str(path)!r}: {error.strerror}") from error
+        raise ValueError(
+            f"Cannot read the structure {str(path)!r}: {error.strerror}; give a file, or one of {presets()}"
+        ) from error
     content = None
     for parse in (json.loads, ast.literal_eval):
         try:
@@ -140,6 +148,11 @@ def read_structure(source: dict[str, Any] | str | os.PathLike) -> dict[str, Any]
     if not isinstance(content, dict):
         raise ValueError(f"The first line of {str(path)!r} must be a JSON object, the structure, got {line[:60]!r}")
     return content
+
+
+def presets() -> list[str]:
+    """Names of the structures that come with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.json"))
 
 
 def write_structure(structure: dict[str, Any], path: str | os.PathLike) -> None:

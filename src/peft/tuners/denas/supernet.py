@@ -134,7 +134,7 @@ def supernet(model: nn.Module, space: SearchSpace, batch: Mapping[str, Any], see
     if space.method == PeftType.SFT:
         raise ValueError(
             "SFT's deltas start at zero, where deltatuner's score is zero, and cost the same time wherever they are: "
-            "search with score='gradient_energy' or 'gradient_norm', and without latency"
+            "search with score='gradient_coherence', and without latency"
         )
     fields = {"target_modules": set(space.layout.places), "exclude_modules": None, "modules_to_save": None}
     fields |= {"layers_to_transform": None, "layers_pattern": None, "inference_mode": False, "bias": "none"}
