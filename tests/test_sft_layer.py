@@ -292,6 +292,40 @@ def test_threads():
     assert torch.equal(weight, before)
 
 
+class Changes(TorchDispatchMode):
+    """Counts the operations after which a weight is not what it was at first."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.weight, self.before, self.count = weight, weight.detach().clone(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count += not torch.equal(self.weight, self.before)
+        return out
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", [*LAYERS, "conv"])
+def test_memory_that_processes_share_is_never_written(kind, shared):
+    """Another process would see the delta in it, and take it for the base number."""
+    make, shape = (LAYERS | OTHERS)[kind]
+    model = adapt(make().double(), ["a", "b"], overlap=True)
+    layer, x = layer_of(model), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    if shared:
+        model.share_memory()
+    assert kernels.is_writable(layer.base_layer.weight) is not shared
+    with Changes(layer.base_layer.weight) as changes:
+        y = model(x)
+        y.sum().backward()
+    assert (changes.count > 0) is not shared  # what is this process's alone is written, so a change would be seen
+    expected, gx, gW = dense_run(model, x)
+    assert_close(y, expected)
+    assert_close(x.grad, gx)
+    for name in ("a", "b"):
+        assert_close(layer.sft_delta[name].values.grad, gW.view(-1)[layer.sft_delta[name].indices.long()])
+
+
 class LargestNew(TorchDispatchMode):
     """The number of elements of the largest tensor that is no view of the given one."""
 
