@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -55,23 +56,6 @@ def choices(field: str) -> tuple[str, ...]:
     hint = get_type_hints(_SftOptions)[field]
     literals = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
     return tuple(value for literal in literals for value in get_args(literal))
-
-
-@documented
-@dataclass
-class SftArguments(_SftOptions):
-    """What scripts set of an `SftConfig`; for `transformers.HfArgumentParser`."""
-
-    target_modules: list[str] | None = None
-    """Modules to adapt: names (matched at the end of a module's name), or "all-linear". Default: every linear layer of
-    the backbone."""
-
-    def to_config(self, **fields) -> SftConfig:
-        """The configuration with these values; `fields` gives any others."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        if self.target_modules == [INCLUDE_LINEAR_LAYERS_SHORTHAND]:  # the only word that is no name
-            values["target_modules"] = INCLUDE_LINEAR_LAYERS_SHORTHAND
-        return SftConfig(**values | fields)
 
 
 @documented
@@ -141,3 +125,49 @@ class SftConfig(_SftOptions, TargetedConfig):
         for name, k in (self.num_deltas or {}).items():
             if k < 0:
                 raise ValueError(f"num_deltas[{name!r}] must be a whole number >= 0, got {k!r}")
+
+
+def _as_in_config(name: str) -> dataclasses.Field:
+    """A field of `SftArguments` that is documented in `SftConfig`."""
+    (metadata,) = (field.metadata for field in dataclasses.fields(SftConfig) if field.name == name)
+    return dataclasses.field(default=None, metadata=metadata)
+
+
+@documented
+@dataclass
+class SftArguments(_SftOptions):
+    """What scripts set of an `SftConfig`; for `transformers.HfArgumentParser`.
+
+    Raises:
+        ValueError: `num_deltas` is a string that is no JSON.
+    """
+
+    target_modules: list[str] | None = None
+    """Modules to adapt: names (matched at the end of a module's name), or "all-linear". Default: every linear layer of
+    the backbone."""
+    exclude_modules: list[str] | None = None
+    """Modules not to adapt: names, matched like target_modules."""
+    modules_to_save: list[str] | None = _as_in_config("modules_to_save")
+    layers_to_transform: list[int] | None = _as_in_config("layers_to_transform")
+    layers_pattern: list[str] | None = _as_in_config("layers_pattern")
+    # HfArgumentParser takes the second of the types.
+    num_deltas: dict[str, int] | str | None = None
+    """Number of trained weights per module, by its whole name, overriding the other budgets; on a command line as JSON:
+    {"encoder.layer.0.output.dense": 100}."""
+
+    def __post_init__(self):
+        if isinstance(self.num_deltas, str):
+            try:
+                self.num_deltas = json.loads(self.num_deltas)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f'num_deltas must be JSON such as {{"encoder.layer.0.output.dense": 100}}, got '
+                    f"{self.num_deltas!r}: {error}"
+                ) from error
+
+    def to_config(self, **fields) -> SftConfig:
+        """The configuration with these values; `fields` gives any others."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.target_modules == [INCLUDE_LINEAR_LAYERS_SHORTHAND]:  # the only word that is no name
+            values["target_modules"] = INCLUDE_LINEAR_LAYERS_SHORTHAND
+        return SftConfig(**values | fields)
