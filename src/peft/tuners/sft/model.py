@@ -76,7 +76,7 @@ class SftModel(BaseTuner):
             ValueError: a granularity that a target cannot have; a budget that is larger than a layer or than all
                 targets, or smaller than a group; or `num_deltas` that names other modules than the targets.
         """
-        ops = {key: op for key, module in targets.items() if (op := make_op(module))}
+        ops = {key: make_op(module) for key, module in targets.items()}
         layouts = {key: make_layout(op, config, key) for key, op in ops.items()}
         sizes = {
             key: math.prod(ops[key].stored_shape) if layout is None else layout.count * layout.size
@@ -98,9 +98,9 @@ class SftModel(BaseTuner):
                 f"{len(missing)} targets have no entry ({missing[:3]})"
             )
         for key, k in config.num_deltas.items():
-            if key in sizes and k > sizes[key]:
+            if k > sizes[key]:
                 raise ValueError(f"num_deltas[{key!r}] = {k:,} is more than the {sizes[key]:,} weights of the layer")
-            if slots and key in slots and k % slots[key]:
+            if slots and k % slots[key]:
                 raise ValueError(
                     f"num_deltas[{key!r}] = {k:,} is no multiple of {slots[key]:,}, the weights of one group with "
                     f"granularity={config.granularity!r}"
