@@ -70,8 +70,8 @@ class SftConfig(_SftOptions, TargetedConfig):
     """
 
     num_deltas: dict[str, int] | None = None
-    """Number of trained weights per module, {module name: k}; overrides the others. Filled in when the adapter is made,
-    so that loading does not derive it again."""
+    """Number of trained weights per module, {its whole name: k}; overrides the others, and without target_modules says
+    what is adapted. Filled in when the adapter is made, so that loading does not derive it again."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Iterator
 
 from ...utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ...utils.quantization_utils import logical_numels
 from ..base import BaseTuner
 from ..ops import make_op
+from ..targeting import is_target
 from ..tuners_utils import BaseTunerLayer
 from .layer import SftLayer, SparseDelta
 from .structured import make_layout
@@ -66,8 +68,16 @@ class SftModel(BaseTuner):
     def prepare_config(self, config):
         config = copy.copy(config)  # num_deltas will be filled in; the user may give the same object another density
         if config.target_modules is None and config.num_deltas:
-            config.target_modules = set(config.num_deltas)
+            self._target_exactly(config, set(config.num_deltas))
         return super().prepare_config(config)
+
+    def _target_exactly(self, config, names: set[str]) -> None:
+        """Let the configuration mean the modules `names` and no others whose names end like theirs."""
+        config.target_modules = names
+        meant = {key for key, _ in self.model.named_modules() if is_target(config, key)}
+        if not meant <= names and meant & names:
+            config.target_modules = "|".join(re.escape(key) for key in sorted(meant & names))
+            config.layers_to_transform = config.layers_pattern = None  # done; an expression cannot have them beside it
 
     def shared_state(self, config, targets):
         """Resolve the budget into `config.num_deltas`.
