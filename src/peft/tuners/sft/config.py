@@ -72,6 +72,7 @@ class SftConfig(_SftOptions, TargetedConfig):
     num_deltas: dict[str, int] | None = None
     """Number of trained weights per module, {its whole name: k}; overrides the others, and without target_modules says
     what is adapted. Filled in when the adapter is made, so that loading does not derive it again."""
+    sized_by_file = False  # num_deltas was derived for a file that does not say it, but has the sizes; no field
 
     def __post_init__(self):
         super().__post_init__()

@@ -98,6 +98,7 @@ class SftModel(BaseTuner):
             if total is None:
                 total = int(config.density * self._base_numel())
             config.num_deltas = share_out(total, sizes, slots)
+            config.sized_by_file = config.from_file  # who wrote it may have rounded otherwise
         else:
             config.num_deltas = dict(config.num_deltas)  # a global budget changes it, and the user's is the user's
         strangers = sorted(set(config.num_deltas) - set(targets))
