@@ -537,6 +537,20 @@ def test_load_refuses_what_does_not_fit():
         selector.load_state_dict({**state, "completed_steps": torch.tensor(4)})
 
 
+def test_a_run_may_go_on_under_another_schedule():
+    """From the step of the state on; a window of gradients that the new schedule has no use for is refused (above)."""
+    model, optimizer, selector = make()
+    train(model, optimizer, selector, random_batches(4))
+    config = SftConfig(target_modules=["first", "second"], reselection_steps=4, selection_accumulation_steps=1)
+    selector.close()
+    other_optimizer, other = drive(model, config, 14)
+    other.load_state_dict(selector.state_dict())
+    train(model, other_optimizer, other, random_batches(10))
+    assert [entry["step"] for entry in selector.history] == [3]
+    assert [entry["step"] for entry in other.history] == [5, 9, 13]
+    assert [entry["share"] for entry in other.history] == pytest.approx([0.2 * (1 - t / 14) for t in (5, 9, 13)])
+
+
 # ---- Refusals ----
 
 

@@ -393,8 +393,12 @@ class SftSelector:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue where the selector that returned `state` stopped, in the middle of a gathering window too.
 
+        The schedule is not part of the state: it is this selector's own, from the step of the state on, so that a run
+        may go on longer, or reselect less often, than it was meant to.
+
         Raises:
-            ValueError: The state belongs to other deltas or to another schedule.
+            ValueError: The state belongs to other deltas, or holds gathered gradients at a step at which nothing is
+                gathered under this selector's schedule.
         """
         if "completed_steps" not in state:
             raise ValueError(f"No selector state: key 'completed_steps' is missing, got {sorted(state)[:3]}")
