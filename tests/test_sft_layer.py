@@ -490,41 +490,6 @@ def test_budgets_override_one_another_and_are_saved():
     assert budget(named) == exact
 
 
-def nested() -> nn.Module:
-    """With linear layers `lin`, `block.lin` and `a.block.lin`."""
-    linears = [nn.Linear(6, 6) for _ in range(3)]
-    blocks = {"block": nn.ModuleDict({"lin": linears[1]})}
-    return nn.ModuleDict(
-        {"lin": linears[0], **blocks, "a": nn.ModuleDict({"block": nn.ModuleDict({"lin": linears[2]})})}
-    )
-
-
-@pytest.mark.parametrize(
-    "exact", [{"lin": 3}, {"block.lin": 2}, {"lin": 3, "a.block.lin": 5}, {"block.lin": 1, "lin": 7}], ids=" ".join
-)
-def test_num_deltas_are_whole_names(exact, tmp_path):
-    """Also where other modules' names end like them, and after a round trip."""
-    model = get_peft_model(nested(), SftConfig(num_deltas=exact))
-    assert budget(model) == model.peft_config["default"].num_deltas == exact
-    model.save_pretrained(tmp_path)
-    assert budget(PeftModel.from_pretrained(nested(), tmp_path)) == exact
-
-
-def test_num_deltas_beside_numbers_of_layers(tmp_path):
-    def base() -> nn.Module:
-        return nn.ModuleDict({"layers": nn.ModuleList([nested(), nested()])})
-
-    exact = {"layers.1.lin": 3}
-    model = get_peft_model(base(), SftConfig(num_deltas=exact, layers_to_transform=1))
-    assert budget(model) == exact
-    model.save_pretrained(tmp_path)
-    assert budget(PeftModel.from_pretrained(base(), tmp_path)) == exact
-    with pytest.raises(ValueError, match=r"1 names are no targets \(\['layers.1.lin'\]\)"):
-        get_peft_model(base(), SftConfig(num_deltas={**exact, "layers.0.lin": 1}, layers_to_transform=0))
-    with pytest.raises(ValueError, match=r"1 names are no targets \(\['in'\]\)|not found in the base model"):
-        get_peft_model(nested(), SftConfig(num_deltas={"in": 1}))
-
-
 def test_a_saved_budget_is_not_derived_again(tmp_path):
     model = get_peft_model(llama(), SftConfig(density=0.05))
     model.save_pretrained(tmp_path)
