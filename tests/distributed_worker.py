@@ -81,23 +81,25 @@ def random_batches(steps, micro_batches, experts):
     return batches
 
 
-def drive(model, adapter, start=0, grad_scale=None, **settings):
+def drive(model, adapter, start=0, **settings):
     config = adapter.peft_config["default"]
     params = [param for param in model.parameters() if param.requires_grad]
     if config.selection_algorithm == "sm3":
         optimizer = SftSM3(params, {delta.values: delta for _, _, delta in adapter.active_deltas()}, lr=0.05)
     else:
         optimizer = SftAdamW(params, lr=0.05, betas=BETAS)
-    return optimizer, SftSelector(model, optimizer, config, TOTAL, 1, start, grad_scale=grad_scale, **settings)
+    return optimizer, SftSelector(model, optimizer, config, TOTAL, 1, start, **settings)
 
 
-def train(model, optimizer, selector, batches, scaler=None):
+def train(model, optimizer, selector, batches, scaler=None, clip=None):
     for micro_batches in batches:
         for number, (x, y) in enumerate(micro_batches):
             last = number == len(micro_batches) - 1
             with contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
                 loss = (model(x) - y).square().mean() / len(micro_batches)
                 (loss if scaler is None else scaler.scale(loss)).backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         if scaler is None:
             optimizer.step()
         else:
@@ -146,7 +148,9 @@ PLAIN = {  # scenario -> algorithm, recompute, settings of DDP
     "recompute": ("rigl", "not reentrant", {}),
     "overflow": ("rigl", None, {}),
     "shared": ("rigl", "shared", {"find_unused_parameters": True}),
+    "clipped": ("rigl", None, {}),
 }
+CLIP = {"clipped": 0.02}  # largest norm
 
 
 def run_plain(name, folder, rank):
@@ -160,10 +164,10 @@ def run_plain(name, folder, rank):
     if name == "recompute":  # the selector may be told what it does not see
         optimizer, selector = drive(model, model, process_group=dist.group.WORLD)
     else:
-        optimizer, selector = drive(parallel, model, grad_scale=grads and grads.get_scale)
+        optimizer, selector = drive(parallel, model)
     copied = copy.deepcopy(model)  # in a gathering window; it takes no part in the run
     with blocks_of(2) if name == "experts" else contextlib.nullcontext():
-        train(parallel, optimizer, selector, share_of(rank, batches), grads)
+        train(parallel, optimizer, selector, share_of(rank, batches), grads, CLIP.get(name))
     selector.close()
     copied(batches[0][0][0]).sum().backward()
     return {"state": snapshot(model, optimizer), "history": selector.history, "discarded": selector.discarded_updates}

@@ -125,8 +125,8 @@ def adapted_llama(algorithm):
 def test_two_processes_do_what_one_does(name, loops):
     model, batches = torch.load(loops / f"{name}.pt", weights_only=False)
     scaler = worker.scaler() if name == "overflow" else None
-    optimizer, selector = worker.drive(model, model, grad_scale=scaler and scaler.get_scale)
-    worker.train(model, optimizer, selector, batches, scaler)
+    optimizer, selector = worker.drive(model, model)
+    worker.train(model, optimizer, selector, batches, scaler, worker.CLIP.get(name))
 
     one, other = results(loops, name)
     assert_same(one["state"], other["state"])

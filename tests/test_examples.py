@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import make_tokenizer, save_llama
+from transformers import HfArgumentParser
 
-from peft import PeftModel, SftArguments, load_peft_weights
+from peft import PeftConfig, PeftModel, SftArguments, SftConfig, load_peft_weights
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 QA_OPTIONS = (
@@ -132,6 +133,28 @@ def test_question_answering_takes_sft_arguments(run_qa, tmp_path, monkeypatch, c
             assert field.metadata["help"] and " ".join(field.metadata["help"].split()[:3]) in printed, field.name
     with pytest.raises(ValueError, match="quantization must be 4, got 8"):
         run_qa.main(["--quantization", "8"])
+
+
+def test_sft_arguments_carry_what_a_command_line_can():
+    """Whatever an SftConfig has, but for what PeftConfig's own fields say about the model and the file."""
+    words = """--target_modules q_proj up_proj --exclude_modules layers.0.mlp.up_proj --modules_to_save score head
+        --layers_to_transform 0 2 --layers_pattern layers h""".split()
+    deltas = {"model.layers.0.self_attn.q_proj": 3, "model.layers.2.mlp.up_proj": 5}
+    parse = HfArgumentParser(SftArguments).parse_args_into_dataclasses
+    (arguments,) = parse([*words, "--num_deltas", json.dumps(deltas)])
+    config = arguments.to_config(task_type="SEQ_CLS")
+    assert config.target_modules == {"q_proj", "up_proj"} and config.exclude_modules == {"layers.0.mlp.up_proj"}
+    assert (config.modules_to_save, config.layers_to_transform) == (["score", "head"], [0, 2])
+    assert (config.layers_pattern, config.num_deltas) == (["layers", "h"], deltas)
+    assert SftArguments(num_deltas=deltas).to_config().num_deltas == deltas
+    (default,) = parse([])
+    assert default.to_config() == SftConfig()
+    with pytest.raises(ValueError, match="num_deltas must be JSON such as .*got 'q_proj=3'"):
+        parse(["--num_deltas", "q_proj=3"])
+    with pytest.raises((TypeError, ValueError), match="num_deltas"):
+        parse(["--num_deltas", "[3]"])[0].to_config()
+    names = {cls: {field.name for field in dataclasses.fields(cls)} for cls in (PeftConfig, SftArguments, SftConfig)}
+    assert names[SftConfig] - names[PeftConfig] == names[SftArguments]
 
 
 def test_question_answering_problems(problems):

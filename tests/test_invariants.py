@@ -384,6 +384,16 @@ def test_unsupported_layer_is_refused_and_the_model_left_alone(method, op):
     assert not hasattr(base, "peft_config")
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layer", [nn.ConvTranspose2d(4, 6, 3), nn.LSTM(4, 6), nn.BatchNorm2d(4), nn.ReLU()], ids=str)
+def test_layers_of_unknown_kinds_are_refused_by_name(method, layer):
+    """Alone as targets: what a method shares out over its targets (SFT its budget) comes after the check."""
+    base, config = nn.Sequential(nn.Linear(4, 4), layer), METHODS[method].config
+    with pytest.raises(ValueError, match=rf"^Target module 1 \({type(layer).__name__}\) is not supported"):
+        get_peft_model(base, type(config())(target_modules=["1"]))
+    assert base[1] is layer and not hasattr(base, "peft_config")
+
+
 @pytest.mark.parametrize("op", ["RMSNorm", "OffsetRMSNorm"])
 def test_shift_on_a_norm_without_bias_is_not_merged(op):
     base = make_base(op, torch.float32)

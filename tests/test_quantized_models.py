@@ -93,7 +93,7 @@ def test_prepare_model_widens_what_packed_layers_can_take(base):
     model = Normed()
     before = {key: t.dtype for key, t in model.layer.state_dict().items() if torch.is_tensor(t)}
     assert prepare_model_for_kbit_training(model, use_gradient_checkpointing=False) is model
-    casts = BASES[base].name in ("bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao int8")
+    casts = BASES[base].name in ("bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao int8", "block-wise 8-bit")
     assert model.norm.weight.dtype == (torch.float32 if casts else torch.bfloat16)
     assert {key: t.dtype for key, t in model.layer.state_dict().items() if torch.is_tensor(t)} == before
     assert not any(p.requires_grad for p in model.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
 
 import pytest
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from peft import PeftModel, SftConfig, get_peft_model
+from peft import PeftModel, SftConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners import ops
 from peft.tuners.sft import gradients, kernels
 from peft.tuners.sft.layer import SparseDelta, random_positions
@@ -292,6 +293,40 @@ def test_threads():
     assert torch.equal(weight, before)
 
 
+class Changes(TorchDispatchMode):
+    """Counts the operations after which a weight is not what it was at first."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.weight, self.before, self.count = weight, weight.detach().clone(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count += not torch.equal(self.weight, self.before)
+        return out
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", [*LAYERS, "conv"])
+def test_memory_that_processes_share_is_never_written(kind, shared):
+    """Another process would see the delta in it, and take it for the base number."""
+    make, shape = (LAYERS | OTHERS)[kind]
+    model = adapt(make().double(), ["a", "b"], overlap=True)
+    layer, x = layer_of(model), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    if shared:
+        model.share_memory()
+    assert kernels.is_writable(layer.base_layer.weight) is not shared
+    with Changes(layer.base_layer.weight) as changes:
+        y = model(x)
+        y.sum().backward()
+    assert (changes.count > 0) is not shared  # what is this process's alone is written, so a change would be seen
+    expected, gx, gW = dense_run(model, x)
+    assert_close(y, expected)
+    assert_close(x.grad, gx)
+    for name in ("a", "b"):
+        assert_close(layer.sft_delta[name].values.grad, gW.view(-1)[layer.sft_delta[name].indices.long()])
+
+
 class LargestNew(TorchDispatchMode):
     """The number of elements of the largest tensor that is no view of the given one."""
 
@@ -560,6 +595,48 @@ def test_unsorted_files_load(index_dtype, low_cpu_mem_usage, tmp_path):
     assert torch.equal(delta.indices, layer_of(model).sft_delta["a"].indices) and delta.indices.dtype == torch.int32
     assert torch.equal(delta.values, layer_of(model).sft_delta["a"].values)
     assert torch.equal(loaded(x), expected)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("left_out", ["null", "missing"])
+@pytest.mark.parametrize("granularity", ["element", "row"])
+def test_files_without_num_deltas_have_the_sizes(granularity, left_out, low_cpu_mem_usage, tmp_path):
+    """The reference release writes none, and whoever rounds a layer's share otherwise comes to other sizes."""
+    base, x = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 8)), torch.randn(7, 6)
+    fresh = copy.deepcopy(base)
+    model = get_peft_model(base, SftConfig(target_modules=["0", "1"], num_tunable_weights=60, granularity=granularity))
+    start = budget(model)
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    del written["num_deltas"]
+    if left_out == "null":
+        written["num_deltas"] = None
+    (tmp_path / "adapter_config.json").write_text(json.dumps(written))
+    expected, dense = {}, copy.deepcopy(fresh)
+
+    def resize(tensors):
+        for name, layer in dense.named_children():
+            values, indices = (f"base_model.model.{name}.sft_delta.{part}" for part in ("values", "indices"))
+            slots, *rest = tensors[values].shape
+            slots += 1 if name == "0" else -1
+            tensors[values] = torch.randn(slots, *rest)
+            tensors[indices] = torch.randperm(layer.weight.numel() if not rest else len(layer.weight))[:slots].int()
+            flat = layer.weight.data.view(-1) if not rest else layer.weight.data
+            flat[tensors[indices].long()] += tensors[values]
+            expected[name] = tensors[values].numel()
+
+    rewrite(tmp_path, resize)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage, is_trainable=True)
+    assert budget(loaded) == loaded.peft_config["default"].num_deltas == expected != start
+    y = loaded(x)
+    torch.testing.assert_close(y, dense(x))
+    y.sum().backward()
+    assert all(delta.values.grad.shape == delta.values.shape for _, _, delta in loaded.active_deltas())
+    loaded.save_pretrained(tmp_path / "again")
+    assert SftConfig.from_pretrained(tmp_path / "again").num_deltas == expected
+    first = loaded.get_parameter(f"{KEY}.default.values")
+    with pytest.raises(RuntimeError, match="size mismatch"):  # its sizes are settled now
+        set_peft_model_state_dict(loaded, {f"{KEY}.values": first[1:]})
 
 
 @pytest.mark.parametrize(

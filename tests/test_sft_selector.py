@@ -29,7 +29,7 @@ class Net(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
-def make(algorithm="rigl", total=30, accumulation=1, dtype=torch.float64, lr=0.05, grad_scale=None, **settings):
+def make(algorithm="rigl", total=30, accumulation=1, dtype=torch.float64, lr=0.05, **settings):
     """A fresh adapted model, its optimiser and its selector."""
     settings = {"reselection_steps": 6, "selection_accumulation_steps": 3, "density": 0.3, **settings}
     config = SftConfig(
@@ -39,7 +39,7 @@ def make(algorithm="rigl", total=30, accumulation=1, dtype=torch.float64, lr=0.0
         **settings,
     )
     model = SftModel(Net().to(dtype), config, "default")
-    return (model, *drive(model, config, total, accumulation, lr, grad_scale=grad_scale))
+    return (model, *drive(model, config, total, accumulation, lr))
 
 
 def drive(model, config, total, accumulation=1, lr=0.05, completed=0, grad_scale=None):
@@ -64,10 +64,12 @@ def loss_of(model, batch):
     return (model(batch[0]) - batch[1]).square().mean()
 
 
-def train(model, optimizer, selector, batches, zero_first=True):
+def train(model, optimizer, selector, batches, zero_first=True, clip=None):
     for micro_batches in batches:
         for batch in micro_batches:
             (loss_of(model, batch) / len(micro_batches)).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         if zero_first:
             optimizer.zero_grad()
@@ -82,13 +84,13 @@ def train(model, optimizer, selector, batches, zero_first=True):
 class Simulation:
     """Sparse fine-tuning of `Net` by the book: a dict per layer from position to value and optimiser state."""
 
-    def __init__(self, model, config, total, lr):
+    def __init__(self, model, config, total, lr, clip=None):
         self.net = copy.deepcopy(Net().to(torch.float64))
         for name in ("first", "second"):
             base = getattr(model.model, name).base_layer
             getattr(self.net, name).load_state_dict(base.state_dict())
         self.base = {name: getattr(self.net, name).weight.detach().clone() for name in ("first", "second")}
-        self.config, self.total, self.lr, self.t = config, total, lr, 0
+        self.config, self.total, self.lr, self.clip, self.t = config, total, lr, clip, 0
         self.active = {}
         self.gathered = {name: None for name in self.base}
         self.covers = {name: (torch.zeros(w.shape[0]), torch.zeros(w.shape[1])) for name, w in self.base.items()}
@@ -121,11 +123,15 @@ class Simulation:
                     self.gathered[name] = {c: [] for c in candidates}
                 summed[name] += grad
                 rounded[name] += grad.float()
+        factor = 1.0
+        if self.clip is not None:
+            trained = [grad[position].item() for name, grad in summed.items() for position in self.active[name]]
+            factor = min(1.0, self.clip / (math.hypot(*trained) + 1e-6))
         for name, grad in summed.items():
             if gathering:
                 for candidate, seen in self.gathered[name].items():
-                    seen.append(rounded[name][candidate].numpy()[()])  # so that the sum is in float32 too
-            self.update(name, grad)
+                    seen.append((rounded[name][candidate] * factor).numpy()[()])  # so that the sum is in float32 too
+            self.update(name, grad * factor)
         self.t += 1
         phase = self.t % self.config.reselection_steps
         if phase == self.config.selection_accumulation_steps and self.t <= self.total:
@@ -193,7 +199,8 @@ class Simulation:
 @pytest.mark.parametrize("policy", ["linear", "cosine"])
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("density", [0.1, 0.5])
-def test_equals_the_simulation(algorithm, policy, accumulation, density):
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_equals_the_simulation(algorithm, policy, accumulation, density, clip):
     total = 22
     model, optimizer, selector = make(
         algorithm,
@@ -205,9 +212,9 @@ def test_equals_the_simulation(algorithm, policy, accumulation, density):
         reselection_steps=7,
         selection_accumulation_steps=4,
     )
-    simulation = Simulation(model, selector.config, total, lr=0.05)
+    simulation = Simulation(model, selector.config, total, 0.05, clip)
     for number, micro_batches in enumerate(random_batches(total, accumulation)):
-        train(model, optimizer, selector, [micro_batches], zero_first=number % 2 == 0)
+        train(model, optimizer, selector, [micro_batches], zero_first=number % 2 == 0, clip=clip)
         simulation.step(micro_batches)
         for name in ("first", "second"):
             delta = getattr(model.model, name).sft_delta["default"]
@@ -308,7 +315,82 @@ def test_an_unused_layer_is_left_alone():
     assert torch.equal(delta.indices, before)
 
 
-# ---- Scaled and overflowing gradients ----
+# ---- Clipped, scaled and overflowing gradients ----
+
+
+def test_clipping_is_what_a_smaller_loss_is():
+    model, optimizer, selector = make()
+    twin = copy.deepcopy(model)
+    other_optimizer, other = drive(twin, selector.config, 30)
+    factors = []
+    for micro_batches in random_batches(12, accumulation=2):
+        for batch in micro_batches:
+            (loss_of(model, batch) / 2).backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        factors.append(0.05 / (norm.item() + 1e-6))
+        optimizer.step()
+        optimizer.zero_grad()
+        selector.step()
+        for batch in micro_batches:
+            (factors[-1] * loss_of(twin, batch) / 2).backward()
+        other_optimizer.step()
+        other_optimizer.zero_grad()
+        other.step()
+    assert max(factors) < 0.7 and max(factors) > 1.2 * min(factors)
+    assert selector.history == other.history and len(other.history) == 2
+    ours, theirs = snapshot(model, optimizer), snapshot(twin, other_optimizer)
+    for key, value in ours.items():
+        torch.testing.assert_close(theirs[key], value, rtol=1e-5, atol=1e-8)
+
+
+def test_what_nobody_changes_is_gathered_bit_for_bit():
+    model, optimizer, selector = make(dtype=torch.float32)
+    (micro_batches,) = random_batches(1, accumulation=3, dtype=torch.float32)
+    for batch in micro_batches:
+        loss_of(model, batch).backward()
+    gathered = {name: delta.candidate_grad for name, delta in selector.deltas.items()}
+    optimizer.step()
+    selector.step()
+    for name, gradient in gathered.items():
+        assert torch.equal(selector.state_dict()[f"{name}.total"], gradient)
+
+
+def test_clipping_by_value_counts_with_its_mean_effect():
+    model, optimizer, selector = make()
+    loss_of(model, random_batches(1)[0][0]).backward()
+    gathered = {name: delta.candidate_grad for name, delta in selector.deltas.items()}
+    before = sum(delta.values.grad.abs().sum().item() for delta in selector.deltas.values())
+    nn.utils.clip_grad_value_(model.parameters(), 0.01)
+    after = sum(delta.values.grad.abs().sum().item() for delta in selector.deltas.values())
+    optimizer.step()
+    optimizer.zero_grad()
+    selector.step()
+    assert after < 0.7 * before
+    for name, gradient in gathered.items():
+        torch.testing.assert_close(selector.state_dict()[f"{name}.total"], gradient * (after / before))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_trained_values_without_gradients_tell_no_scale(scaled):
+    model, _, selector = make(num_deltas={"first": 9, "second": 5})
+    selector.close()
+    for _, _, delta in model.active_deltas():
+        delta.choose(torch.arange(delta.shape[0]) * delta.shape[1])  # the first column of each weight
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=scaled)
+    optimizer, selector = drive(model, selector.config, 30, grad_scale=scaler.get_scale)
+    x = torch.randn(8, 7, dtype=torch.float64)
+    x[:, 0] = 0.0
+    inner = model.model.first.base_layer
+    with torch.no_grad():
+        inner.weight[0], inner.bias[0] = 0.0, 0.0  # its output is tanh(0)
+    scaler.scale(model(x).square().mean()).backward()
+    gathered = {name: delta.candidate_grad for name, delta in selector.deltas.items()}
+    assert all(not delta.values.grad.any() for delta in selector.deltas.values())
+    scaler.step(optimizer)
+    selector.step()
+    for name, gradient in gathered.items():
+        assert gradient.any()
+        assert torch.equal(selector.state_dict()[f"{name}.total"], gradient / (4.0 if scaled else 1.0))
 
 
 def train_scaled(model, optimizer, selector, scaler, batches, overflow=()):
@@ -328,7 +410,7 @@ def test_grad_scaler_changes_nothing():
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)  # doubles after every step
     model, optimizer, selector = make()
     twin = copy.deepcopy(model)
-    other_optimizer, other = drive(twin, selector.config, 30, grad_scale=scaler.get_scale)
+    other_optimizer, other = drive(twin, selector.config, 30)
     batches = random_batches(16)
     train(model, optimizer, selector, batches)
     train_scaled(twin, other_optimizer, other, scaler, batches)
@@ -338,7 +420,7 @@ def test_grad_scaler_changes_nothing():
         torch.testing.assert_close(theirs[key], value, rtol=1e-12, atol=0.0)
 
 
-def test_accelerate_tells_the_scale_itself():
+def test_an_optimizer_wrapped_by_accelerate():
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
 
@@ -363,7 +445,7 @@ def test_accelerate_tells_the_scale_itself():
 
 def test_an_update_that_overflows_does_not_count():
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    model, optimizer, selector = make(grad_scale=scaler.get_scale)
+    model, optimizer, selector = make()
     batches = random_batches(3)
     train_scaled(model, optimizer, selector, scaler, batches[:1], overflow=[0])
     assert selector.completed_steps == 1 and selector.discarded_updates == 1
@@ -404,7 +486,7 @@ def test_a_window_without_optimizer_steps_is_reported():
 def test_resuming_is_exact(algorithm, stop, tmp_path):
     model, optimizer, selector = make(algorithm, total=20, dtype=torch.float32)
     batches = random_batches(20, accumulation=2, dtype=torch.float32)
-    train(model, optimizer, selector, batches[:stop])
+    train(model, optimizer, selector, batches[:stop], clip=0.05)
     twin = copy.deepcopy(model)
     for _, _, delta in twin.active_deltas():
         delta.stop_gathering()  # a model that has been loaded does not gather
@@ -413,8 +495,8 @@ def test_resuming_is_exact(algorithm, stop, tmp_path):
     save_file(selector.state_dict(), tmp_path / "selector.safetensors")
     other.load_state_dict(load_file(tmp_path / "selector.safetensors"))
     assert other.completed_steps == stop
-    train(model, optimizer, selector, batches[stop:])
-    train(twin, other_optimizer, other, batches[stop:])
+    train(model, optimizer, selector, batches[stop:], clip=0.05)
+    train(twin, other_optimizer, other, batches[stop:], clip=0.05)
     assert_same(snapshot(model, optimizer), snapshot(twin, other_optimizer))
     assert selector.last_report == other.last_report
 
@@ -433,7 +515,7 @@ def test_a_closed_selector_leaves_the_optimizer():
     model, optimizer, selector = make()
     selector.close()
     train(model, optimizer, SftSelector(model, optimizer, selector.config, 30, 1), random_batches(1))
-    assert selector._scale_of_step is None
+    assert selector._taken is None
     assert selector.state_dict().keys() == {"completed_steps"}
 
 
@@ -453,6 +535,20 @@ def test_load_refuses_what_does_not_fit():
         selector.load_state_dict({**state, f"{name}.squares": torch.zeros(2)})
     with pytest.raises(ValueError, match="reselection_steps=6, selection_accumulation_steps=3, total_update_steps=30"):
         selector.load_state_dict({**state, "completed_steps": torch.tensor(4)})
+
+
+def test_a_run_may_go_on_under_another_schedule():
+    """From the step of the state on; a window of gradients that the new schedule has no use for is refused (above)."""
+    model, optimizer, selector = make()
+    train(model, optimizer, selector, random_batches(4))
+    config = SftConfig(target_modules=["first", "second"], reselection_steps=4, selection_accumulation_steps=1)
+    selector.close()
+    other_optimizer, other = drive(model, config, 14)
+    other.load_state_dict(selector.state_dict())
+    train(model, other_optimizer, other, random_batches(10))
+    assert [entry["step"] for entry in selector.history] == [3]
+    assert [entry["step"] for entry in other.history] == [5, 9, 13]
+    assert [entry["share"] for entry in other.history] == pytest.approx([0.2 * (1 - t / 14) for t in (5, 9, 13)])
 
 
 # ---- Refusals ----

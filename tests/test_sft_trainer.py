@@ -478,6 +478,49 @@ def test_create_optimizer_of_the_base_class_is_respected(algorithm, needed, base
         trainer.train()
 
 
+class OwnSettingsTrainer(OrderedTrainer):
+    """Settings that would be lost if SftTrainer's own method went before this one without a word."""
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return cls, kwargs | {"eps": 0.5}
+
+
+class LargeEpsilonTrainer(SftTrainer(OrderedTrainer)):
+    def get_optimizer_cls_and_kwargs(self, args, model=None):
+        cls, kwargs = super().get_optimizer_cls_and_kwargs(args, model)
+        return cls, kwargs | {"eps": 0.5}
+
+
+@pytest.mark.parametrize("algorithm, needed", [("rigl", SftAdamW), ("sm3", SftSM3)])
+def test_settings_of_the_base_class_are_refused_or_taken(algorithm, needed, base_model, data, tmp_path):
+    model, args = adapt(base_model, algorithm), arguments(tmp_path, save_strategy="no")
+    make = SftTrainer(OwnSettingsTrainer)
+    message = f"OwnSettingsTrainer overrides get_optimizer_cls_and_kwargs, .*{algorithm!r} needs {needed.__name__}"
+    with pytest.raises(ValueError, match=message):
+        make(model=model, args=args, train_dataset=data)
+    brought = make(
+        model=model, args=args, train_dataset=data, optimizer_cls_and_kwargs=SftTrainer(OrderedTrainer)(
+            model=model, args=args, train_dataset=data
+        ).get_optimizer_cls_and_kwargs(args)
+    )  # fmt: skip
+    assert type(brought.create_optimizer()) is needed
+    trainer = LargeEpsilonTrainer(model=model, args=args, train_dataset=data)
+    assert type(trainer.create_optimizer()) is needed and trainer.optimizer.param_groups[0]["eps"] == 0.5
+    static = make(model=adapt(base_model, "static"), args=args, train_dataset=data)
+    assert type(static.create_optimizer()) is torch.optim.AdamW
+    assert static.optimizer.param_groups[0]["eps"] == 0.5
+
+
+def test_the_static_method_of_the_trainer_stays_one(tmp_path):
+    args = arguments(tmp_path)
+    for base, eps in ((OrderedTrainer, 1e-8), (OwnSettingsTrainer, 0.5)):
+        cls, kwargs = SftTrainer(base).get_optimizer_cls_and_kwargs(args)
+        assert cls is torch.optim.AdamW and kwargs["eps"] == eps
+    assert OwnTrainer.get_optimizer_cls_and_kwargs(args)[0] is torch.optim.AdamW
+
+
 def test_every_other_optimizer_of_the_arguments_is_refused(base_model, data, tmp_path):
     model = adapt(base_model)
     refused = set()

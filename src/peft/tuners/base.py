@@ -143,8 +143,8 @@ class BaseTuner(nn.Module):
         """What `update_layer` gets besides the name and the configuration, for the layer `key`."""
         return {}
 
-    def make_layer(self, target: nn.Module, key: str) -> nn.Module:
-        """A new adapter layer around `target`.
+    def layer_class(self, target: nn.Module, key: str) -> type[BaseTunerLayer]:
+        """The class of the adapter layer around `target`.
 
         Raises:
             ValueError: the method has no layer for this kind of module.
@@ -155,7 +155,7 @@ class BaseTuner(nn.Module):
                 f"Target module {key} ({type(target).__name__}) is not supported. Supported are linear and convolution "
                 "layers, transformers' Conv1D, embeddings and norms: narrow target_modules or use exclude_modules"
             )
-        return self.tuner_layer_cls(target)
+        return self.tuner_layer_cls
 
     def prepare_config(self, config):
         """Fill in what the configuration leaves to the model (here: the targets)."""
@@ -214,6 +214,7 @@ class BaseTuner(nn.Module):
             config = self.peft_config[adapter_name] = self.prepare_config(config)
         targets = self._find_targets(config, state_dict)
         targets = self._without_whole_modules(config, targets, explicit=given is not None and given != "all-linear")
+        self._check_supported(targets)
         self._warn_of_names_without_use(config, given, targets)
         self.shared_state(config, targets)
         active, disabled = self.active_adapters, self._adapters_disabled
@@ -304,6 +305,15 @@ class BaseTuner(nn.Module):
                 targets = {key: target for key, target in targets.items() if key not in inside}
         return targets
 
+    def _check_supported(self, targets: dict[str, nn.Module]) -> None:
+        """Refuse targets that the method has no layer for, before it makes anything out of their sizes."""
+        for key, target in targets.items():
+            if isinstance(target, AuxiliaryTrainingWrapper):
+                raise ValueError(
+                    f"{key} is trained whole (modules_to_save) and cannot be a target of the adapter as well"
+                )
+            self.layer_class(target, key)
+
     def take_back(self, adapter_name: str) -> None:
         """Undo an injection, finished or not: modules that have no other adapter get their old place back."""
         remove_adapter(self.model, adapter_name)
@@ -353,10 +363,6 @@ class BaseTuner(nn.Module):
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key) -> None:
         """Give `target` the adapter, replacing it by an adapter layer unless it is one already."""
-        if isinstance(target, AuxiliaryTrainingWrapper):
-            raise ValueError(
-                f"{current_key} is trained whole (modules_to_save) and cannot be a target of the adapter as well"
-            )
         layer = target
         if isinstance(target, BaseTunerLayer) and not isinstance(target, self.tuner_layer_cls):
             raise ValueError(
@@ -364,7 +370,7 @@ class BaseTuner(nn.Module):
                 "are not in this version of peft: unload() the first one, or choose other targets"
             )
         if not isinstance(target, self.tuner_layer_cls):
-            layer = self.make_layer(target, current_key)
+            layer = self.layer_class(target, current_key)(target)
             layer.train(target.training)
             setattr(parent, target_name, layer)
         layer.update_layer(adapter_name, config, **self.layer_kwargs(config, current_key))

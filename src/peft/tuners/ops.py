@@ -443,7 +443,7 @@ class EmbeddingOp(Op):
     @property
     def own_forward(self) -> nn.Module | None:
         """The layer if it does more than to look up its input (OPT's positions); its forward then has to be called."""
-        layer = vars(self.layer).get("plain", self.layer)  # of a packed one
+        layer = layer_before(self.layer)  # packed ones look up in a way of their own, which counts for nothing
         own = layer is not None and type(layer).forward is not nn.Embedding.forward and self.embed_scale is None
         return layer if own else None
 

@@ -120,8 +120,9 @@ def stored_shape(layer: nn.Module) -> torch.Size:
 
 
 def layer_before(layer: nn.Module) -> nn.Module | None:
-    """What a packed layer was, without its weight; None: nothing but one of torch's own."""
-    return find_backend(layer).plain(layer)
+    """What a packed layer was, without its weight; None: one of torch's own. Itself where it is not packed."""
+    backend = find_backend(layer)
+    return layer if backend is None else backend.plain(layer)
 
 
 def packed_state(layer: nn.Module) -> dict[str, object] | None:

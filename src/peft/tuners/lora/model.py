@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from ..._lazy import explain_missing
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from ..base import BaseTuner
@@ -44,14 +42,14 @@ class LoraModel(BaseTuner):
             "lora_alpha": config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, key), config.lora_alpha),
         }
 
-    def make_layer(self, target: nn.Module, key: str):
+    def layer_class(self, target, key):
         op = make_op(target)
         if op is None or op.kind not in self.layer_classes:
             raise ValueError(
                 f"Target module {key} ({type(target).__name__}) is not supported by LoRA. Supported are linear and "
                 "convolution layers, transformers' Conv1D and embeddings: narrow target_modules or use exclude_modules"
             )
-        return self.layer_classes[op.kind](target)
+        return self.layer_classes[op.kind]
 
 
 explain_missing(__name__)

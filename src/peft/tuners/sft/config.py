@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -59,23 +60,6 @@ def choices(field: str) -> tuple[str, ...]:
 
 @documented
 @dataclass
-class SftArguments(_SftOptions):
-    """What scripts set of an `SftConfig`; for `transformers.HfArgumentParser`."""
-
-    target_modules: list[str] | None = None
-    """Modules to adapt: names (matched at the end of a module's name), or "all-linear". Default: every linear layer of
-    the backbone."""
-
-    def to_config(self, **fields) -> SftConfig:
-        """The configuration with these values; `fields` gives any others."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        if self.target_modules == [INCLUDE_LINEAR_LAYERS_SHORTHAND]:  # the only word that is no name
-            values["target_modules"] = INCLUDE_LINEAR_LAYERS_SHORTHAND
-        return SftConfig(**values | fields)
-
-
-@documented
-@dataclass
 class SftConfig(_SftOptions, TargetedConfig):
     """Sparse fine-tuning: `W` with k trained numbers added at k chosen positions (arXiv 2401.16405, section 3).
 
@@ -86,8 +70,9 @@ class SftConfig(_SftOptions, TargetedConfig):
     """
 
     num_deltas: dict[str, int] | None = None
-    """Number of trained weights per module, {module name: k}; overrides the others. Filled in when the adapter is made,
-    so that loading does not derive it again."""
+    """Number of trained weights per module, {its whole name: k}; overrides the others, and without target_modules says
+    what is adapted. Filled in when the adapter is made, so that loading does not derive it again."""
+    sized_by_file = False  # num_deltas was derived for a file that does not say it, but has the sizes; no field
 
     def __post_init__(self):
         super().__post_init__()
@@ -141,3 +126,49 @@ class SftConfig(_SftOptions, TargetedConfig):
         for name, k in (self.num_deltas or {}).items():
             if k < 0:
                 raise ValueError(f"num_deltas[{name!r}] must be a whole number >= 0, got {k!r}")
+
+
+def _as_in_config(name: str) -> dataclasses.Field:
+    """A field of `SftArguments` that is documented in `SftConfig`."""
+    (metadata,) = (field.metadata for field in dataclasses.fields(SftConfig) if field.name == name)
+    return dataclasses.field(default=None, metadata=metadata)
+
+
+@documented
+@dataclass
+class SftArguments(_SftOptions):
+    """What scripts set of an `SftConfig`; for `transformers.HfArgumentParser`.
+
+    Raises:
+        ValueError: `num_deltas` is a string that is no JSON.
+    """
+
+    target_modules: list[str] | None = None
+    """Modules to adapt: names (matched at the end of a module's name), or "all-linear". Default: every linear layer of
+    the backbone."""
+    exclude_modules: list[str] | None = None
+    """Modules not to adapt: names, matched like target_modules."""
+    modules_to_save: list[str] | None = _as_in_config("modules_to_save")
+    layers_to_transform: list[int] | None = _as_in_config("layers_to_transform")
+    layers_pattern: list[str] | None = _as_in_config("layers_pattern")
+    # HfArgumentParser takes the second of the types.
+    num_deltas: dict[str, int] | str | None = None
+    """Number of trained weights per module, by its whole name, overriding the other budgets; on a command line as JSON:
+    {"encoder.layer.0.output.dense": 100}."""
+
+    def __post_init__(self):
+        if isinstance(self.num_deltas, str):
+            try:
+                self.num_deltas = json.loads(self.num_deltas)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f'num_deltas must be JSON such as {{"encoder.layer.0.output.dense": 100}}, got '
+                    f"{self.num_deltas!r}: {error}"
+                ) from error
+
+    def to_config(self, **fields) -> SftConfig:
+        """The configuration with these values; `fields` gives any others."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.target_modules == [INCLUDE_LINEAR_LAYERS_SHORTHAND]:  # the only word that is no name
+            values["target_modules"] = INCLUDE_LINEAR_LAYERS_SHORTHAND
+        return SftConfig(**values | fields)

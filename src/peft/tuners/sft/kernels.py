@@ -26,14 +26,18 @@ from .gradients import LookupGradient, ProductGradient, WholeGradient, expect, g
 if TYPE_CHECKING:
     from ..ops import ConvOp, EmbeddingOp, LinearOp
 
-# Two threads in one module would each take the other's sum for the base number.
+# Two threads in one module would each take the other's sum for the base number. (So would two processes, which no lock
+# of ours keeps apart: `is_writable` refuses memory that they share.)
 _writing = threading.Lock()
 
 
 def is_writable(weight: torch.Tensor) -> bool:
-    """Whether a delta can be written into the weight: frozen, and dense in memory (channels last, too)."""
+    """Whether a delta can be written into the weight: frozen, dense in memory (channels last, too), and in memory of
+    this process alone (`share_memory` shares a CPU tensor; of a GPU's `is_shared` is always true and says nothing)."""
     dense = weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()
-    return dense and not weight.requires_grad and (not weight.is_inference() or torch.is_inference_mode_enabled())
+    if not dense or weight.requires_grad or (weight.is_cpu and weight.is_shared()):
+        return False
+    return not weight.is_inference() or torch.is_inference_mode_enabled()
 
 
 @contextlib.contextmanager

@@ -50,7 +50,8 @@ class SparseDelta(nn.Module):
         shape: of the weight as stored.
         layout: how the weight is cut into groups; None: into single numbers.
         elastic: the number of slots may change, under a global budget.
-        counts: `num_deltas` of an elastic delta's configuration, in which its number is kept right under `key`.
+        sized_by_file: the number of slots is to be that of the first tensors that are loaded.
+        counts: `num_deltas` of the configuration, in which the number of trained numbers is kept right under `key`.
         candidate_count: how many candidates are chosen when gradients are gathered.
         is_selected: the positions were chosen (`select_static`) or loaded, not just drawn.
         observer: while set, the layer computes with `observer(W)`, W as stored, in place of W. `select_static` sees
@@ -65,9 +66,12 @@ class SparseDelta(nn.Module):
         layout: Layout | None = None,
         counts: dict[str, int] | None = None,
         key: str = "",
+        elastic: bool = False,
+        sized_by_file: bool = False,
     ):
         super().__init__()
         self.counts, self.key = counts, key
+        self.elastic, self.sized_by_file = elastic, sized_by_file
         self.shape = torch.Size(shape)
         self.layout = layout
         index_dtype = torch.int32 if self.choices < 2**31 else torch.int64
@@ -78,10 +82,6 @@ class SparseDelta(nn.Module):
         self.is_selected = False
         self.observer: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.stop_gathering()
-
-    @property
-    def elastic(self) -> bool:
-        return self.counts is not None
 
     @property
     def dense_numel(self) -> int:
@@ -135,14 +135,14 @@ class SparseDelta(nn.Module):
     @torch.no_grad()
     def resize(self, k: int) -> None:
         """Make room for k positions if it may; all are to be set afterwards."""
-        if self.elastic and k != self.values.shape[0]:
+        if (self.elastic or self.sized_by_file) and k != self.values.shape[0]:
             self._set(self.values.new_zeros(k, *self.values.shape[1:]), self.indices.new_zeros(k))
 
     def _set(self, values: torch.Tensor, indices: torch.Tensor) -> None:
         _put(self.values, values)
         _put(self.indices, indices)
-        if self.elastic:
-            self.counts[self.key] = len(indices)
+        if self.counts is not None:
+            self.counts[self.key] = values.numel()
 
     # Reselection
 
@@ -262,9 +262,10 @@ class SftLayer(AdditiveLayer, nn.Module):
         natural = torch.float32 if is_quantized(self.get_base_layer()) else self.weight.dtype
         dtype = natural if config.dtype == "auto" else getattr(torch, config.dtype)
         layout = make_layout(self.op, config, type(self.get_base_layer()).__name__)
-        counts = config.num_deltas if config.budget == "global" else None
-        k = config.num_deltas[key]
-        self.sft_delta[name] = SparseDelta(self.op.stored_shape, k, dtype, layout, counts, key)
+        counts, is_global = config.num_deltas, config.budget == "global"
+        self.sft_delta[name] = SparseDelta(
+            self.op.stored_shape, counts[key], dtype, layout, counts, key, is_global, config.sized_by_file
+        )
 
     def before_load(self, name, path, tensors):
         values = tensors.get(f"{path}.sft_delta.{name}.values")
@@ -273,6 +274,7 @@ class SftLayer(AdditiveLayer, nn.Module):
 
     def after_load(self, name):
         self.sft_delta[name].sort()
+        self.sft_delta[name].sized_by_file = False
 
     def delta_weight(self, name):
         delta = self.sft_delta[name]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Iterator
 
 from ...utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ...utils.quantization_utils import logical_numels
 from ..base import BaseTuner
 from ..ops import make_op
+from ..targeting import is_target
 from ..tuners_utils import BaseTunerLayer
 from .layer import SftLayer, SparseDelta
 from .structured import make_layout
@@ -66,8 +68,16 @@ class SftModel(BaseTuner):
     def prepare_config(self, config):
         config = copy.copy(config)  # num_deltas will be filled in; the user may give the same object another density
         if config.target_modules is None and config.num_deltas:
-            config.target_modules = set(config.num_deltas)
+            self._target_exactly(config, set(config.num_deltas))
         return super().prepare_config(config)
+
+    def _target_exactly(self, config, names: set[str]) -> None:
+        """Let the configuration mean the modules `names` and no others whose names end like theirs."""
+        config.target_modules = names
+        meant = {key for key, _ in self.model.named_modules() if is_target(config, key)}
+        if not meant <= names and meant & names:
+            config.target_modules = "|".join(re.escape(key) for key in sorted(meant & names))
+            config.layers_to_transform = config.layers_pattern = None  # done; an expression cannot have them beside it
 
     def shared_state(self, config, targets):
         """Resolve the budget into `config.num_deltas`.
@@ -76,7 +86,7 @@ class SftModel(BaseTuner):
             ValueError: a granularity that a target cannot have; a budget that is larger than a layer or than all
                 targets, or smaller than a group; or `num_deltas` that names other modules than the targets.
         """
-        ops = {key: op for key, module in targets.items() if (op := make_op(module))}
+        ops = {key: make_op(module) for key, module in targets.items()}
         layouts = {key: make_layout(op, config, key) for key, op in ops.items()}
         sizes = {
             key: math.prod(ops[key].stored_shape) if layout is None else layout.count * layout.size
@@ -88,6 +98,7 @@ class SftModel(BaseTuner):
             if total is None:
                 total = int(config.density * self._base_numel())
             config.num_deltas = share_out(total, sizes, slots)
+            config.sized_by_file = config.from_file  # who wrote it may have rounded otherwise
         else:
             config.num_deltas = dict(config.num_deltas)  # a global budget changes it, and the user's is the user's
         strangers = sorted(set(config.num_deltas) - set(targets))
@@ -98,9 +109,9 @@ class SftModel(BaseTuner):
                 f"{len(missing)} targets have no entry ({missing[:3]})"
             )
         for key, k in config.num_deltas.items():
-            if key in sizes and k > sizes[key]:
+            if k > sizes[key]:
                 raise ValueError(f"num_deltas[{key!r}] = {k:,} is more than the {sizes[key]:,} weights of the layer")
-            if slots and key in slots and k % slots[key]:
+            if slots and k % slots[key]:
                 raise ValueError(
                     f"num_deltas[{key!r}] = {k:,} is no multiple of {slots[key]:,}, the weights of one group with "
                     f"granularity={config.granularity!r}"

@@ -159,10 +159,14 @@ class Ranks:
                 parts[name] = torch.zeros(shape, device=candidates.device) if grad is None else grad
         if not parts:
             return {}
-        device = deltas[next(iter(deltas))].indices.device
+        device = self.deltas[0].indices.device
         joined = torch.cat([part.flatten().to(device) for part in parts.values()])
-        means = self._all_reduce(joined).div_(self.size).split([part.numel() for part in parts.values()])
+        means = self.mean_of(joined).split([part.numel() for part in parts.values()])
         return {name: mean.view(part.shape).to(part.device) for (name, part), mean in zip(parts.items(), means)}
+
+    def mean_of(self, numbers: Tensor) -> Tensor:
+        """The mean of a tensor that every process has, on the device of the deltas."""
+        return self._all_reduce(numbers.to(self.deltas[0].indices.device, copy=True)).div_(self.size)
 
 
 def _nobody() -> None:

@@ -12,15 +12,18 @@ stay per number.
 Letters: k trained slots of a weight, m of them exchanged, c candidates (as many as k, but under a global budget see
 `candidate_counts`), t completed update steps, T their total number, R rows and C columns of a weight seen as a matrix.
 
-Left out: gradient clipping is not applied to the gathered gradients; they are what the optimiser would see without it.
+Gradients are gathered in the backward pass, but what counts is what the optimiser sees: unscaled and clipped. Both
+multiply all gradients by one factor, which is measured on the trained values when the optimiser steps (`_Shrinkage`).
+Left out: clipping by value, which has no such factor; the candidates are then scaled by the mean effect.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -56,6 +59,46 @@ class _Statistics:
         self.updates += 1
 
 
+class _Shrinkage:
+    """By which factor the gradients of the trained values were changed between the backward passes and the optimiser.
+
+    With g the gradient as the backward passes of an update step gave it and h as the optimiser finds it, summed over
+    all values: sum |h| / sum g sign(h). That is f if h = f g, and exactly 1 if h = g. The sum below is linear in g, so
+    that its mean over the processes is that of their mean gradient, which no process needs to know (h all of them do).
+
+    Args:
+        deltas: Whose values are watched from now on, until `close`.
+    """
+
+    def __init__(self, deltas: Iterable[SparseDelta]) -> None:
+        self._gradients: dict[nn.Parameter, Tensor] = {}  # g of the current update step, of the shapes of the values
+        self._hooks = [d.values.register_hook(functools.partial(self._add, d.values)) for d in deltas]
+
+    def _add(self, values: nn.Parameter, gradient: Tensor) -> None:
+        known = self._gradients.get(values)
+        # A copy: autograd may make the tensor itself the `.grad` that is then clipped in place.
+        self._gradients[values] = gradient.detach().clone() if known is None else known + gradient.detach()
+
+    @torch.no_grad()
+    def sums(self, deltas: Iterable[SparseDelta]) -> Tensor:
+        """The two sums, (2,) float32."""
+        sums = [torch.zeros(2)]
+        for values in (delta.values for delta in deltas if delta.values.grad is not None):
+            gradient = self._gradients.get(values, torch.zeros_like(values))
+            parts = torch.stack([values.grad.abs(), gradient * values.grad.sign()])
+            sums.append(parts.flatten(1).sum(1, dtype=torch.float32))
+        return torch.stack([part.to(sums[-1].device) for part in sums]).sum(0)
+
+    def forget(self) -> None:
+        """The next update step begins."""
+        self._gradients.clear()
+
+    def close(self) -> None:
+        self.forget()
+        for hook in self._hooks:
+            hook.remove()
+
+
 class SftSelector:
     """Exchanges the trained positions of a model's active SFT adapter in the course of training.
 
@@ -78,8 +121,9 @@ class SftSelector:
         grad_accumulation_steps: Micro-batches per update step. Statistics are sums over the micro-batches of a step,
             as in `param.grad`, so they do not depend on it.
         completed_steps: t at which training starts; `load_state_dict` sets it too.
-        grad_scale: Returns the factor by which the loss is scaled, `scaler.get_scale` of a GradScaler. Not needed for
-            an optimiser wrapped by accelerate, which knows its scaler.
+        grad_scale: Returns the factor by which the loss is scaled, `scaler.get_scale` of a GradScaler. It is measured
+            otherwise; only for an update step in which the gradients of all trained values are 0 (embeddings of tokens
+            that the batch does not have) it must be said. An optimiser wrapped by accelerate knows its scaler.
         process_group: The processes that share a batch and average their gradients; None: this one is alone. "auto":
             those of the DistributedDataParallel that `model` is or holds; with several processes and no such wrapper
             it has to be said ("sm3" need not know: its accumulators are the same in all processes).
@@ -138,9 +182,10 @@ class SftSelector:
         self.history: list[dict[str, Any]] = []
         self.discarded_updates = 0
         self._statistics: dict[str, _Statistics] = {}
-        # The loss scale of the update step that the optimiser has taken since the last call of step(), None if it took
-        # none. It is read when the optimiser steps: by the time of step(), the scaler has moved on to the next scale.
-        self._scale_of_step: float | None = None
+        self._shrinkage = _Shrinkage([])
+        # Of the update step that the optimiser has taken since the last call of step(), None if it took none: sums of
+        # the gradients and the loss scale. By the time of step() there may be no gradients, and another scale.
+        self._taken: tuple[Tensor, float] | None = None
         self._hook = self.optimizer.register_step_pre_hook(self._note_optimizer_step)
         if self._window_is_open():
             self._open_window()
@@ -150,7 +195,8 @@ class SftSelector:
         self.completed_steps += 1
         if self._statistics:
             self._collect()
-        self._scale_of_step = None
+        self._taken = None
+        self._shrinkage.forget()
         if self._reselects_at(self.completed_steps):
             self._reselect()
         if self._window_is_open() and not self._statistics:
@@ -193,6 +239,7 @@ class SftSelector:
         for name, delta in self.deltas.items():
             delta.start_gathering(self._ranks, counts[name])
             self._statistics[name] = _empty_statistics(delta)
+        self._shrinkage = _Shrinkage(self.deltas.values())
 
     def _candidate_counts(self) -> dict[str, int]:
         active = [delta.indices.numel() for delta in self.deltas.values()]
@@ -204,23 +251,29 @@ class SftSelector:
         for delta in self.deltas.values():
             delta.stop_gathering()
         self._statistics.clear()
+        self._shrinkage.close()
 
     def _note_optimizer_step(self, *_: Any) -> None:
-        self._scale_of_step = self._grad_scale() if self._statistics else 1.0
+        if self._statistics:
+            self._taken = self._shrinkage.sums(self.deltas.values()), self._grad_scale()
 
     @torch.no_grad()
     def _collect(self) -> None:
         """Add the candidates' gradients of the update step just completed to the statistics."""
         grads = {name: delta.take_candidate_grad() for name, delta in self.deltas.items()}
+        sums, scale = self._taken or (torch.zeros(2), 1.0)
         if self._ranks is None:
             grads = {name: grad for name, grad in grads.items() if grad is not None}
         else:
             grads = self._ranks.mean(grads, self.deltas)
-        if self._scale_of_step is None or not _all_finite(grads.values()):
+            sums = self._ranks.mean_of(sums)
+        seen, gathered = sums.tolist()
+        if self._taken is None or not math.isfinite(seen + gathered) or not _all_finite(grads.values()):
             self._discard_update()
             return
+        factor = seen / gathered if gathered else 1.0 / scale
         for name, grad in grads.items():
-            self._statistics[name].add(grad.mul(1.0 / self._scale_of_step))
+            self._statistics[name].add(grad.mul(factor))
 
     def _discard_update(self) -> None:
         self.discarded_updates += 1
@@ -340,8 +393,12 @@ class SftSelector:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue where the selector that returned `state` stopped, in the middle of a gathering window too.
 
+        The schedule is not part of the state: it is this selector's own, from the step of the state on, so that a run
+        may go on longer, or reselect less often, than it was meant to.
+
         Raises:
-            ValueError: The state belongs to other deltas or to another schedule.
+            ValueError: The state belongs to other deltas, or holds gathered gradients at a step at which nothing is
+                gathered under this selector's schedule.
         """
         if "completed_steps" not in state:
             raise ValueError(f"No selector state: key 'completed_steps' is missing, got {sorted(state)[:3]}")

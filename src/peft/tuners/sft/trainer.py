@@ -13,6 +13,7 @@ import functools
 import itertools
 import os
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +65,18 @@ def SftTrainer(base: type[Trainer]) -> type[Trainer]:
     if issubclass(base, SftTrainerMixin):
         return base
     return _metaclass(type(base))(f"Sft{base.__name__}", (SftTrainerMixin, base), {"sft_base": base})
+
+
+class _OfInstances:
+    """A method of trainers that on their class is the base class's static method of that name."""
+
+    def __init__(self, method: Callable) -> None:
+        self.method = method
+
+    def __get__(self, trainer: SftTrainerMixin | None, cls: type[SftTrainerMixin]) -> Callable:
+        if trainer is None:
+            return getattr(cls.sft_base, self.method.__name__)
+        return self.method.__get__(trainer, cls)
 
 
 class SftTrainerMixin:
@@ -123,6 +136,15 @@ class SftTrainerMixin:
                     f"to the trainer, or pass one of that class"
                 )
             return
+        from transformers import Trainer
+
+        if self.sft_base.get_optimizer_cls_and_kwargs is not Trainer.get_optimizer_cls_and_kwargs:
+            raise ValueError(
+                f"{self.sft_base.__name__} overrides get_optimizer_cls_and_kwargs, but selection_algorithm="
+                f"{algorithm!r} needs {needed.__name__} and its settings, which SftTrainer gives by that method; "
+                f"override it in a subclass of SftTrainer({self.sft_base.__name__}) and change what super() returns, "
+                f"or pass optimizer_cls_and_kwargs=({needed.__name__}, {{...}})"
+            )
         if self.args.optim not in PLAIN_OPTIMIZERS:
             raise ValueError(
                 f"optim={self.args.optim.value!r} cannot be combined with sparse fine-tuning, which needs "
@@ -158,6 +180,7 @@ class SftTrainerMixin:
             )
         return self.optimizer
 
+    @_OfInstances  # transformers' method is static, but the optimiser depends on the trainer's configuration
     def get_optimizer_cls_and_kwargs(
         self, args: TrainingArguments, model: nn.Module | None = None
     ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
