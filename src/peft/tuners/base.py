@@ -562,7 +562,7 @@ class BaseTuner(nn.Module):
             if isinstance(module, BaseTunerLayer):
                 if not merge and module.merged:
                     module.unmerge()
-                untied = untied or module.op.is_parted
+                untied = untied or (module.merged and module.op.is_parted)
                 plain = module.base_layer
             else:
                 plain = module.unload(names if merge else [])
