@@ -451,7 +451,10 @@ def main() -> None:
     results = measure(args)
     rows = summary(results)
     about = {name: results["floor"][name] for name in ("torch", "threads")}
-    about |= {name: getattr(args, name) for name in ("rounds", "rank", "batch", "length", "dtype", "quantize", "with_optimizer")}
+    about |= {
+        name: getattr(args, name)
+        for name in ("rounds", "rank", "batch", "length", "dtype", "quantize", "with_optimizer")
+    }
     about |= {"machine": platform.machine(), "cpus": os.cpu_count()}
     print(f"torch {about['torch']}, {about['threads']} threads, {args.rounds} rounds\n\n{report(rows)}")
     if "lora-upstream" not in results:

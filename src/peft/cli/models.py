@@ -29,8 +29,9 @@ def quiet_transformers() -> None:
     """Leave stderr to our own progress bar; errors are still shown."""
     import transformers
 
-    # transformers imports torchao with every model; it warns of kernels for other machines, and torch of how it does it.
-    for logger in ("torchao", "torch.utils._pytree"):
+    # transformers imports torchao with every model: it warns of kernels for other machines, and torch of it.
+    # bitsandbytes tells of every cast in 8 bits.
+    for logger in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
