@@ -32,7 +32,6 @@ MODULES: dict[str, str] = {
     "peft.tuners.lora.aqlm": "LoRA on AQLM layers",
     "peft.tuners.lora.arrow": "Arrow routing of LoRA adapters",
     "peft.tuners.lora.awq": "LoRA on AWQ layers",
-    "peft.tuners.lora.bnb": "LoRA's classes for bitsandbytes layers",
     "peft.tuners.lora.conversion": "Conversion of other adapters to LoRA",
     "peft.tuners.lora.corda": "CorDA initialisation of LoRA",
     "peft.tuners.lora.dora": "DoRA",
@@ -90,10 +89,12 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "LoRA on EETQ layers": ("EetqLoraLinear",),
         "LoRA on GPTQ layers": ("GPTQLoraLinear",),
         "LoRA on bare parameters (target_parameters)": ("ParamWrapper",),
-        "LoRA's classes for bitsandbytes layers": ("Linear4bit", "Linear8bitLt"),
         "LoRA-GA initialisation": ("LoraGAConfig", "preprocess_loraga"),
         "Monte Carlo LoRA": ("MontecloraConfig",),
         "VeLoRA": ("VeloraConfig",),
+    },
+    "peft.tuners.lora.bnb": {
+        "The dispatch of LoRA's layer classes": ("dispatch_bnb_4bit", "dispatch_bnb_8bit"),
     },
     "peft.tuners.lora.config": {
         "Arrow routing of LoRA adapters": ("ArrowConfig",),

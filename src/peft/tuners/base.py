@@ -25,7 +25,7 @@ from ..utils.other import (
     shared_parameters,
 )
 from ..utils.placement import home_device, offload_hook, own_tensor, reshard
-from ..utils.quantization_utils import forget_quantization, is_quantized, keep_trainable
+from ..utils.quantization_utils import forget_quantization, is_quantized, keep_packed
 from ..utils.warning import warn
 from .ops import make_op
 from .parts import (
@@ -218,8 +218,7 @@ class BaseTuner(nn.Module):
         self._warn_of_names_without_use(config, given, targets)
         self.shared_state(config, targets)
         active, disabled = self.active_adapters, self._adapters_disabled
-        if not config.inference_mode:
-            keep_trainable(model)
+        keep_packed(model, is_trainable=not config.inference_mode)
         shared, places, changes = shared_parameters(model), Places(model), []
         try:
             for key in targets:
@@ -562,7 +561,7 @@ class BaseTuner(nn.Module):
             if isinstance(module, BaseTunerLayer):
                 if not merge and module.merged:
                     module.unmerge()
-                untied = untied or module.op.is_parted
+                untied = untied or (module.merged and module.op.is_parted)
                 plain = module.base_layer
             else:
                 plain = module.unload(names if merge else [])

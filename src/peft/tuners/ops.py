@@ -219,10 +219,8 @@ class Op:
 
     @property
     def is_parted(self) -> bool:
-        """Whether `store` had to part the layer's weight from the module that shares it."""
-        if "weight" in self._offloaded:
-            return self.shared or self._offloaded["weight"].tied
-        return self.shared and "weight" in self._set_aside
+        """Whether `store`, if it has written, had to part the layer's weight from the module that shares it."""
+        return self.shared or ("weight" in self._offloaded and self._offloaded["weight"].tied)
 
     def retie(self) -> None:
         """Put back what `store` had to replace: a weight that is shared, entries of off-loaded weights."""

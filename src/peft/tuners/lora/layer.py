@@ -19,7 +19,7 @@ from ...utils.placement import offload_hook
 from ...utils.quantization_utils import is_quantized
 from ..ops import is_plain, no_global_hooks
 from ..tuners_utils import AdditiveLayer
-from .fused import fused_lora, lora_product
+from .fused import fused_lora, lora_delta
 from .init import init_function
 
 # Names under which callers find arguments that variants take; there are no variants yet.
@@ -182,9 +182,8 @@ class Linear(LoraLayer, nn.Module):
         return B @ A
 
     def delta(self, name, x):
-        x = self.lora_dropout[name](x)
-        product = lora_product(x, self.lora_A[name], self.lora_B[name], self.cast_input_dtype_enabled)
-        return product * self.scaling[name]
+        A, B, s = self.lora_A[name], self.lora_B[name], self.scaling[name]
+        return lora_delta(self.lora_dropout[name](x), A, B, s, self.cast_input_dtype_enabled)
 
     def _apply_adapters(self, names, x, *args, **kwargs):
         first = names[0]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from ..._lazy import explain_missing
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from ...utils.quantization_utils import find_backend
 from ..base import BaseTuner
 from ..ops import make_op
 from ..targeting import get_pattern_key
+from .bnb import Linear4bit, Linear8bitLt
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 
 
@@ -17,6 +19,7 @@ class LoraModel(BaseTuner):
     tuner_layer_cls = LoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     layer_classes = {"Linear": Linear, "Conv1d": Conv1d, "Conv2d": Conv2d, "Conv3d": Conv3d, "Embedding": Embedding}
+    packed_linear_classes = {"bitsandbytes 4-bit": Linear4bit, "bitsandbytes 8-bit": Linear8bitLt}  # others: Linear
 
     def check_new_config(self, config):
         """Refuse saved adapters that are for other base weights than the model's.
@@ -49,7 +52,9 @@ class LoraModel(BaseTuner):
                 f"Target module {key} ({type(target).__name__}) is not supported by LoRA. Supported are linear and "
                 "convolution layers, transformers' Conv1D and embeddings: narrow target_modules or use exclude_modules"
             )
-        return self.layer_classes[op.kind]
+        backend = find_backend(target) if op.kind == "Linear" else None
+        own = backend and self.packed_linear_classes.get(backend.name)
+        return own or self.layer_classes[op.kind]
 
 
 explain_missing(__name__)
