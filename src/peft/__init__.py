@@ -58,6 +58,14 @@ if TYPE_CHECKING:
         DenasConfig as DenasConfig,
         search_structure as search_structure,
     )
+    from .tuners.loha import (
+        LoHaConfig as LoHaConfig,
+        LoHaModel as LoHaModel,
+    )
+    from .tuners.lokr import (
+        LoKrConfig as LoKrConfig,
+        LoKrModel as LoKrModel,
+    )
     from .tuners.lora import (
         LoftQConfig as LoftQConfig,
         LoraConfig as LoraConfig,
