@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft import LoHaConfig, LoKrConfig, LoraConfig, SftConfig, SsfConfig
+from peft import LoHaConfig, LoKrConfig, LoraConfig, SftConfig, SsfConfig, VeraConfig
 
 N, VOCAB = 4, 11
 
@@ -203,6 +203,18 @@ def ssf_formula(op: OpCase, W, b, parameters, x):
     return y * scale + shift
 
 
+def vera_formula(op: OpCase, W, b, parameters, x, r=5, key=7):
+    """arXiv 2310.11454, eq. 2; A and B are the first draws of a generator, uniform with the variance 2 / columns."""
+    view = (W.T if op.stored_transposed else W).flatten(1)  # (O, I K)
+    generator = torch.Generator().manual_seed(key)
+    A, B = (
+        torch.empty(shape).uniform_(-((6 / shape[1]) ** 0.5), (6 / shape[1]) ** 0.5, generator=generator).double()
+        for shape in ((r, view.shape[1]), (len(view), r))
+    )
+    delta = torch.diag(parameters["vera_lambda_b"]) @ B @ torch.diag(parameters["vera_lambda_d"]) @ A
+    return op.function(x, W + _stored(op, delta, W), b)
+
+
 @dataclass
 class MethodCase:
     """A method: its configuration, its formula, what it can do, and configurations that it refuses."""
@@ -314,6 +326,17 @@ METHODS: dict[str, MethodCase] = {
             ({"bias": "ssf_only"}, "bias must be 'none' or 'all', got 'ssf_only'"),
             ({"init_ssf_weights": "uniform"}, "init_ssf_weights must be True or 'normal', got 'uniform'"),
             ({"init_ssf_weights": False}, "got False"),
+        ),
+    ),
+    "vera": MethodCase(
+        lambda **kw: VeraConfig(**{"r": 5, "projection_prng_key": 7, **kw}),
+        vera_formula,
+        ops=MATRICES,
+        bad=(
+            ({"r": 0}, "rank must be a positive whole number, got r=0"),
+            ({"vera_dropout": 1.0}, r"vera_dropout must be in \[0, 1\), got 1.0"),
+            ({"bias": "some"}, "bias must be 'none', 'all' or 'vera_only', got 'some'"),
+            ({"projection_prng_key": 0.5}, "projection_prng_key must be int, got 0.5"),
         ),
     ),
 }  # fmt: skip

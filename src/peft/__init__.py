@@ -97,6 +97,10 @@ if TYPE_CHECKING:
         SsfConfig as SsfConfig,
         SsfModel as SsfModel,
     )
+    from .tuners.vera import (
+        VeraConfig as VeraConfig,
+        VeraModel as VeraModel,
+    )
     from .utils.error import (
         NoMatchingPeftModuleError as NoMatchingPeftModuleError,
         PeftError as PeftError,

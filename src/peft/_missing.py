@@ -68,7 +68,6 @@ MODULES: dict[str, str] = {
     "peft.tuners.trainable_tokens": "Trainable tokens",
     "peft.tuners.unilora": "Uni-LoRA",
     "peft.tuners.vblora": "VB-LoRA",
-    "peft.tuners.vera": "VeRA",
     "peft.tuners.waveft": "WaveFT",
     "peft.tuners.xlora": "X-LoRA",
     "peft.utils.hotswap": "Hot-swapping of adapters",
@@ -267,7 +266,7 @@ _TABLE = "TRANSFORMERS_MODELS_TO_{}_TARGET_MODULES_MAPPING"
 _METHODS = """
     ADALORA ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY LNTUNING
     MISS OFT OSF PEANUT POLY PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA
-    VBLORA VERA WAVEFT
+    VBLORA WAVEFT
 """.split()
 # Default targets of methods, in each of the three places where they can be imported from.
 for _module in ("peft.utils", "peft.utils.constants", "peft.utils.other"):

@@ -40,6 +40,7 @@ EXPORTS: dict[str, tuple[str, ...]] = {
     ),
     ".tuners.loha": ("LoHaConfig", "LoHaModel"),
     ".tuners.lokr": ("LoKrConfig", "LoKrModel"),
+    ".tuners.vera": ("VeraConfig", "VeraModel"),
     ".tuners.denas": ("CompactLoraConfig", "DenasConfig", "search_structure"),
     ".tuners.lora": ("LoftQConfig", "LoraConfig", "LoraModel", "LoraRuntimeConfig"),
     ".tuners.sft.config": ("SftArguments", "SftConfig"),
@@ -141,7 +142,6 @@ MISSING: dict[str, tuple[str, ...]] = {
     "Uni-LoRA": ("UniLoraConfig", "UniLoraModel"),
     "VB-LoRA": ("VBLoRAConfig", "VBLoRAModel"),
     "VeLoRA": ("VeloraConfig",),
-    "VeRA": ("VeraConfig", "VeraModel"),
     "WaveFT": ("WaveFTConfig", "WaveFTModel"),
     "X-LoRA": ("XLoraConfig", "XLoraModel"),
 }

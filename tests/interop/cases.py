@@ -195,6 +195,13 @@ CASES = [
     # (Upstream's LoKr fails on such kernels as these here.)
     _Family("conv", {}, "LoHaConfig")("LoHa, convolutions, kernels apart", r=2, use_effective_conv2d=True,
                                       target_modules=["line.0", "plane.0", "head"]),
+    _Family("llama", _causal, "VeraConfig")("VeRA, defaults"),
+    _Family("llama", _causal, "VeraConfig")("VeRA, layers of several sizes, dropout", r=16, d_initial=0.5,
+                                            projection_prng_key=3, target_modules="all-linear", vera_dropout=0.1),
+    _Family("llama", _causal, "VeraConfig")("VeRA, without projections", r=8, save_projection=False),
+    _Family("gpt2", {**_causal, "fan_in_fan_out": True}, "VeraConfig")("VeRA, GPT-2 (Conv1D)", r=8),
+    _Family("opt", _causal, "VeraConfig")("VeRA, OPT, bias vera_only", r=8, bias="vera_only",
+                                          target_modules=["q_proj", "v_proj"]),
     _Family("llama", _causal, "LoKrConfig")("LoKr, both decomposed, lycoris's start", r=2, decompose_both=True,
                                             decompose_factor=8, target_modules="all-linear", init_weights="lycoris"),
 ]  # fmt: skip

@@ -10,6 +10,8 @@ __getattr__, __dir__, __all__ = attach(
         "LoHaModel": "peft.tuners.loha",
         "LoKrConfig": "peft.tuners.lokr",
         "LoKrModel": "peft.tuners.lokr",
+        "VeraConfig": "peft.tuners.vera",
+        "VeraModel": "peft.tuners.vera",
         "CompactLoraConfig": "peft.tuners.denas",
         "DenasConfig": "peft.tuners.denas",
         "LoraConfig": "peft.tuners.lora",

@@ -97,6 +97,8 @@ class BaseTuner(nn.Module):
     """
 
     prefix: str = ""
+    # Attributes that map an adapter's name to a tensor that all its layers share.
+    adapter_layer_names: tuple[str, ...] = ()
     tuner_layer_cls: type[BaseTunerLayer] = BaseTunerLayer
     # Kind of op -> class, for methods that do not have one class for all kinds.
     layer_classes: dict[str, type[BaseTunerLayer]] = {}
@@ -138,7 +140,7 @@ class BaseTuner(nn.Module):
 
     # What a method may add
 
-    def shared_state(self, config, targets: dict[str, nn.Module]) -> None:
+    def shared_state(self, config, targets: dict[str, nn.Module], adapter_name: str) -> None:
         """Called once per new adapter with its targets (`{key: base layer}`), before any layer is made."""
 
     def layer_kwargs(self, config, key: str) -> dict:
@@ -219,7 +221,7 @@ class BaseTuner(nn.Module):
         targets = self._without_whole_modules(config, targets, explicit=given is not None and given != "all-linear")
         self._check_supported(targets)
         self._warn_of_names_without_use(config, given, targets)
-        self.shared_state(config, targets)
+        self.shared_state(config, targets, adapter_name)
         active, disabled = self.active_adapters, self._adapters_disabled
         if not config.inference_mode:
             keep_trainable(model)
