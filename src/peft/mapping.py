@@ -29,6 +29,9 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
+    PeftType.VERA: Method("peft.tuners.vera:VeraConfig", "peft.tuners.vera:VeraModel", "vera_lambda_"),
+    PeftType.LOKR: Method("peft.tuners.lokr:LoKrConfig", "peft.tuners.lokr:LoKrModel", "lokr_"),
+    PeftType.LOHA: Method("peft.tuners.loha:LoHaConfig", "peft.tuners.loha:LoHaModel", "hada_"),
     PeftType.LORA: Method("peft.tuners.lora:LoraConfig", "peft.tuners.lora:LoraModel", "lora_"),
     PeftType.SFT: Method("peft.tuners.sft:SftConfig", "peft.tuners.sft:SftModel", "sft_"),
     PeftType.SSF: Method("peft.tuners.ssf:SsfConfig", "peft.tuners.ssf:SsfModel", "ssf_"),

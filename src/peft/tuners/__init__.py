@@ -6,6 +6,12 @@ from .._names import MISSING_TABLE
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "LoHaConfig": "peft.tuners.loha",
+        "LoHaModel": "peft.tuners.loha",
+        "LoKrConfig": "peft.tuners.lokr",
+        "LoKrModel": "peft.tuners.lokr",
+        "VeraConfig": "peft.tuners.vera",
+        "VeraModel": "peft.tuners.vera",
         "CompactLoraConfig": "peft.tuners.denas",
         "DenasConfig": "peft.tuners.denas",
         "LoraConfig": "peft.tuners.lora",
@@ -18,5 +24,5 @@ __getattr__, __dir__, __all__ = attach(
         "SsfModel": "peft.tuners.ssf",
     },
     MISSING_TABLE,
-    ("base", "denas", "lora", "ops", "parts", "sft", "ssf", "targeting", "tuners_utils"),
+    ("base", "loha", "denas", "lora", "ops", "parts", "sft", "ssf", "targeting", "tuners_utils"),
 )
