@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft import LoraConfig, SftConfig, SsfConfig
+from peft import IA3Config, LNTuningConfig, LoraConfig, SftConfig, SsfConfig
 
 N, VOCAB = 4, 11
 
@@ -159,6 +159,23 @@ def ssf_formula(op: OpCase, W, b, parameters, x):
     return y * scale + shift
 
 
+def ia3_formula(op: OpCase, W, b, parameters, x):
+    """arXiv 2205.05638, section 3.3: factors on the features of the output."""
+    y, factors = op.function(x, W, b), parameters["ia3_l"].flatten()
+    return y * (factors.reshape(-1, *([1] * (y.dim() - 2))) if op.channel_dim == 1 else factors)
+
+
+def ia3_feedforward_formula(op: OpCase, W, b, parameters, x):
+    """The same on the features of the input."""
+    factors = parameters["ia3_l"].flatten()
+    return op.function(x * (factors.reshape(-1, *([1] * (x.dim() - 2))) if op.channel_dim == 1 else factors), W, b)
+
+
+def ln_tuning_formula(op: OpCase, W, b, parameters, x):
+    """arXiv 2312.11420, section 3: the layer with weights of its own."""
+    return op.function(x, parameters["ln_tuning_layers.weight"], parameters.get("ln_tuning_layers.bias"))
+
+
 @dataclass
 class MethodCase:
     """A method: its configuration, its formula, what it can do, and configurations that it refuses."""
@@ -166,7 +183,9 @@ class MethodCase:
     config: Callable[..., object]
     formula: Callable
     ops: tuple[str, ...] = tuple(OPS)
+    merges: bool = True
     unmerges_exactly: bool = False
+    combines: bool = True  # several adapters can be active at a time
     bad: tuple[tuple[dict, str], ...] = ()
     wide: dict = field(default_factory=dict)  # what makes the parameters as wide as a float64 base
 
@@ -244,6 +263,28 @@ METHODS: dict[str, MethodCase] = {
             ({"init_ssf_weights": "uniform"}, "init_ssf_weights must be True or 'normal', got 'uniform'"),
             ({"init_ssf_weights": False}, "got False"),
         ),
+    ),
+    "ia3": MethodCase(
+        lambda **kw: IA3Config(**{"feedforward_modules": [], **kw}),
+        ia3_formula,
+        unmerges_exactly=True,
+        bad=(
+            ({"target_modules": ["q"], "feedforward_modules": ["q", "w"]}, r"must be among .* which lacks \['w'\]"),
+            ({"feedforward_modules": "w("}, r"feedforward_modules='w\(' is not a valid regular expression"),
+            ({"init_ia3_weights": "ones"}, "init_ia3_weights must be bool, got 'ones'"),
+        ),
+    ),
+    "ia3_feedforward": MethodCase(
+        lambda **kw: IA3Config(**{"feedforward_modules": ".*layer.*", **kw}),
+        ia3_feedforward_formula,
+        ops=tuple(op for op in MATRICES if op != "embedding"),
+        unmerges_exactly=True,
+    ),
+    "ln_tuning": MethodCase(
+        lambda **kw: LNTuningConfig(**kw),
+        ln_tuning_formula,
+        unmerges_exactly=True,
+        combines=False,
     ),
 }  # fmt: skip
 EVERY_BAD = (

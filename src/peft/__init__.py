@@ -58,6 +58,14 @@ if TYPE_CHECKING:
         DenasConfig as DenasConfig,
         search_structure as search_structure,
     )
+    from .tuners.ia3 import (
+        IA3Config as IA3Config,
+        IA3Model as IA3Model,
+    )
+    from .tuners.ln_tuning import (
+        LNTuningConfig as LNTuningConfig,
+        LNTuningModel as LNTuningModel,
+    )
     from .tuners.lora import (
         LoftQConfig as LoftQConfig,
         LoraConfig as LoraConfig,

@@ -24,9 +24,7 @@ MODULES: dict[str, str] = {
     "peft.tuners.gralora": "GraLoRA",
     "peft.tuners.hira": "HiRA",
     "peft.tuners.hra": "HRA",
-    "peft.tuners.ia3": "IA3",
     "peft.tuners.lily": "Lily",
-    "peft.tuners.ln_tuning": "LN tuning",
     "peft.tuners.loha": "LoHa",
     "peft.tuners.lokr": "LoKr",
     "peft.tuners.lora.aqlm": "LoRA on AQLM layers",
@@ -268,14 +266,13 @@ MODEL_METHODS: dict[str, tuple[str, ...]] = {
 
 _TABLE = "TRANSFORMERS_MODELS_TO_{}_TARGET_MODULES_MAPPING"
 _METHODS = """
-    ADALORA ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY LNTUNING
+    ADALORA ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA LILY
     LOHA LOKR MISS OFT OSF PEANUT POLY PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA
     VBLORA VERA WAVEFT
 """.split()
 # Default targets of methods, in each of the three places where they can be imported from.
 for _module in ("peft.utils", "peft.utils.constants", "peft.utils.other"):
     NAMES[_module] |= {method: (_TABLE.format(method),) for method in _METHODS}
-    NAMES[_module]["IA3"] += ("TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING",)
 
 
 def method_of(fullname: str) -> str | None:

@@ -29,6 +29,8 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
+    PeftType.LN_TUNING: Method("peft.tuners.ln_tuning:LNTuningConfig", "peft.tuners.ln_tuning:LNTuningModel", "ln_tuning_"),
+    PeftType.IA3: Method("peft.tuners.ia3:IA3Config", "peft.tuners.ia3:IA3Model", "ia3_"),
     PeftType.LORA: Method("peft.tuners.lora:LoraConfig", "peft.tuners.lora:LoraModel", "lora_"),
     PeftType.SFT: Method("peft.tuners.sft:SftConfig", "peft.tuners.sft:SftModel", "sft_"),
     PeftType.SSF: Method("peft.tuners.ssf:SsfConfig", "peft.tuners.ssf:SsfModel", "ssf_"),

@@ -8,6 +8,10 @@ __getattr__, __dir__, __all__ = attach(
     {
         "CompactLoraConfig": "peft.tuners.denas",
         "DenasConfig": "peft.tuners.denas",
+        "IA3Config": "peft.tuners.ia3",
+        "IA3Model": "peft.tuners.ia3",
+        "LNTuningConfig": "peft.tuners.ln_tuning",
+        "LNTuningModel": "peft.tuners.ln_tuning",
         "LoraConfig": "peft.tuners.lora",
         "LoraModel": "peft.tuners.lora",
         "LoraRuntimeConfig": "peft.tuners.lora",
@@ -18,5 +22,5 @@ __getattr__, __dir__, __all__ = attach(
         "SsfModel": "peft.tuners.ssf",
     },
     MISSING_TABLE,
-    ("base", "denas", "lora", "ops", "parts", "sft", "ssf", "targeting", "tuners_utils"),
+    ("base", "denas", "ia3", "ln_tuning", "lora", "ops", "parts", "sft", "ssf", "targeting", "tuners_utils"),
 )

@@ -289,7 +289,9 @@ class BaseTunerLayer(AdapterParts):
         return whole_modules(parts, write)
 
     def _mergeable(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if name in self._available_adapters and name not in self.merged_adapters]
+        new = [name for name in names if name in self._available_adapters and name not in self.merged_adapters]
+        self.check_active([*self.merged_adapters, *new])
+        return new
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -340,6 +342,7 @@ class BaseTunerLayer(AdapterParts):
         What its user froze stays frozen.
         """
         names = as_list(adapter_names)
+        self.check_active(names)
         for name in self._available_adapters:
             self._set_flags(name, name in names and not inference_mode)
         self._active_adapter = names
