@@ -53,6 +53,14 @@ if TYPE_CHECKING:
         get_layer_status as get_layer_status,
         get_model_status as get_model_status,
     )
+    from .tuners.boft import (
+        BOFTConfig as BOFTConfig,
+        BOFTModel as BOFTModel,
+    )
+    from .tuners.bottleneck import (
+        BottleneckConfig as BottleneckConfig,
+        BottleneckModel as BottleneckModel,
+    )
     from .tuners.denas import (
         CompactLoraConfig as CompactLoraConfig,
         DenasConfig as DenasConfig,
@@ -71,6 +79,10 @@ if TYPE_CHECKING:
         LoraConfig as LoraConfig,
         LoraModel as LoraModel,
         LoraRuntimeConfig as LoraRuntimeConfig,
+    )
+    from .tuners.oft import (
+        OFTConfig as OFTConfig,
+        OFTModel as OFTModel,
     )
     from .tuners.sft.config import (
         SftArguments as SftArguments,

@@ -12,7 +12,6 @@ MODULES: dict[str, str] = {
     "peft.tuners.adamss": "AdaMSS",
     "peft.tuners.adaption_prompt": "LLaMA-Adapter (adaption prompt)",
     "peft.tuners.beft": "BEFT",
-    "peft.tuners.boft": "BOFT",
     "peft.tuners.c3a": "C3A",
     "peft.tuners.cartridge": "Cartridges",
     "peft.tuners.cpt": "CPT",
@@ -51,7 +50,6 @@ MODULES: dict[str, str] = {
     "peft.tuners.miss": "MiSS",
     "peft.tuners.mixed": "Models of several methods",
     "peft.tuners.multitask_prompt_tuning": "Multitask prompt tuning",
-    "peft.tuners.oft": "OFT",
     "peft.tuners.osf": "OSF",
     "peft.tuners.p_tuning": "P-tuning",
     "peft.tuners.peanut": "PEANuT",
@@ -266,8 +264,8 @@ MODEL_METHODS: dict[str, tuple[str, ...]] = {
 
 _TABLE = "TRANSFORMERS_MODELS_TO_{}_TARGET_MODULES_MAPPING"
 _METHODS = """
-    ADALORA ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA LILY
-    LOHA LOKR MISS OFT OSF PEANUT POLY PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA
+    ADALORA ADAMSS BEFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA LILY
+    LOHA LOKR MISS OSF PEANUT POLY PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA
     VBLORA VERA WAVEFT
 """.split()
 # Default targets of methods, in each of the three places where they can be imported from.

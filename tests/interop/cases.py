@@ -101,7 +101,8 @@ class Case:
     Attributes:
         name: what the table shows.
         base: key of `BASES`.
-        adapters: `{adapter name: arguments of LoraConfig}`, the first one active.
+        adapters: `{adapter name: arguments of its configuration}`, the first one active.
+        config: the class of the configurations.
         dtype: of the base model.
         tolerance: largest difference of an output.
         upstream_merges: whether upstream's merged model gives what it gave before merging.
@@ -113,17 +114,19 @@ class Case:
     dtype: torch.dtype = torch.float32
     tolerance: float = 1e-5
     upstream_merges: bool = True
+    config: str = "LoraConfig"
 
 
 @dataclass
 class _Family:
-    """Cases on one base model."""
+    """Cases on one base model, of one method."""
 
     base: str
     common: dict = field(default_factory=dict)
+    config: str = "LoraConfig"
 
     def __call__(self, name: str, **config) -> Case:
-        return Case(name, self.base, {"default": self.common | config})
+        return Case(name, self.base, {"default": self.common | config}, config=self.config)
 
 
 _llama_case = _Family("llama", {"task_type": "CAUSAL_LM"})

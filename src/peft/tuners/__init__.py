@@ -6,6 +6,8 @@ from .._names import MISSING_TABLE
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "BOFTConfig": "peft.tuners.boft",
+        "BOFTModel": "peft.tuners.boft",
         "CompactLoraConfig": "peft.tuners.denas",
         "DenasConfig": "peft.tuners.denas",
         "IA3Config": "peft.tuners.ia3",
@@ -15,6 +17,8 @@ __getattr__, __dir__, __all__ = attach(
         "LoraConfig": "peft.tuners.lora",
         "LoraModel": "peft.tuners.lora",
         "LoraRuntimeConfig": "peft.tuners.lora",
+        "OFTConfig": "peft.tuners.oft",
+        "OFTModel": "peft.tuners.oft",
         "SftArguments": "peft.tuners.sft",
         "SftConfig": "peft.tuners.sft",
         "SftModel": "peft.tuners.sft",
@@ -22,5 +26,8 @@ __getattr__, __dir__, __all__ = attach(
         "SsfModel": "peft.tuners.ssf",
     },
     MISSING_TABLE,
-    ("base", "denas", "ia3", "ln_tuning", "lora", "ops", "parts", "sft", "ssf", "targeting", "tuners_utils"),
-)
+    (
+        "base", "boft", "bottleneck", "denas", "ia3", "ln_tuning", "lora", "oft", "ops", "parts", "sft", "ssf",
+        "targeting", "tuners_utils",
+    ),
+)  # fmt: skip

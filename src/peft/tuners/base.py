@@ -27,7 +27,7 @@ from ..utils.other import (
 from ..utils.placement import home_device, offload_hook, own_tensor, reshard
 from ..utils.quantization_utils import forget_quantization, is_quantized, keep_trainable
 from ..utils.warning import warn
-from .ops import make_op
+from .ops import OP_KINDS, make_op
 from .parts import (
     cast_adapter_dtype,
     check_known,
@@ -98,6 +98,8 @@ class BaseTuner(nn.Module):
 
     prefix: str = ""
     tuner_layer_cls: type[BaseTunerLayer] = BaseTunerLayer
+    # Kind of op -> class, for methods that do not have one class for all kinds.
+    layer_classes: dict[str, type[BaseTunerLayer]] = {}
     target_module_mapping: dict[str, list[str]] = {}
     # target_modules where neither the configuration nor target_module_mapping says any; None: that is an error.
     default_targets: str | None = None
@@ -150,12 +152,13 @@ class BaseTuner(nn.Module):
             ValueError: the method has no layer for this kind of module.
         """
         op = make_op(target)
-        if op is None:
+        classes = self.layer_classes
+        if op is None or (classes and op.kind not in classes):
             raise ValueError(
-                f"Target module {key} ({type(target).__name__}) is not supported. Supported are linear and convolution "
-                "layers, transformers' Conv1D, embeddings and norms: narrow target_modules or use exclude_modules"
+                f"Target module {key} ({type(target).__name__}) is not supported by {type(self).__name__}, which has "
+                f"layers for {', '.join(classes or OP_KINDS)}: narrow target_modules or use exclude_modules"
             )
-        return self.tuner_layer_cls
+        return classes[op.kind] if classes else self.tuner_layer_cls
 
     def prepare_config(self, config):
         """Fill in what the configuration leaves to the model (here: the targets)."""

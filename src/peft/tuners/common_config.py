@@ -62,6 +62,16 @@ def check_pattern(pattern: str, name: str) -> None:
         raise ValueError(f"{name}={pattern!r} is not a valid regular expression: {error}") from error
 
 
+def check_probability(config, name: str) -> None:
+    """Check that the option `name` is a probability, and not that of certain loss.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not 0 <= getattr(config, name) < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)!r}")
+
+
 def check_modules(config: PeftConfig, *names: str) -> None:
     """Check fields that name modules; lists of names become sets, as upstream has them in memory.
 

@@ -40,6 +40,8 @@ from ..utils.quantization_utils import (
     stored_weight,
 )
 
+OP_KINDS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "Norm")  # transformers' Conv1D is a Linear
+
 
 class Op:
     """The view of one base layer.

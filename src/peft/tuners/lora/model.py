@@ -5,7 +5,6 @@ from __future__ import annotations
 from ..._lazy import explain_missing
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from ..base import BaseTuner
-from ..ops import make_op
 from ..targeting import get_pattern_key
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 
@@ -41,15 +40,6 @@ class LoraModel(BaseTuner):
             "r": config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r),
             "lora_alpha": config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, key), config.lora_alpha),
         }
-
-    def layer_class(self, target, key):
-        op = make_op(target)
-        if op is None or op.kind not in self.layer_classes:
-            raise ValueError(
-                f"Target module {key} ({type(target).__name__}) is not supported by LoRA. Supported are linear and "
-                "convolution layers, transformers' Conv1D and embeddings: narrow target_modules or use exclude_modules"
-            )
-        return self.layer_classes[op.kind]
 
 
 explain_missing(__name__)
