@@ -53,10 +53,26 @@ if TYPE_CHECKING:
         get_layer_status as get_layer_status,
         get_model_status as get_model_status,
     )
+    from .tuners.boft import (
+        BOFTConfig as BOFTConfig,
+        BOFTModel as BOFTModel,
+    )
+    from .tuners.bottleneck import (
+        BottleneckConfig as BottleneckConfig,
+        BottleneckModel as BottleneckModel,
+    )
     from .tuners.denas import (
         CompactLoraConfig as CompactLoraConfig,
         DenasConfig as DenasConfig,
         search_structure as search_structure,
+    )
+    from .tuners.ia3 import (
+        IA3Config as IA3Config,
+        IA3Model as IA3Model,
+    )
+    from .tuners.ln_tuning import (
+        LNTuningConfig as LNTuningConfig,
+        LNTuningModel as LNTuningModel,
     )
     from .tuners.loha import (
         LoHaConfig as LoHaConfig,
@@ -71,6 +87,10 @@ if TYPE_CHECKING:
         LoraConfig as LoraConfig,
         LoraModel as LoraModel,
         LoraRuntimeConfig as LoraRuntimeConfig,
+    )
+    from .tuners.oft import (
+        OFTConfig as OFTConfig,
+        OFTModel as OFTModel,
     )
     from .tuners.sft.config import (
         SftArguments as SftArguments,

@@ -12,7 +12,6 @@ MODULES: dict[str, str] = {
     "peft.tuners.adamss": "AdaMSS",
     "peft.tuners.adaption_prompt": "LLaMA-Adapter (adaption prompt)",
     "peft.tuners.beft": "BEFT",
-    "peft.tuners.boft": "BOFT",
     "peft.tuners.c3a": "C3A",
     "peft.tuners.cartridge": "Cartridges",
     "peft.tuners.cpt": "CPT",
@@ -24,9 +23,7 @@ MODULES: dict[str, str] = {
     "peft.tuners.gralora": "GraLoRA",
     "peft.tuners.hira": "HiRA",
     "peft.tuners.hra": "HRA",
-    "peft.tuners.ia3": "IA3",
     "peft.tuners.lily": "Lily",
-    "peft.tuners.ln_tuning": "LN tuning",
     "peft.tuners.lora.aqlm": "LoRA on AQLM layers",
     "peft.tuners.lora.arrow": "Arrow routing of LoRA adapters",
     "peft.tuners.lora.awq": "LoRA on AWQ layers",
@@ -49,7 +46,6 @@ MODULES: dict[str, str] = {
     "peft.tuners.miss": "MiSS",
     "peft.tuners.mixed": "Models of several methods",
     "peft.tuners.multitask_prompt_tuning": "Multitask prompt tuning",
-    "peft.tuners.oft": "OFT",
     "peft.tuners.osf": "OSF",
     "peft.tuners.p_tuning": "P-tuning",
     "peft.tuners.peanut": "PEANuT",
@@ -265,14 +261,12 @@ MODEL_METHODS: dict[str, tuple[str, ...]] = {
 
 _TABLE = "TRANSFORMERS_MODELS_TO_{}_TARGET_MODULES_MAPPING"
 _METHODS = """
-    ADALORA ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY LNTUNING
-    MISS OFT OSF PEANUT POLY PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA
-    VBLORA WAVEFT
+    ADALORA ADAMSS BEFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA LILY MISS OSF PEANUT
+    POLY PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA VBLORA WAVEFT
 """.split()
 # Default targets of methods, in each of the three places where they can be imported from.
 for _module in ("peft.utils", "peft.utils.constants", "peft.utils.other"):
     NAMES[_module] |= {method: (_TABLE.format(method),) for method in _METHODS}
-    NAMES[_module]["IA3"] += ("TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING",)
 
 
 def method_of(fullname: str) -> str | None:

@@ -139,8 +139,7 @@ def set_adapter(
     check_known(names, known_adapters(model))
     chosen = [part for part in parts(model) if isinstance(part, layer_cls) or not isinstance(part, BaseTunerLayer)]
     for part in chosen:
-        if isinstance(part, AuxiliaryTrainingWrapper):
-            part.check_active(names)
+        part.check_active(names)
     reshard(model)
     if any(isinstance(part, BaseTunerLayer) and part.merged and part.active_adapters != names for part in chosen):
         warn("Adapters are merged into the base weights; they are unmerged before switching")

@@ -45,9 +45,9 @@ class LoraModel(BaseTuner):
         }
 
     def layer_class(self, target, key):
-        backend = find_backend(target)
-        packed = self.packed_linear_classes.get(backend.name) if backend else None
-        return packed or super().layer_class(target, key)
+        own = super().layer_class(target, key)
+        backend = find_backend(target) if own is Linear else None
+        return self.packed_linear_classes.get(backend.name, own) if backend else own
 
 
 explain_missing(__name__)
