@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft import (
+    AdaLoraConfig,
     BOFTConfig,
     BottleneckConfig,
     IA3Config,
@@ -186,7 +187,7 @@ def loha_formula(op: OpCase, W, b, parameters, x, scaling=2.0):
 
 
 def lokr_formula(op: OpCase, W, b, parameters, x, scaling=2.0):
-    """arXiv 2309.14859, section 3.2: blocks `w1[i, j] w2`."""
+    """arXiv 2309.14859: blocks `w1[i, j] w2`."""
     w1, w2 = (
         parameters[f"lokr_w{i}"]
         if f"lokr_w{i}" in parameters
@@ -213,6 +214,12 @@ def ssf_formula(op: OpCase, W, b, parameters, x):
     scale, shift = (parameters[name].reshape(-1, *([1] * (y.dim() - 2))) if op.channel_dim == 1 else parameters[name]
                     for name in ("ssf_scale", "ssf_shift"))  # fmt: skip
     return y * scale + shift
+
+
+def adalora_formula(op: OpCase, W, b, parameters, x, scaling=8 / (4 + 1e-5)):
+    """arXiv 2303.10512, section 3.1: `W + P diag(E) Q`, divided by the initial rank as in LoRA."""
+    A, B, E = (parameters[f"lora_{name}"] for name in "ABE")
+    return op.function(x, W + scaling * _stored(op, B @ torch.diag(E[:, 0]) @ A, W), b)
 
 
 def vera_formula(op: OpCase, W, b, parameters, x, r=5, key=7):
@@ -418,6 +425,25 @@ METHODS: dict[str, MethodCase] = {
             ({"bias": "ssf_only"}, "bias must be 'none' or 'all', got 'ssf_only'"),
             ({"init_ssf_weights": "uniform"}, "init_ssf_weights must be True or 'normal', got 'uniform'"),
             ({"init_ssf_weights": False}, "got False"),
+        ),
+    ),
+    "adalora": MethodCase(
+        lambda **kw: AdaLoraConfig(**{"init_r": 4, "target_r": 2, "total_step": 10, **kw}),
+        adalora_formula,
+        ops=MATRICES,
+        bad=(
+            ({"total_step": None}, "total_step must be the number of training steps, got None"),
+            ({"total_step": 5, "tinit": 3, "tfinal": 2}, "leave none of total_step=5"),
+            ({"init_r": 0}, "target_r must be in 1..init_r, got target_r=2 and init_r=0"),
+            ({"target_r": 5}, "got target_r=5 and init_r=4"),
+            ({"tinit": -1}, "tinit must be at least 0, got -1"),
+            ({"deltaT": 0}, "deltaT must be at least 1, got 0"),
+            ({"beta1": 1.0}, r"beta1 must be in \[0, 1\), got 1.0"),
+            ({"orth_reg_weight": -0.5}, "orth_reg_weight must not be negative, got -0.5"),
+            ({"use_rslora": True}, "use_rslora=True has no effect in AdaLoRA"),
+            ({"alpha_pattern": {"q": 2.0}}, "alpha_pattern=.* has no effect in AdaLoRA"),
+            ({"init_lora_weights": "gaussian"}, "init_lora_weights must be True or False in AdaLoRA, got 'gaussian'"),
+            ({"rank_pattern": {"q": 4}}, "rank_pattern must be"),
         ),
     ),
     "vera": MethodCase(

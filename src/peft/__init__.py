@@ -53,6 +53,10 @@ if TYPE_CHECKING:
         get_layer_status as get_layer_status,
         get_model_status as get_model_status,
     )
+    from .tuners.adalora import (
+        AdaLoraConfig as AdaLoraConfig,
+        AdaLoraModel as AdaLoraModel,
+    )
     from .tuners.boft import (
         BOFTConfig as BOFTConfig,
         BOFTModel as BOFTModel,

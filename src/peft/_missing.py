@@ -8,7 +8,6 @@ from __future__ import annotations
 
 MODULES: dict[str, str] = {
     "peft.optimizers": "Optimisers for adapters (LoRA+, LoRA-FA)",
-    "peft.tuners.adalora": "AdaLoRA",
     "peft.tuners.adamss": "AdaMSS",
     "peft.tuners.adaption_prompt": "LLaMA-Adapter (adaption prompt)",
     "peft.tuners.beft": "BEFT",
@@ -252,7 +251,6 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
 """Module that is here -> what its missing names belong to -> the names."""
 
 MODEL_METHODS: dict[str, tuple[str, ...]] = {
-    "AdaLoRA": ("update_and_allocate",),
     "Initialisations of LoRA that change the base model": ("subtract_mutated_init",),
     "Prompt learning": ("get_prompt", "get_prompt_embedding_to_save"),
     "Weighted combinations of adapters": ("add_weighted_adapter",),
@@ -261,7 +259,7 @@ MODEL_METHODS: dict[str, tuple[str, ...]] = {
 
 _TABLE = "TRANSFORMERS_MODELS_TO_{}_TARGET_MODULES_MAPPING"
 _METHODS = """
-    ADALORA ADAMSS BEFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA LILY MISS OSF PEANUT
+    ADAMSS BEFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA LILY MISS OSF PEANUT
     POLY PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA VBLORA WAVEFT
 """.split()
 # Default targets of methods, in each of the three places where they can be imported from.

@@ -41,6 +41,7 @@ EXPORTS: dict[str, tuple[str, ...]] = {
     ".tuners.loha": ("LoHaConfig", "LoHaModel"),
     ".tuners.lokr": ("LoKrConfig", "LoKrModel"),
     ".tuners.vera": ("VeraConfig", "VeraModel"),
+    ".tuners.adalora": ("AdaLoraConfig", "AdaLoraModel"),
     ".tuners.boft": ("BOFTConfig", "BOFTModel"),
     ".tuners.bottleneck": ("BottleneckConfig", "BottleneckModel"),
     ".tuners.denas": ("CompactLoraConfig", "DenasConfig", "search_structure"),
@@ -88,7 +89,6 @@ SUBMODULES = (
 """Submodules that work as attributes right after `import peft`, as upstream's do."""
 
 MISSING: dict[str, tuple[str, ...]] = {
-    "AdaLoRA": ("AdaLoraConfig", "AdaLoraModel"),
     "AdaMSS": ("AdamssConfig", "AdamssModel"),
     "Arrow routing of LoRA adapters": ("ArrowConfig", "create_arrow_model"),
     "BD-LoRA": ("BdLoraConfig",),

@@ -29,6 +29,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
+    PeftType.ADALORA: Method("peft.tuners.adalora:AdaLoraConfig", "peft.tuners.adalora:AdaLoraModel", "lora_"),
     PeftType.VERA: Method("peft.tuners.vera:VeraConfig", "peft.tuners.vera:VeraModel", "vera_lambda_"),
     PeftType.LOKR: Method("peft.tuners.lokr:LoKrConfig", "peft.tuners.lokr:LoKrModel", "lokr_"),
     PeftType.LOHA: Method("peft.tuners.loha:LoHaConfig", "peft.tuners.loha:LoHaModel", "hada_"),

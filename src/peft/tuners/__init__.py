@@ -12,6 +12,8 @@ __getattr__, __dir__, __all__ = attach(
         "LoKrModel": "peft.tuners.lokr",
         "VeraConfig": "peft.tuners.vera",
         "VeraModel": "peft.tuners.vera",
+        "AdaLoraConfig": "peft.tuners.adalora",
+        "AdaLoraModel": "peft.tuners.adalora",
         "BOFTConfig": "peft.tuners.boft",
         "BOFTModel": "peft.tuners.boft",
         "CompactLoraConfig": "peft.tuners.denas",

@@ -132,6 +132,9 @@ class BaseTunerLayer(AdapterParts):
             tensors: by their names in the model, those of all layers.
         """
 
+    def before_save(self, name: str, path: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Called with what is to be saved of adapter `name`, by its names in the model; may change it."""
+
     def after_load(self, name: str) -> None:
         """Called when tensors were loaded into adapter `name`: bring them into the form that the method relies on."""
 

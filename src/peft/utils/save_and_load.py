@@ -177,6 +177,9 @@ def get_peft_model_state_dict(
         wanted = whole_tensors(model, wanted)
     else:
         wanted = {name: whole_tensor(tensor) for name, tensor in wanted.items()}
+    for path, module in _holders(model):
+        if adapter_name in getattr(module, "_available_adapters", ()) and hasattr(module, "before_save"):
+            module.before_save(adapter_name, path if state_dict is None else _plain_name(path), wanted)
     return {file: wanted[name] for name, file in keys.items()}
 
 
