@@ -109,6 +109,10 @@ if TYPE_CHECKING:
         SsfConfig as SsfConfig,
         SsfModel as SsfModel,
     )
+    from .tuners.trainable_tokens import (
+        TrainableTokensConfig as TrainableTokensConfig,
+        TrainableTokensModel as TrainableTokensModel,
+    )
     from .utils.error import (
         NoMatchingPeftModuleError as NoMatchingPeftModuleError,
         PeftError as PeftError,

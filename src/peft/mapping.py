@@ -29,6 +29,11 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
+    PeftType.TRAINABLE_TOKENS: Method(
+        "peft.tuners.trainable_tokens:TrainableTokensConfig",
+        "peft.tuners.trainable_tokens:TrainableTokensModel",
+        "trainable_tokens_",
+    ),
     PeftType.BOTTLENECK: Method(
         "peft.tuners.bottleneck:BottleneckConfig", "peft.tuners.bottleneck:BottleneckModel", "bottleneck_"
     ),

@@ -24,10 +24,12 @@ __getattr__, __dir__, __all__ = attach(
         "SftModel": "peft.tuners.sft",
         "SsfConfig": "peft.tuners.ssf",
         "SsfModel": "peft.tuners.ssf",
+        "TrainableTokensConfig": "peft.tuners.trainable_tokens",
+        "TrainableTokensModel": "peft.tuners.trainable_tokens",
     },
     MISSING_TABLE,
     (
         "base", "boft", "bottleneck", "denas", "ia3", "ln_tuning", "lora", "oft", "ops", "parts", "sft", "ssf",
-        "targeting", "tuners_utils",
+        "targeting", "trainable_tokens", "tuners_utils",
     ),
 )  # fmt: skip

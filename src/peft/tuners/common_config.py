@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config import PeftConfig, documented
@@ -70,6 +71,16 @@ def check_probability(config, name: str) -> None:
     """
     if not 0 <= getattr(config, name) < 1:
         raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)!r}")
+
+
+def check_tokens(name: str, tokens: Sequence[int]) -> None:
+    """Check that the option `name` holds ids of different tokens.
+
+    Raises:
+        ValueError: they are negative or not different.
+    """
+    if len(set(tokens)) < len(tokens) or any(token < 0 for token in tokens):
+        raise ValueError(f"{name} must be ids of different tokens, none of them negative, got {list(tokens)}")
 
 
 def check_modules(config: PeftConfig, *names: str) -> None:

@@ -47,16 +47,18 @@ def adapter_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
     from ..tuners.tuners_utils import BaseTunerLayer
 
     keys: dict[str, str] = {}
-    for path, module in model.named_modules():
+    paths = {module: path for path, module in model.named_modules()}
+    for module, path in paths.items():
         if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             continue
+        stored = paths[module.stored_as]
         for attribute in module.adapter_layer_names:
             container = getattr(module, attribute, {})
             if adapter_name not in container:
                 continue
             memory = f"{path}.{attribute}.{adapter_name}"
             # A module that is trained whole has its own place in the file.
-            file = _plain_name(path if isinstance(module, AuxiliaryTrainingWrapper) else f"{path}.{attribute}")
+            file = _plain_name(stored if isinstance(module, AuxiliaryTrainingWrapper) else f"{stored}.{attribute}")
             entry = container[adapter_name]
             if isinstance(entry, nn.Module):
                 keys.update({f"{memory}.{name}": f"{file}.{_plain_name(name)}" for name in entry.state_dict()})
@@ -89,6 +91,7 @@ def _embedding_keys(model: nn.Module, save_embedding_layers: bool | str, config,
     if save_embedding_layers == "auto":
         if not _vocabulary_changed(model, config):
             modules = [m for m in modules if isinstance(m, BaseTunerLayer) and adapter_name in m._available_adapters]
+            modules = [m for m in modules if m.saves_embeddings]
             modules = [m for m in modules if not is_quantized(m.get_base_layer())]  # the base model is packed anew
         if modules:
             warn(
