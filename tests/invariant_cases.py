@@ -25,6 +25,7 @@ from peft import (
     OFTConfig,
     SftConfig,
     SsfConfig,
+    TrainableTokensConfig,
     VeraConfig,
 )
 
@@ -311,6 +312,15 @@ def bottleneck_formula(parallel: bool):
     return formula
 
 
+def trainable_tokens_formula(op: OpCase, W, b, parameters, x, tokens=(3, 0, 4)):
+    """Some rows of the table, or outputs of the head, with weights of their own."""
+    rows = dict(zip(tokens, parameters["trainable_tokens_delta"]))
+    is_head = b is not None or x.is_floating_point()
+    W = W.T if op.stored_transposed and is_head else W
+    W = torch.stack([rows.get(i, row) for i, row in enumerate(W)])
+    return op.function(x, W.T if op.stored_transposed and is_head else W, b)
+
+
 @dataclass
 class MethodCase:
     """A method: its configuration, its formula, what it can do, and configurations that it refuses."""
@@ -543,6 +553,18 @@ METHODS: dict[str, MethodCase] = {
         ops=("linear", "linear_no_bias", "Conv1D", *NORMS),
         some_ops=True,
         merges=False,
+    ),
+    "trainable_tokens": MethodCase(
+        lambda **kw: TrainableTokensConfig(**{"token_indices": [3, 0, 4], **kw}),
+        trainable_tokens_formula,
+        ops=("linear", "linear_no_bias", "Conv1D", "embedding"),
+        unmerges_exactly=True,
+        combines=False,
+        bad=(
+            ({"token_indices": [1, 1]}, r"ids of different tokens, none of them negative, got \[1, 1\]"),
+            ({"token_indices": [-1]}, r"got \[-1\]"),
+            ({"token_indices": ["a"]}, r"token_indices must be list\[int\], got \['a'\]"),
+        ),
     ),
 }  # fmt: skip
 EVERY_BAD = (

@@ -121,6 +121,10 @@ if TYPE_CHECKING:
         SsfConfig as SsfConfig,
         SsfModel as SsfModel,
     )
+    from .tuners.trainable_tokens import (
+        TrainableTokensConfig as TrainableTokensConfig,
+        TrainableTokensModel as TrainableTokensModel,
+    )
     from .tuners.vera import (
         VeraConfig as VeraConfig,
         VeraModel as VeraModel,

@@ -59,7 +59,6 @@ MODULES: dict[str, str] = {
     "peft.tuners.shira": "SHiRA",
     "peft.tuners.supertuning": "Supertuning",
     "peft.tuners.tinylora": "TinyLoRA",
-    "peft.tuners.trainable_tokens": "Trainable tokens",
     "peft.tuners.unilora": "Uni-LoRA",
     "peft.tuners.vblora": "VB-LoRA",
     "peft.tuners.waveft": "WaveFT",
@@ -161,7 +160,7 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
             "quantization_extra_repr",
             "resolve_quantization_backend",
         ),
-        "Trainable tokens": ("TrainableTokensWrapper", "set_additional_trainable_modules"),
+        "Trainable tokens": ("set_additional_trainable_modules",),
     },
     "peft.utils.other": {
         "GPTQ and AWQ helpers": (
@@ -178,7 +177,7 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "Prompt learning": ("create_attention_mask",),
         "Quantisation backends as classes": ("get_quantization_config",),
-        "Trainable tokens": ("TrainableTokensWrapper", "set_additional_trainable_modules"),
+        "Trainable tokens": ("set_additional_trainable_modules",),
     },
     "peft.utils.constants": {
         "Prefix tuning": (
@@ -238,7 +237,7 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "Helpers for quantised and off-loaded layers": ("init_empty_weights", "map_cache_to_layer_device_map"),
         "Prefix tuning": ("TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",),
         "Prompt learning": ("create_attention_mask",),
-        "Trainable tokens": ("TrainableTokensWrapper", "set_additional_trainable_modules"),
+        "Trainable tokens": ("set_additional_trainable_modules",),
     },
     "peft.auto": {
         "Helpers for files and embeddings": ("check_file_exists_on_hf_hub",),

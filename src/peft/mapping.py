@@ -29,6 +29,11 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
+    PeftType.TRAINABLE_TOKENS: Method(
+        "peft.tuners.trainable_tokens:TrainableTokensConfig",
+        "peft.tuners.trainable_tokens:TrainableTokensModel",
+        "trainable_tokens_",
+    ),
     PeftType.ADALORA: Method("peft.tuners.adalora:AdaLoraConfig", "peft.tuners.adalora:AdaLoraModel", "lora_"),
     PeftType.VERA: Method("peft.tuners.vera:VeraConfig", "peft.tuners.vera:VeraModel", "vera_lambda_"),
     PeftType.LOKR: Method("peft.tuners.lokr:LoKrConfig", "peft.tuners.lokr:LoKrModel", "lokr_"),

@@ -565,4 +565,4 @@ TASK_CLASSES: dict[str, type[PeftModel]] = {
     TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
 }
 
-explain_missing(__name__)
+explain_missing(__name__, {"TrainableTokensWrapper": "peft.tuners.trainable_tokens.wrapper"})

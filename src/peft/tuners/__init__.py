@@ -32,10 +32,12 @@ __getattr__, __dir__, __all__ = attach(
         "SftModel": "peft.tuners.sft",
         "SsfConfig": "peft.tuners.ssf",
         "SsfModel": "peft.tuners.ssf",
+        "TrainableTokensConfig": "peft.tuners.trainable_tokens",
+        "TrainableTokensModel": "peft.tuners.trainable_tokens",
     },
     MISSING_TABLE,
     (
         "base", "boft", "bottleneck", "denas", "ia3", "ln_tuning", "loha", "lokr", "lora", "oft", "ops", "parts",
-        "sft", "ssf", "targeting", "tuners_utils", "vera",
+        "sft", "ssf", "targeting", "trainable_tokens", "tuners_utils", "vera",
     ),
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config import PeftConfig, documented
@@ -93,6 +94,16 @@ def check_rank_and_alpha(config, alpha_name: str) -> None:
 
 def _entries(config, name: str) -> dict:
     return {f"{name}[{key!r}]": value for key, value in getattr(config, name).items()}
+
+
+def check_tokens(name: str, tokens: Sequence[int]) -> None:
+    """Check that the option `name` holds ids of different tokens.
+
+    Raises:
+        ValueError: they are negative or not different.
+    """
+    if len(set(tokens)) < len(tokens) or any(token < 0 for token in tokens):
+        raise ValueError(f"{name} must be ids of different tokens, none of them negative, got {list(tokens)}")
 
 
 def check_modules(config: PeftConfig, *names: str) -> None:

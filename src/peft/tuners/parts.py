@@ -174,7 +174,7 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     for part in list(parts(model)):
         part.delete_adapter(adapter_name)
         if isinstance(part, nn.Module) and not part._available_adapters:
-            plain = part.base_layer if isinstance(part, BaseTunerLayer) else part.original_module
+            plain = part.base_layer if isinstance(part, BaseTunerLayer) else part.unload([])
             places.replace(part, plain)
 
 
@@ -265,5 +265,5 @@ def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> dic
     shared = shared_parameters(model)
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
-            layer.op.shared = id(layer.weight) in shared
+            layer.op.shared = not layer.keeps_ties and id(layer.weight) in shared
     return replaced

@@ -79,6 +79,10 @@ class BaseTunerLayer(AdapterParts):
     _active_adapter: str | list[str] = "default"
     # Whether parameters of half precision are widened to float32 (autocast_adapter_dtype) after creation.
     widens_parameters: bool = True
+    # Whether what shares the base layer's weight is adapted likewise, so that merging changes it for all of them.
+    keeps_ties: bool = False
+    # Whether the base model's embeddings belong into the file of an adapter that targets them.
+    saves_embeddings: bool = True
     cast_input_dtype_enabled: bool = True  # see helpers.disable_input_dtype_casting
 
     def __init__(self, base_layer: nn.Module):

@@ -27,6 +27,7 @@ __getattr__, __dir__, __all__ = attach(
         "PeftType": "peft.utils.peft_types",
         "PeftWarning": "peft.utils.warning",
         "TaskType": "peft.utils.peft_types",
+        "TrainableTokensWrapper": "peft.tuners.trainable_tokens.wrapper",
         "register_peft_method": "peft.mapping",
         "replace_lora_weights_loftq": "peft.utils.loftq_utils",
     },

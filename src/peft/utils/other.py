@@ -24,6 +24,11 @@ class AdapterParts:
     # Whether each adapter takes the place of the whole module, so that one can be active at a time.
     replaces_module = False
 
+    @property
+    def stored_as(self) -> AdapterParts:
+        """The part under whose name files have this one's tensors."""
+        return self
+
     def check_active(self, adapter_names: Sequence[str]) -> None:
         """Refuse adapters that cannot be active together: a module has one replacement at a time."""
         here = [name for name in adapter_names if name in self._available_adapters]
@@ -321,6 +326,7 @@ def fsdp_auto_wrap_policy(model: nn.Module):
 explain_missing(
     __name__,
     {
+        "TrainableTokensWrapper": "peft.tuners.trainable_tokens.wrapper",
         "get_pattern_key": "peft.tuners.targeting",
         **{name: "peft.utils.constants" for name in vars(constants) if name.isupper()},
     },

@@ -52,14 +52,16 @@ def _holders(model: nn.Module):
 def adapter_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """`{key in model.state_dict(): key in the adapter's file}` for every tensor of one adapter."""
     keys: dict[str, str] = {}
-    for path, module in _holders(model):
+    paths = {module: path for path, module in _holders(model)}
+    for module, path in paths.items():
+        stored = paths[getattr(module, "stored_as", module)]
         for attribute in module.adapter_layer_names:
             container = getattr(module, attribute, {})
             if adapter_name not in container or adapter_name in getattr(container, "_non_persistent_buffers_set", ()):
                 continue
             memory = f"{path}.{attribute}.{adapter_name}"
             # A module that is trained whole has its own place in the file.
-            file = _plain_name(path if isinstance(module, AuxiliaryTrainingWrapper) else f"{path}.{attribute}")
+            file = _plain_name(stored if isinstance(module, AuxiliaryTrainingWrapper) else f"{stored}.{attribute}")
             entry = container[adapter_name]
             if isinstance(entry, nn.Module):
                 keys.update({f"{memory}.{name}": f"{file}.{_plain_name(name)}" for name in entry.state_dict()})
@@ -92,6 +94,7 @@ def _embedding_keys(model: nn.Module, save_embedding_layers: bool | str, config,
     if save_embedding_layers == "auto":
         if not _vocabulary_changed(model, config):
             modules = [m for m in modules if isinstance(m, BaseTunerLayer) and adapter_name in m._available_adapters]
+            modules = [m for m in modules if m.saves_embeddings]
             modules = [m for m in modules if not is_quantized(m.get_base_layer())]  # the base model is packed anew
         if modules:
             warn(

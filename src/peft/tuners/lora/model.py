@@ -37,6 +37,12 @@ class LoraModel(BaseTuner):
                 "adapter_config.json (or give config=PeftConfig.from_pretrained(folder, init_lora_weights=True))"
             )
 
+    def add_parts(self, config, adapter_name):
+        if getattr(config, "trainable_token_indices", None):
+            from ..trainable_tokens.wrapper import wrap_trainable_tokens
+
+            wrap_trainable_tokens(self, config.trainable_token_indices, adapter_name)
+
     def layer_kwargs(self, config, key):
         """Rank and alpha of this layer, from the patterns or the configuration."""
         return {
