@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     )
     from .config import (
         PeftConfig as PeftConfig,
-        PrefixTuningConfig as PrefixTuningConfig,
         PromptLearningConfig as PromptLearningConfig,
     )
     from .mapping import (
@@ -53,6 +52,10 @@ if TYPE_CHECKING:
         get_layer_status as get_layer_status,
         get_model_status as get_model_status,
     )
+    from .tuners.cpt import (
+        CPTConfig as CPTConfig,
+        CPTEmbedding as CPTEmbedding,
+    )
     from .tuners.denas import (
         CompactLoraConfig as CompactLoraConfig,
         DenasConfig as DenasConfig,
@@ -63,6 +66,24 @@ if TYPE_CHECKING:
         LoraConfig as LoraConfig,
         LoraModel as LoraModel,
         LoraRuntimeConfig as LoraRuntimeConfig,
+    )
+    from .tuners.multitask_prompt_tuning import (
+        MultitaskPromptTuningConfig as MultitaskPromptTuningConfig,
+        MultitaskPromptTuningInit as MultitaskPromptTuningInit,
+    )
+    from .tuners.p_tuning import (
+        PromptEncoder as PromptEncoder,
+        PromptEncoderConfig as PromptEncoderConfig,
+        PromptEncoderReparameterizationType as PromptEncoderReparameterizationType,
+    )
+    from .tuners.prefix_tuning import (
+        PrefixEncoder as PrefixEncoder,
+        PrefixTuningConfig as PrefixTuningConfig,
+    )
+    from .tuners.prompt_tuning import (
+        PromptEmbedding as PromptEmbedding,
+        PromptTuningConfig as PromptTuningConfig,
+        PromptTuningInit as PromptTuningInit,
     )
     from .tuners.sft.config import (
         SftArguments as SftArguments,

@@ -15,7 +15,6 @@ MODULES: dict[str, str] = {
     "peft.tuners.boft": "BOFT",
     "peft.tuners.c3a": "C3A",
     "peft.tuners.cartridge": "Cartridges",
-    "peft.tuners.cpt": "CPT",
     "peft.tuners.deft": "DEFT",
     "peft.tuners.delora": "DeLoRA",
     "peft.tuners.fourierft": "FourierFT",
@@ -52,14 +51,10 @@ MODULES: dict[str, str] = {
     "peft.tuners.lycoris_utils": "LoHa and LoKr",
     "peft.tuners.miss": "MiSS",
     "peft.tuners.mixed": "Models of several methods",
-    "peft.tuners.multitask_prompt_tuning": "Multitask prompt tuning",
     "peft.tuners.oft": "OFT",
     "peft.tuners.osf": "OSF",
-    "peft.tuners.p_tuning": "P-tuning",
     "peft.tuners.peanut": "PEANuT",
     "peft.tuners.poly": "Poly",
-    "peft.tuners.prefix_tuning": "Prefix tuning",
-    "peft.tuners.prompt_tuning": "Prompt tuning",
     "peft.tuners.psoft": "PSOFT",
     "peft.tuners.pvera": "PVeRA",
     "peft.tuners.randlora": "RandLoRA",
@@ -152,7 +147,6 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "Layer replication": ("clone_module", "replicate_layers"),
         "Off-loaded adapters": ("get_device_map",),
-        "Prompt learning": ("BasePromptEncoder",),
         "Quantisation backends as classes": ("QuantizationBackend",),
         "Trainable tokens": ("set_additional_trainable_modules",),
     },
@@ -261,7 +255,6 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
 MODEL_METHODS: dict[str, tuple[str, ...]] = {
     "AdaLoRA": ("update_and_allocate",),
     "Initialisations of LoRA that change the base model": ("subtract_mutated_init",),
-    "Prompt learning": ("get_prompt", "get_prompt_embedding_to_save"),
     "Weighted combinations of adapters": ("add_weighted_adapter",),
 }
 """What methods of a `PeftModel` and its tuner belong to -> their names."""

@@ -6,11 +6,23 @@ from .._names import MISSING_TABLE
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "CPTConfig": "peft.tuners.cpt",
+        "CPTEmbedding": "peft.tuners.cpt",
         "CompactLoraConfig": "peft.tuners.denas",
         "DenasConfig": "peft.tuners.denas",
         "LoraConfig": "peft.tuners.lora",
         "LoraModel": "peft.tuners.lora",
         "LoraRuntimeConfig": "peft.tuners.lora",
+        "MultitaskPromptTuningConfig": "peft.tuners.multitask_prompt_tuning",
+        "MultitaskPromptTuningInit": "peft.tuners.multitask_prompt_tuning",
+        "PrefixEncoder": "peft.tuners.prefix_tuning",
+        "PrefixTuningConfig": "peft.tuners.prefix_tuning",
+        "PromptEmbedding": "peft.tuners.prompt_tuning",
+        "PromptEncoder": "peft.tuners.p_tuning",
+        "PromptEncoderConfig": "peft.tuners.p_tuning",
+        "PromptEncoderReparameterizationType": "peft.tuners.p_tuning",
+        "PromptTuningConfig": "peft.tuners.prompt_tuning",
+        "PromptTuningInit": "peft.tuners.prompt_tuning",
         "SftArguments": "peft.tuners.sft",
         "SftConfig": "peft.tuners.sft",
         "SftModel": "peft.tuners.sft",
@@ -18,5 +30,8 @@ __getattr__, __dir__, __all__ = attach(
         "SsfModel": "peft.tuners.ssf",
     },
     MISSING_TABLE,
-    ("base", "denas", "lora", "ops", "parts", "sft", "ssf", "targeting", "tuners_utils"),
-)
+    (
+        "base", "cpt", "denas", "lora", "multitask_prompt_tuning", "ops", "p_tuning", "parts", "prefix_tuning",
+        "prompt_tuning", "sft", "ssf", "targeting", "tuners_utils",
+    ),
+)  # fmt: skip

@@ -48,6 +48,9 @@ def adapter_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
 
     keys: dict[str, str] = {}
     for path, module in model.named_modules():
+        if _holds_prompts(module, adapter_name):  # `BasePromptEncoder.to_file` makes the file's keys of these
+            names = module[adapter_name].state_dict()
+            keys.update({f"{path}.{adapter_name}.{name}": f"prompt_encoder.{name}" for name in names})
         if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             continue
         for attribute in module.adapter_layer_names:
@@ -63,6 +66,16 @@ def adapter_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
             else:
                 keys[memory] = file
     return keys
+
+
+def _holds_prompts(module: nn.Module, adapter_name: str) -> bool:
+    from ..tuners.prompt_learning import PromptEncoders
+
+    return isinstance(module, PromptEncoders) and adapter_name in module
+
+
+def _prompt_encoder(model: nn.Module, adapter_name: str) -> nn.Module | None:
+    return next((module[adapter_name] for module in model.modules() if _holds_prompts(module, adapter_name)), None)
 
 
 def _config_of(model: nn.Module, adapter_name: str):
@@ -174,7 +187,9 @@ def get_peft_model_state_dict(
         wanted = whole_tensors(model, wanted)
     else:
         wanted = {name: whole_tensor(tensor) for name, tensor in wanted.items()}
-    return {file: wanted[name] for name, file in keys.items()}
+    result = {file: wanted[name] for name, file in keys.items()}
+    encoder = _prompt_encoder(model, adapter_name)
+    return result if encoder is None else encoder.to_file(result)
 
 
 def set_peft_model_state_dict(
@@ -207,6 +222,9 @@ def set_peft_model_state_dict(
             f"Adapter {adapter_name!r} is merged, and with other tensors it could not be taken out again: call "
             "unmerge_adapter() before loading into it"
         )
+    encoder = _prompt_encoder(model, adapter_name)
+    if encoder is not None:
+        peft_model_state_dict = encoder.from_file(peft_model_state_dict)
     expected = {file: name for name, file in adapter_keys(model, adapter_name).items()}
     expected.update({_plain_name(name): name for name in _bias_keys(model, config, adapter_name)})
     # Of the base model a file may bring the embeddings, nothing else.
@@ -289,6 +307,9 @@ def _device_of(model: nn.Module, name: str, current: torch.device) -> torch.devi
             break
         if isinstance(module, AuxiliaryTrainingWrapper):
             home = home_device(module.original_module)
+            break
+        if hasattr(module, "word_embeddings") and path[depth - 1] == "prompt_encoder":
+            home = home_device(module.word_embeddings)
             break
     else:
         return torch.device("cpu")
