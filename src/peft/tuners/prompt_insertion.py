@@ -86,7 +86,7 @@ class Insertion:
         self.is_seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
         self.accepted = inspect.signature(model.forward).parameters
         self.waiting: dict[nn.Module, list[torch.Tensor]] = {}  # word embeddings -> what their next calls get
-        self.cache, self.labels = None, None
+        self.cache, self.drops_cache, self.labels = None, False, None
         self.in_decoder = encoders[first].in_decoder and self.stacks == 2
         self._made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.own_loss = encoders[first] if encoders[first].has_loss else None
@@ -279,7 +279,7 @@ class Insertion:
             )
         if kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = new_cache(self.model.config)
-        self.cache = kwargs["past_key_values"]
+        self.cache, self.drops_cache = kwargs["past_key_values"], kwargs.get("use_cache") is False
         dtype = next(p.dtype for p in self.model.get_input_embeddings().parameters())
         fill_cache(self.cache, prefix.to(dtype), self.config)
 
@@ -290,6 +290,8 @@ class Insertion:
                 + ("use its cache" if self.kind == "key_values" else "call its word embeddings")
                 + f" in this call, so {self.config.peft_type} cannot be used with it"
             )
+        if self.drops_cache and isinstance(output, dict):
+            output["past_key_values"] = None  # or `generate` would go on with it
         if self.labels is None:
             return output
         logits = output["logits"] if isinstance(output, dict) else output[0]

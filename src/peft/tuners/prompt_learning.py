@@ -111,14 +111,14 @@ class BasePromptEncoder(nn.Module):
                 f"The file holds the finished prompt, not the {self.head_name} of {type(self).__name__} that made it: "
                 "from now on the prompt itself is trained (an optimizer that was made before has to be made anew)"
             )
-            self._drop_head(tensors["prompt_embeddings"])
+            self._drop_head()
         names = {"prompt_embeddings": "embedding.weight", **{name: name for name in self.kept}}
         return {_IN_MEMORY + names[key] if key in names else key: tensor for key, tensor in tensors.items()}
 
-    def _drop_head(self, prompt: torch.Tensor) -> None:
-        old = self.embedding.weight
+    def _drop_head(self) -> None:
+        old, shape = self.embedding.weight, self.finished(self.state_dict()).shape
         delattr(self, self.head_name)
-        self.embedding = nn.Embedding(*prompt.shape, device=old.device, dtype=old.dtype)
+        self.embedding = nn.Embedding(*shape, device=old.device, dtype=old.dtype)
         self.embedding.weight.requires_grad_(old.requires_grad)
 
 

@@ -41,23 +41,22 @@ class CPTEmbedding(BasePromptEncoder):
     def mask(self):
         return torch.tensor(self.config.cpt_mask, device=self.embedding.weight.device)
 
-    @torch.no_grad()
-    def project(self) -> None:
-        """Bring every token's change back to its bound, epsilon / T in the 2-norm."""
-        types, config, delta = self._types(), self.config, self.delta_embedding.weight
+    def projected(self, delta: torch.Tensor) -> torch.Tensor:
+        """Every token's change (T, D) brought back to its bound, epsilon / T in the 2-norm; 0 for labels."""
+        types, config = self._types(), self.config
         bound = torch.full(types.shape, config.opt_projection_format_epsilon, device=delta.device, dtype=delta.dtype)
         bound[types % 4 == INPUT] = config.opt_projection_epsilon
         bound /= len(types)
         bound[(types % 4 == LABEL) & (types > 0)] = 0
         norm = delta.norm(dim=1)
         factor = torch.where(norm > bound, bound / norm.clamp(min=torch.finfo(norm.dtype).tiny), 1)
-        delta.data.mul_(factor.unsqueeze(1))
+        return delta * factor.unsqueeze(1)
 
     def forward(self, indices):
-        self.project()
-        types = self._types()
+        delta, types = self.delta_embedding, self._types()
+        delta.weight.data.copy_(self.projected(delta.weight.data))
         trains = ~((types % 4 == LABEL) & (types > 0))[indices]
-        return self.embedding(indices) + self.delta_embedding(indices) * trains.unsqueeze(-1)
+        return self.embedding(indices) + delta(indices) * trains.unsqueeze(-1)
 
     def loss(self, logits, labels, input_type_mask=None):
         """The loss of the labels of all examples and of the text (section 4.2).
@@ -93,8 +92,9 @@ class CPTEmbedding(BasePromptEncoder):
 
     # Files hold the finished prompt: the change is what it differs by from the tokens' embeddings.
 
+    @torch.no_grad()
     def finished(self, own):
-        return own["embedding.weight"] + own["delta_embedding.weight"]
+        return own["embedding.weight"] + self.projected(own["delta_embedding.weight"])
 
     def from_file(self, tensors):
         tensors = super().from_file(tensors)

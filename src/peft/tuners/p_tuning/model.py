@@ -36,7 +36,7 @@ class PromptEncoder(BasePromptEncoder):
             vectors = self.lstm_head(vectors)[0]
         return self.mlp_head(vectors)
 
-    def _drop_head(self, prompt):
-        super()._drop_head(prompt)
+    def _drop_head(self):
+        super()._drop_head()
         if hasattr(self, "lstm_head"):
             del self.lstm_head

@@ -35,7 +35,7 @@ class PrefixTuningConfig(PromptLearningConfig):
     def _sizes(self, config) -> dict[str, int | None]:
         """Of the keys and values, which are in the decoder of an encoder-decoder."""
         sizes = super()._sizes(config)
-        config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
         if (layers := first_of(config, "num_decoder_layers", "decoder_layers")) is not None:
             sizes["num_layers"] = layers
         heads = first_of(config, "decoder_attention_heads") or sizes["num_attention_heads"]
