@@ -52,6 +52,10 @@ if TYPE_CHECKING:
         get_layer_status as get_layer_status,
         get_model_status as get_model_status,
     )
+    from .tuners.adaption_prompt import (
+        AdaptionPromptConfig as AdaptionPromptConfig,
+        AdaptionPromptModel as AdaptionPromptModel,
+    )
     from .tuners.cpt import (
         CPTConfig as CPTConfig,
         CPTEmbedding as CPTEmbedding,

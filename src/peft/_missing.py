@@ -10,7 +10,6 @@ MODULES: dict[str, str] = {
     "peft.optimizers": "Optimisers for adapters (LoRA+, LoRA-FA)",
     "peft.tuners.adalora": "AdaLoRA",
     "peft.tuners.adamss": "AdaMSS",
-    "peft.tuners.adaption_prompt": "LLaMA-Adapter (adaption prompt)",
     "peft.tuners.beft": "BEFT",
     "peft.tuners.boft": "BOFT",
     "peft.tuners.c3a": "C3A",

@@ -46,6 +46,9 @@ METHODS: dict[str, Method] = {
         "peft.tuners.prefix_tuning:PrefixTuningConfig", "peft.tuners.prefix_tuning:PrefixEncoder", "prefix_tuning_"
     ),
     PeftType.CPT: Method("peft.tuners.cpt:CPTConfig", "peft.tuners.cpt:CPTEmbedding", "cpt_"),
+    PeftType.ADAPTION_PROMPT: Method(
+        "peft.tuners.adaption_prompt:AdaptionPromptConfig", "peft.tuners.adaption_prompt:AdaptionPromptModel", "adaption_"
+    ),
     PeftType.FINETUNA: Method("peft.finetuna:FinetunaConfig", "peft.finetuna:FinetunaModel", "lora_"),
 }
 

@@ -6,6 +6,8 @@ from .._names import MISSING_TABLE
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "AdaptionPromptConfig": "peft.tuners.adaption_prompt",
+        "AdaptionPromptModel": "peft.tuners.adaption_prompt",
         "CPTConfig": "peft.tuners.cpt",
         "CPTEmbedding": "peft.tuners.cpt",
         "CompactLoraConfig": "peft.tuners.denas",
@@ -31,7 +33,7 @@ __getattr__, __dir__, __all__ = attach(
     },
     MISSING_TABLE,
     (
-        "base", "cpt", "denas", "lora", "multitask_prompt_tuning", "ops", "p_tuning", "parts", "prefix_tuning",
+        "adaption_prompt", "base", "cpt", "denas", "lora", "multitask_prompt_tuning", "ops", "p_tuning", "parts", "prefix_tuning",
         "prompt_tuning", "sft", "ssf", "targeting", "tuners_utils",
     ),
 )  # fmt: skip

@@ -32,7 +32,8 @@ class CPTConfig(PromptLearningConfig):
     opt_loss_decay_factor: float | None = 1.0
     """By how much less, from one example to the one before it."""
     opt_projection_epsilon: float | None = 0.1
-    """How far, times the number of tokens, the embedding of an input's token may move."""
+    """How far (2-norm) the embedding of an input's token may move where it is 2048 wide, and by the square root of the
+    width in others."""
     opt_projection_format_epsilon: float | None = 0.1
     """The same for the tokens of templates."""
     tokenizer_name_or_path: str | None = None

@@ -42,11 +42,11 @@ class CPTEmbedding(BasePromptEncoder):
         return torch.tensor(self.config.cpt_mask, device=self.embedding.weight.device)
 
     def projected(self, delta: torch.Tensor) -> torch.Tensor:
-        """Every token's change (T, D) brought back to its bound, epsilon / T in the 2-norm; 0 for labels."""
+        """Every token's change (T, D) brought back to its bound in the 2-norm, which for labels is 0."""
         types, config = self._types(), self.config
         bound = torch.full(types.shape, config.opt_projection_format_epsilon, device=delta.device, dtype=delta.dtype)
         bound[types % 4 == INPUT] = config.opt_projection_epsilon
-        bound /= len(types)
+        bound *= (delta.shape[1] / 2048) ** 0.5  # epsilon is given for embeddings of this width
         bound[(types % 4 == LABEL) & (types > 0)] = 0
         norm = delta.norm(dim=1)
         factor = torch.where(norm > bound, bound / norm.clamp(min=torch.finfo(norm.dtype).tiny), 1)
