@@ -55,7 +55,7 @@ def formulations(shape: tuple[int, int], density: float, tokens: int, dtype: tor
         "dense copy": dense_copy,
         "dense, then entries": lambda: (gradient.T @ x).view(-1)[indices.long()],
     }
-    return found | ({"sampled": sampled} if gradients._can_sample(x) else {})
+    return found | ({"sampled": sampled} if gradients.can_compress(x) else {})
 
 
 def milliseconds(calls: dict[str, Callable], rounds: int) -> dict[str, float]:

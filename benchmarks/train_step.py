@@ -13,6 +13,9 @@ Peak memory of a step is given twice, both beyond what was held before it, gradi
 *resident*, by how much the process grew in its first steps. The second is what has to fit into the machine: short-lived
 tensors between long-lived ones leave holes in the heap.
 
+With `--quantize nf4` the frozen model is packed as QLoRA has it (arXiv 2305.14314): 4 bits, double quantisation. What
+needs the weights in the clear takes no part then.
+
 A step of SFT is the mean over a whole reselection period of its default schedule (20 steps, of which 5 gather gradients
 and one of those forms the dense ones): every kind of step is timed, and weighted by how often it comes.
 
@@ -134,6 +137,8 @@ LABELS = {
 }
 
 
+NEED_PLAIN_WEIGHTS = {"full", "sft-reference"}
+
 # The kinds of steps of SFT's default schedule, in order, and how many of 20 there are of each.
 SFT_PERIOD = {"chooses candidates": 1, "gathers": 3, "gathers and reselects": 1, "only trains": 15}
 
@@ -152,14 +157,31 @@ def lora_parameters(model: nn.Module, rank: int) -> int:
 # ---- The worker: one contestant, one process ----
 
 
+def load(args: argparse.Namespace, **packing) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype), **packing)
+
+
+def load_packed(args: argparse.Namespace) -> nn.Module:
+    """The model with its linear layers in 4 bits, prepared for training as users do it, without checkpointing."""
+    from transformers import BitsAndBytesConfig
+
+    from peft import prepare_model_for_kbit_training
+
+    packing = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=args.quantize, bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, args.dtype),
+    )  # fmt: skip
+    return prepare_model_for_kbit_training(load(args, quantization_config=packing), use_gradient_checkpointing=False)
+
+
 class Step:
     """A contestant's model, its batch and its optimiser."""
 
     def __init__(self, args: argparse.Namespace):
-        from transformers import AutoModelForCausalLM
-
         torch.manual_seed(args.seed)
-        base = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+        base = load_packed(args) if args.quantize else load(args)
         vocabulary = base.config.vocab_size
         self.model = CONTESTANTS[args.worker](base, args.rank).train()
         self.tokens = torch.randint(vocabulary, (args.batch, args.length))
@@ -314,7 +336,7 @@ def unpack_model(folder: str, dtype: str) -> None:
 
 def measure(args: argparse.Namespace) -> dict[str, dict]:
     """`{contestant: {"seconds": [[...], ...], "allocated_bytes": n, "resident_bytes": n, ...}}`."""
-    names = list(CONTESTANTS) if args.only is None else args.only
+    names = args.only or [name for name in CONTESTANTS if not (args.quantize and name in NEED_PLAIN_WEIGHTS)]
     if "lora-upstream" in names and args.upstream_python is None:
         names.remove("lora-upstream")
     workers: dict[str, Worker] = {}
@@ -323,6 +345,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
         shared = ("rank", "batch", "length", "dtype", "seed")
         arguments = ["--model", folder, *(f"--{name}={getattr(args, name)}" for name in shared)]
         arguments += ["--with-optimizer"] if args.with_optimizer else []
+        arguments += ["--quantize", args.quantize] if args.quantize else []
         try:
             for name in names:
                 print(f"starting {name}", file=sys.stderr)
@@ -399,6 +422,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="sequences per step (default: 4)")
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence (default: 128)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the base model")
+    parser.add_argument("--quantize", choices=["nf4", "fp4"], help="pack the frozen linear layers in 4 bits")
     parser.add_argument("--seed", type=int, default=0, help="of the tokens and the adapters")
     parser.add_argument("--with-optimizer", action="store_true", help="count the optimiser's step (AdamW) too")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, metavar="NAME", help=f"of {', '.join(CONTESTANTS)}")
@@ -410,6 +434,8 @@ def arguments() -> argparse.Namespace:
     for name in ("rounds", "rank", "batch", "length"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.quantize and (plain := NEED_PLAIN_WEIGHTS.intersection(args.only or ())):
+        parser.error(f"--only {' '.join(sorted(plain))} needs plain weights and has no part in --quantize")
     if args.only is not None and "floor" not in args.only:
         args.only = ["floor", *args.only]  # the unit of the ratios
     if args.upstream_python is None and UPSTREAM_PYTHON.exists():
@@ -425,7 +451,10 @@ def main() -> None:
     results = measure(args)
     rows = summary(results)
     about = {name: results["floor"][name] for name in ("torch", "threads")}
-    about |= {name: getattr(args, name) for name in ("rounds", "rank", "batch", "length", "dtype", "with_optimizer")}
+    about |= {
+        name: getattr(args, name)
+        for name in ("rounds", "rank", "batch", "length", "dtype", "quantize", "with_optimizer")
+    }
     about |= {"machine": platform.machine(), "cpus": os.cpu_count()}
     print(f"torch {about['torch']}, {about['threads']} threads, {args.rounds} rounds\n\n{report(rows)}")
     if "lora-upstream" not in results:

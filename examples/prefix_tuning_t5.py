@@ -1,8 +1,8 @@
 """Prefix tuning beside full fine-tuning: time, memory and quality on a small T5 that learns to judge reviews.
 
 There is no network to fetch a model or data with, so both are made here. A T5 with random weights is first trained to
-read: it names the thing that a sentence is about, or says whether the words of it are kind ("good", "bad"). Then it is to
-judge reviews, in another form and with negations, by the words "positive" and "negative": once with all of its weights,
+read: it names the thing that a sentence is about, or says whether it is kind ("good", "bad"). Then it is to judge
+reviews, which are written in another form, by the words "positive" and "negative": once with all of its weights,
 once with nothing but a prefix of keys and values in front of its decoder's.
 
     python examples/prefix_tuning_t5.py --plot prefix.png
@@ -34,9 +34,9 @@ Pair = tuple[str, str]
 
 def sentence(rng: random.Random) -> Pair:
     """A sentence to learn reading from, with what is asked about it, and the answer."""
-    thing, kind = rng.choice(THINGS), rng.random() < 0.5
-    words = [rng.choice(KIND if kind else UNKIND) for _ in range(2)]
-    text = f"the {thing} was {words[0]} and {rng.choice(['quite', 'rather', 'very'])} {words[1]} ."
+    thing, kind, negated = rng.choice(THINGS), rng.random() < 0.5, rng.random() < 0.3
+    words = [rng.choice(KIND if kind != negated else UNKIND), rng.choice(KIND if kind else UNKIND)]
+    text = f"the {thing} was {'not ' if negated else ''}{words[0]} and {rng.choice(['quite', 'very'])} {words[1]} ."
     return rng.choice([(f"topic : {text}", thing), (f"mood : {text}", "good" if kind else "bad")])
 
 
@@ -44,7 +44,8 @@ def review(rng: random.Random) -> Pair:
     """A review and its label: a negation turns the word around."""
     thing, kind, negated = rng.choice(THINGS), rng.random() < 0.5, rng.random() < 0.3
     start = rng.choice([f"i found the {thing}", f"we thought the {thing} was", f"it is a {thing} i found"])
-    text = f"{start} {'not ' if negated else ''}{rng.choice(['', 'very ', 'quite '])}{rng.choice(KIND if kind else UNKIND)} ."
+    words = ["not"] * negated + [rng.choice(["very", "quite"]), rng.choice(KIND if kind else UNKIND)]
+    text = f"mood : {start} {' '.join(words)} ."
     return text, "positive" if kind != negated else "negative"
 
 
@@ -131,7 +132,9 @@ def full(model: nn.Module, args: argparse.Namespace) -> nn.Module:
 
 
 def prefix(model: nn.Module, args: argparse.Namespace) -> nn.Module:
-    config = PrefixTuningConfig(task_type=TaskType.SEQ_2_SEQ_LM, num_virtual_tokens=args.tokens)
+    # With num_transformer_submodules=1 every layer of the decoder has a prefix of its own.
+    sizes = {"num_virtual_tokens": args.tokens, "num_transformer_submodules": 1}
+    config = PrefixTuningConfig(task_type=TaskType.SEQ_2_SEQ_LM, **sizes)
     return get_peft_model(model, config)
 
 
@@ -161,7 +164,13 @@ def table(results: list[dict[str, dict]]) -> str:
         error = statistics.stdev(accuracies) / len(results) ** 0.5 if len(results) > 1 else float("nan")
         seconds = statistics.mean(result[name]["seconds"] for result in results)
         memory = [f"{first[part] / 2**10:,.0f}" if part in first else "0" for part in parts]
-        cells = [name, f"{first['trained']:,}", *memory, f"{seconds:.1f}", f"{statistics.mean(accuracies):.1f} ± {error:.1f}"]
+        cells = [
+            name,
+            f"{first['trained']:,}",
+            *memory,
+            f"{seconds:.1f}",
+            f"{statistics.mean(accuracies):.1f} ± {error:.1f}",
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -175,7 +184,9 @@ def plot(results: list[dict[str, dict]], path: str) -> None:
     for name in METHODS:
         curves = [result[name]["curve"] for result in results]
         steps = [step for step, _ in curves[0]]
-        left.plot(steps, [100 * statistics.mean(point) for point in zip(*([a for _, a in c] for c in curves))], label=name)
+        left.plot(
+            steps, [100 * statistics.mean(point) for point in zip(*([a for _, a in c] for c in curves))], label=name
+        )
     for part in ("gradients", "optimizer", "activations"):
         sizes = [results[0][name][part] / 2**10 for name in METHODS]
         right.bar(list(METHODS), sizes, bottom=list(bottoms.values()), label=part)
@@ -198,8 +209,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--plot", help="file for the plot")
     args = parser.parse_args(argv)
-    if min(args.seeds, args.tokens, args.base_steps, args.steps, args.batch_size) < 1 or args.width % 8 or args.width < 8:
-        parser.error("--seeds, --tokens, --base-steps, --steps and --batch-size must be at least 1, --width a multiple of 8")
+    if (
+        min(args.seeds, args.tokens, args.base_steps, args.steps, args.batch_size) < 1
+        or args.width % 8
+        or args.width < 8
+    ):
+        parser.error(
+            "--seeds, --tokens, --base-steps, --steps and --batch-size must be at least 1, --width a multiple of 8"
+        )
     torch.set_num_threads(1)  # so small a model gains nothing from more
     results = [run(seed, args) for seed in range(args.seeds)]
     print("\n" + table(results))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft import LoraConfig, SftConfig, SsfConfig
+from peft import LoHaConfig, LoKrConfig, LoraConfig, SftConfig, SsfConfig, VeraConfig
 
 N, VOCAB = 4, 11
 
@@ -151,12 +151,68 @@ def sft_groups_formula(granularity: str, b: int = 2):
     return formula
 
 
+def _stored(op: OpCase, delta, W):
+    """A change of `W[O, I, ...]` as the layer stores its weight."""
+    return delta.T if op.stored_transposed else delta.reshape(W.shape)
+
+
+def kernel_factors(t, b, a):
+    """arXiv 2108.06098, proposition 3: the sum over both ranks of `t[i, j] a_i b_j`, written out."""
+    ranks = [(i, j) for i in range(t.shape[0]) for j in range(t.shape[1])]
+    terms = (torch.einsum("o,c,...->oc...", a[i], b[j], t[i, j]) for i, j in ranks)
+    return sum(terms)
+
+
+def loha_formula(op: OpCase, W, b, parameters, x, scaling=2.0):
+    """arXiv 2108.06098, propositions 1 and 3."""
+    a1, b1, a2, b2 = (parameters[f"hada_w{name}"] for name in ("1_a", "1_b", "2_a", "2_b"))
+    if "hada_t1" in parameters:
+        delta = kernel_factors(parameters["hada_t1"], b1, a1) * kernel_factors(parameters["hada_t2"], b2, a2)
+    else:
+        delta = (a1 @ b1) * (a2 @ b2)
+    return op.function(x, W + scaling * _stored(op, delta, W), b)
+
+
+def lokr_formula(op: OpCase, W, b, parameters, x, scaling=2.0):
+    """arXiv 2309.14859, section 3.2: blocks `w1[i, j] w2`."""
+    w1, w2 = (
+        parameters[f"lokr_w{i}"]
+        if f"lokr_w{i}" in parameters
+        else parameters[f"lokr_w{i}_a"] @ parameters[f"lokr_w{i}_b"]
+        if not (i == 2 and "lokr_t2" in parameters)
+        else kernel_factors(parameters["lokr_t2"], parameters["lokr_w2_b"], parameters["lokr_w2_a"])
+        for i in (1, 2)
+    )
+    # For a whole w2 of a 1-d convolution upstream takes one product for each of its rows (I2, K).
+    blocks = [part.view(1, *part.shape) for part in w2] if w2.dim() == 3 else [w2]
+    rows, columns = (1, 2) if w2.dim() == 3 else (0, 1)
+    delta = torch.cat(
+        [
+            torch.cat([torch.cat([w1[i, j] * v for j in range(w1.shape[1])], columns) for i in range(len(w1))], rows)
+            for v in blocks
+        ]
+    )
+    return op.function(x, W + scaling * _stored(op, delta, W), b)
+
+
 def ssf_formula(op: OpCase, W, b, parameters, x):
     """arXiv 2210.08823, eq. 4: scale and shift per output channel."""
     y = op.function(x, W, b)
     scale, shift = (parameters[name].reshape(-1, *([1] * (y.dim() - 2))) if op.channel_dim == 1 else parameters[name]
                     for name in ("ssf_scale", "ssf_shift"))  # fmt: skip
     return y * scale + shift
+
+
+def vera_formula(op: OpCase, W, b, parameters, x, r=5, key=7):
+    """arXiv 2310.11454, eq. 2; A and B are the first draws of a generator, uniform with the variance 2 / columns."""
+    view = (W.T if op.stored_transposed else W).flatten(1)  # (O, I K)
+    generator = torch.Generator().manual_seed(key)
+    A, B = (
+        torch.empty(shape).uniform_(-((6 / shape[1]) ** 0.5), (6 / shape[1]) ** 0.5, generator=generator).double()
+        for shape in ((r, view.shape[1]), (len(view), r))
+    )
+    delta = torch.diag(parameters["vera_lambda_b"]) @ B @ torch.diag(parameters["vera_lambda_d"]) @ A
+    return op.function(x, W + _stored(op, delta, W), b)
 
 
 @dataclass
@@ -173,7 +229,7 @@ class MethodCase:
 
 METHODS: dict[str, MethodCase] = {
     "lora": MethodCase(
-        lambda **kw: LoraConfig(r=4, lora_alpha=8, **kw),
+        lambda **kw: LoraConfig(**{"r": 4, "lora_alpha": 8, **kw}),
         lora_formula,
         ops=MATRICES,
         bad=(
@@ -185,6 +241,33 @@ METHODS: dict[str, MethodCase] = {
             ({"lora_dropout": -0.1}, "got -0.1"),
             ({"bias": "some"}, "bias must be 'none', 'all' or 'lora_only', got 'some'"),
             ({"init_lora_weights": "best"}, "init_lora_weights must be .* got 'best'"),
+        ),
+    ),
+    "loha": MethodCase(
+        lambda **kw: LoHaConfig(**{"r": 3, "alpha": 6, "use_effective_conv2d": True, **kw}),
+        loha_formula,
+        ops=MATRICES,
+        bad=(
+            ({"r": 0}, "rank must be a positive whole number, got r=0"),
+            ({"alpha": 0}, "alpha scales the delta, so it must be finite and not 0, got 0"),
+            ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\]=0"),
+            ({"rank_dropout": 1.0}, r"rank_dropout must be in \[0, 1\), got 1.0"),
+            ({"module_dropout": -0.1}, "got -0.1"),
+            ({"init_weights": "lycoris"}, "init_weights must be bool, got 'lycoris'"),
+        ),
+    ),
+    "lokr": MethodCase(
+        lambda **kw: LoKrConfig(**{"r": 1, "alpha": 2, "use_effective_conv2d": True, **kw}),
+        lokr_formula,
+        ops=MATRICES,
+        bad=(
+            ({"r": 0}, "rank must be a positive whole number, got r=0"),
+            ({"alpha": 0}, "alpha scales the delta, so it must be finite and not 0, got 0"),
+            ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\]=0"),
+            ({"rank_dropout": 1.0}, r"rank_dropout must be in \[0, 1\), got 1.0"),
+            ({"module_dropout": -0.1}, "got -0.1"),
+            ({"init_weights": "best"}, "init_weights must be True, False or 'lycoris', got 'best'"),
+            ({"decompose_factor": 0}, "decompose_factor must be -1 or at least 1, got 0"),
         ),
     ),
     "sft": MethodCase(
@@ -243,6 +326,17 @@ METHODS: dict[str, MethodCase] = {
             ({"bias": "ssf_only"}, "bias must be 'none' or 'all', got 'ssf_only'"),
             ({"init_ssf_weights": "uniform"}, "init_ssf_weights must be True or 'normal', got 'uniform'"),
             ({"init_ssf_weights": False}, "got False"),
+        ),
+    ),
+    "vera": MethodCase(
+        lambda **kw: VeraConfig(**{"r": 5, "projection_prng_key": 7, **kw}),
+        vera_formula,
+        ops=MATRICES,
+        bad=(
+            ({"r": 0}, "rank must be a positive whole number, got r=0"),
+            ({"vera_dropout": 1.0}, r"vera_dropout must be in \[0, 1\), got 1.0"),
+            ({"bias": "some"}, "bias must be 'none', 'all' or 'vera_only', got 'some'"),
+            ({"projection_prng_key": 0.5}, "projection_prng_key must be int, got 0.5"),
         ),
     ),
 }  # fmt: skip

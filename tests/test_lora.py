@@ -131,8 +131,13 @@ def test_fused_gradients_and_gradients_of_gradients(separate, biases):
         draw(5) if biases else None,
         1.7,
     )
-    assert torch.autograd.gradcheck(FusedLora.apply, inputs)
-    assert torch.autograd.gradgradcheck(FusedLora.apply, inputs)
+    alone = (inputs[0], None, None, None, *inputs[4:])  # beside another layer
+    for some in (inputs, alone):
+        assert torch.autograd.gradcheck(FusedLora.apply, some)
+        assert torch.autograd.gradgradcheck(FusedLora.apply, some)
+    x, A, B, b = alone[0], *alone[4:7]
+    expected = 1.7 * nn.functional.linear(x @ A.T, B, b)
+    torch.testing.assert_close(FusedLora.apply(*alone), expected)
 
 
 def sizes(model: nn.Module, x: torch.Tensor, upstream: torch.Tensor):

@@ -13,6 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from peft import LoraConfig, PeftModel, PeftWarning, SftConfig, SsfConfig, get_peft_model
+from peft.tuners import lora
 from peft.tuners.ops import Op
 from peft.utils.blockwise import quantize_
 from peft.utils.integrations import dequantize_module_weight
@@ -123,6 +124,14 @@ def test_forward_and_gradients_are_those_of_a_plain_copy(base, method):
             if parameter.is_floating_point():
                 close(parameter.grad, leaves[key, path].grad, 5 * tolerance)
     assert all(p.grad is None for layer in (net.first, net.second) for p in layer.base_layer.parameters())
+
+
+@bases
+def test_layers_are_of_the_classes_that_other_libraries_ask_for(base):
+    classes = {"bitsandbytes 4-bit": lora.bnb.Linear4bit, "bitsandbytes 8-bit": lora.bnb.Linear8bitLt}
+    model = adapt(Net(base), "lora")
+    assert {type(layer) for layer in model.base_model.layers()} == {classes.get(BASES[base].name, lora.Linear)}
+    assert all(isinstance(layer, lora.Linear) for layer in model.base_model.layers())
 
 
 @bases
@@ -379,16 +388,20 @@ def test_blockwise_embeddings_of_a_class_of_their_own():
     assert merged.state_dict().keys() == opt().state_dict().keys()
 
 
+@pytest.mark.parametrize("dequantize", [False, True])
 @pytest.mark.parametrize("target", ["q_proj", "lm_head"])
-def test_tied_packed_weights_stay_tied_unless_one_of_them_changes(target):
+def test_tied_packed_weights_stay_tied_unless_one_of_them_changes(target, dequantize):
     net, ids = llama(tie_word_embeddings=True), tokens()
     quantize_({"tokens": net.model.embed_tokens, "head": net.lm_head})
     model = adapt(net, "lora", targets=[target]).eval()
     expected = logits(model, ids)
-    merged = model.merge_and_unload(dequantize=True)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert getattr(net.lm_head, "base_layer", net.lm_head).weight is net.model.embed_tokens.weight
+    merged = model.merge_and_unload(dequantize=dequantize)
     is_tied = merged.lm_head.weight is merged.model.embed_tokens.weight
     assert is_tied == merged.config.tie_word_embeddings == (target == "q_proj")
-    assert_close(logits(merged, ids), expected)
+    close(logits(merged, ids), expected, 1e-5 if dequantize or is_tied else 0.1)
 
 
 def test_convolutions_of_quanto():

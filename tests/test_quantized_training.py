@@ -7,7 +7,7 @@ import torch
 from tiny_models import CONFIGS, methods
 from torch import nn
 
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -46,3 +46,22 @@ def test_training_goes_on_after_an_evaluation(method, evaluated_before):
     z.square().sum().backward()
     torch.testing.assert_close(x.grad, y.grad.float(), rtol=1e-3, atol=1e-3)
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("evaluated_before", [False, True], ids=["new", "evaluated"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_inference_and_state_dicts_leave_the_weights_alone(nested, evaluated_before):
+    """bitsandbytes repacks in the one, and in the other loses the order of the scales."""
+    layer = bnb.nn.Linear4bit(256, 64, bias=False, quant_type="nf4", compress_statistics=nested)
+    base, x = nn.Sequential(layer).requires_grad_(False).to("cpu").eval(), torch.randn(5, 256)
+    expected = x @ bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).T
+    with torch.no_grad():
+        if evaluated_before:
+            base(x)
+            base.state_dict()
+        model = get_peft_model(base, LoraConfig(target_modules=["0"], inference_mode=True)).eval()
+        y = model(x)
+        model.state_dict()
+        assert torch.equal(model(x), y)
+    scales = 1e-2 if evaluated_before else 1e-5  # they were rounded then
+    assert (y - expected).abs().max() <= scales * expected.abs().max()

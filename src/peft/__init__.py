@@ -65,6 +65,14 @@ if TYPE_CHECKING:
         DenasConfig as DenasConfig,
         search_structure as search_structure,
     )
+    from .tuners.loha import (
+        LoHaConfig as LoHaConfig,
+        LoHaModel as LoHaModel,
+    )
+    from .tuners.lokr import (
+        LoKrConfig as LoKrConfig,
+        LoKrModel as LoKrModel,
+    )
     from .tuners.lora import (
         LoftQConfig as LoftQConfig,
         LoraConfig as LoraConfig,
@@ -113,6 +121,10 @@ if TYPE_CHECKING:
         SSFConfig as SSFConfig,
         SsfConfig as SsfConfig,
         SsfModel as SsfModel,
+    )
+    from .tuners.vera import (
+        VeraConfig as VeraConfig,
+        VeraModel as VeraModel,
     )
     from .utils.error import (
         NoMatchingPeftModuleError as NoMatchingPeftModuleError,

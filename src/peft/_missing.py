@@ -25,12 +25,9 @@ MODULES: dict[str, str] = {
     "peft.tuners.ia3": "IA3",
     "peft.tuners.lily": "Lily",
     "peft.tuners.ln_tuning": "LN tuning",
-    "peft.tuners.loha": "LoHa",
-    "peft.tuners.lokr": "LoKr",
     "peft.tuners.lora.aqlm": "LoRA on AQLM layers",
     "peft.tuners.lora.arrow": "Arrow routing of LoRA adapters",
     "peft.tuners.lora.awq": "LoRA on AWQ layers",
-    "peft.tuners.lora.bnb": "LoRA's classes for bitsandbytes layers",
     "peft.tuners.lora.conversion": "Conversion of other adapters to LoRA",
     "peft.tuners.lora.corda": "CorDA initialisation of LoRA",
     "peft.tuners.lora.dora": "DoRA",
@@ -47,7 +44,6 @@ MODULES: dict[str, str] = {
     "peft.tuners.lora.tp_layer": "LoRA on Megatron parallel layers",
     "peft.tuners.lora.variants": "Variants of LoRA (DoRA and others)",
     "peft.tuners.lora.velora": "VeLoRA",
-    "peft.tuners.lycoris_utils": "LoHa and LoKr",
     "peft.tuners.miss": "MiSS",
     "peft.tuners.mixed": "Models of several methods",
     "peft.tuners.oft": "OFT",
@@ -65,7 +61,6 @@ MODULES: dict[str, str] = {
     "peft.tuners.trainable_tokens": "Trainable tokens",
     "peft.tuners.unilora": "Uni-LoRA",
     "peft.tuners.vblora": "VB-LoRA",
-    "peft.tuners.vera": "VeRA",
     "peft.tuners.waveft": "WaveFT",
     "peft.tuners.xlora": "X-LoRA",
     "peft.utils.hotswap": "Hot-swapping of adapters",
@@ -84,10 +79,12 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "LoRA on EETQ layers": ("EetqLoraLinear",),
         "LoRA on GPTQ layers": ("GPTQLoraLinear",),
         "LoRA on bare parameters (target_parameters)": ("ParamWrapper",),
-        "LoRA's classes for bitsandbytes layers": ("Linear4bit", "Linear8bitLt"),
         "LoRA-GA initialisation": ("LoraGAConfig", "preprocess_loraga"),
         "Monte Carlo LoRA": ("MontecloraConfig",),
         "VeLoRA": ("VeloraConfig",),
+    },
+    "peft.tuners.lora.bnb": {
+        "The dispatch of LoRA's layer classes": ("dispatch_bnb_4bit", "dispatch_bnb_8bit"),
     },
     "peft.tuners.lora.config": {
         "Arrow routing of LoRA adapters": ("ArrowConfig",),
@@ -261,8 +258,8 @@ MODEL_METHODS: dict[str, tuple[str, ...]] = {
 _TABLE = "TRANSFORMERS_MODELS_TO_{}_TARGET_MODULES_MAPPING"
 _METHODS = """
     ADALORA ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY LNTUNING
-    LOHA LOKR MISS OFT OSF PEANUT POLY PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA
-    VBLORA VERA WAVEFT
+    MISS OFT OSF PEANUT POLY PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA
+    VBLORA WAVEFT
 """.split()
 # Default targets of methods, in each of the three places where they can be imported from.
 for _module in ("peft.utils", "peft.utils.constants", "peft.utils.other"):

@@ -29,6 +29,9 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
+    PeftType.VERA: Method("peft.tuners.vera:VeraConfig", "peft.tuners.vera:VeraModel", "vera_lambda_"),
+    PeftType.LOKR: Method("peft.tuners.lokr:LoKrConfig", "peft.tuners.lokr:LoKrModel", "lokr_"),
+    PeftType.LOHA: Method("peft.tuners.loha:LoHaConfig", "peft.tuners.loha:LoHaModel", "hada_"),
     PeftType.LORA: Method("peft.tuners.lora:LoraConfig", "peft.tuners.lora:LoraModel", "lora_"),
     PeftType.SFT: Method("peft.tuners.sft:SftConfig", "peft.tuners.sft:SftModel", "sft_"),
     PeftType.SSF: Method("peft.tuners.ssf:SsfConfig", "peft.tuners.ssf:SsfModel", "ssf_"),
@@ -41,13 +44,17 @@ METHODS: dict[str, Method] = {
         "peft.tuners.multitask_prompt_tuning:MultitaskPromptEmbedding",
         "multitask_prompt_tuning_",
     ),
-    PeftType.P_TUNING: Method("peft.tuners.p_tuning:PromptEncoderConfig", "peft.tuners.p_tuning:PromptEncoder", "p_tuning_"),
+    PeftType.P_TUNING: Method(
+        "peft.tuners.p_tuning:PromptEncoderConfig", "peft.tuners.p_tuning:PromptEncoder", "p_tuning_"
+    ),
     PeftType.PREFIX_TUNING: Method(
         "peft.tuners.prefix_tuning:PrefixTuningConfig", "peft.tuners.prefix_tuning:PrefixEncoder", "prefix_tuning_"
     ),
     PeftType.CPT: Method("peft.tuners.cpt:CPTConfig", "peft.tuners.cpt:CPTEmbedding", "cpt_"),
     PeftType.ADAPTION_PROMPT: Method(
-        "peft.tuners.adaption_prompt:AdaptionPromptConfig", "peft.tuners.adaption_prompt:AdaptionPromptModel", "adaption_"
+        "peft.tuners.adaption_prompt:AdaptionPromptConfig",
+        "peft.tuners.adaption_prompt:AdaptionPromptModel",
+        "adaption_",
     ),
     PeftType.FINETUNA: Method("peft.finetuna:FinetunaConfig", "peft.finetuna:FinetunaModel", "lora_"),
 }

@@ -34,7 +34,7 @@ from .cli.common import format_bytes, format_table
 from .config import PeftConfig
 from .mapping_func import get_peft_model
 from .status import count_parameters
-from .tuners.sft import gradients
+from .tuners.sft import gradients, kernels
 from .tuners.sft.optimizer import SftAdamW, SftSM3
 from .tuners.sft.parallel import refusal
 from .tuners.sft.selector import SftSelector, named_deltas
@@ -416,7 +416,7 @@ def _cuda_kernels() -> Iterator[None]:
     with (
         _replaced(F, "scaled_dot_product_attention", attention),
         _replaced(F, "dropout", dropout),
-        _replaced(gradients, "_can_sample", lambda _: lambda tensor: False),
+        _replaced(gradients, "can_compress", lambda _: lambda tensor: False),
     ):
         yield
 
@@ -543,6 +543,8 @@ def _play(
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(meter)
+        # Of fake matrices only those in coordinates can be multiplied; it takes no more memory to speak of.
+        stack.enter_context(_replaced(kernels, "can_compress", lambda _: lambda tensor: False))
         if like_cuda:
             stack.enter_context(_cuda_kernels())
         _make_fake(model)

@@ -101,7 +101,8 @@ class Case:
     Attributes:
         name: what the table shows.
         base: key of `BASES`.
-        adapters: `{adapter name: arguments of LoraConfig}`, the first one active.
+        adapters: `{adapter name: arguments of its configuration}`, the first one active.
+        config: the class of the configurations.
         dtype: of the base model.
         tolerance: largest difference of an output.
         upstream_merges: whether upstream's merged model gives what it gave before merging.
@@ -113,22 +114,39 @@ class Case:
     dtype: torch.dtype = torch.float32
     tolerance: float = 1e-5
     upstream_merges: bool = True
+    config: str = "LoraConfig"
 
 
 @dataclass
 class _Family:
-    """Cases on one base model."""
+    """Cases on one base model, of one method."""
 
     base: str
     common: dict = field(default_factory=dict)
+    config: str = "LoraConfig"
 
     def __call__(self, name: str, **config) -> Case:
-        return Case(name, self.base, {"default": self.common | config})
+        return Case(name, self.base, {"default": self.common | config}, config=self.config)
 
 
 _llama_case = _Family("llama", {"task_type": "CAUSAL_LM"})
 _gpt2_case = _Family("gpt2", {"task_type": "CAUSAL_LM", "fan_in_fan_out": True})
 _opt_case = _Family("opt", {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj", "fc1"]})
+
+_causal = {"task_type": "CAUSAL_LM"}
+
+
+def _lycoris_cases(config: str) -> list[Case]:
+    name, images = config.removesuffix("Config"), ["line.0", "plane.0", "head"]  # upstream has no Conv3d
+    return [
+        _Family("llama", _causal, config)(f"{name}, defaults"),
+        _Family("llama", _causal, config)(f"{name}, patterns, all-linear", r=2, target_modules="all-linear",
+                                          rank_pattern={"up_proj": 3}, alpha_pattern={"q_proj": 3.0}),
+        _Family("bert-sequences", {"task_type": "SEQ_CLS"}, config)(f"{name}, BERT", r=4, alpha=16),
+        _Family("conv", {}, config)(f"{name}, convolutions", r=1, target_modules=images),
+        _Family("conv", {}, config)(f"{name}, convolutions, full", r=8, target_modules=images),
+    ]  # fmt: skip
+
 
 CASES = [
     _llama_case("Llama, defaults"),
@@ -172,4 +190,18 @@ CASES = [
     _Family("t5")("T5, all-linear", task_type="SEQ_2_SEQ_LM", target_modules="all-linear"),
     _Family("conv")("Convolutions", target_modules=["line.0", "plane.0", "space.0", "head"], r=2),
     _Family("conv")("Convolutions, modules_to_save", target_modules=["plane.0"], modules_to_save=["head"]),
+    *_lycoris_cases("LoHaConfig"),
+    *_lycoris_cases("LoKrConfig"),
+    # (Upstream's LoKr fails on such kernels as these here.)
+    _Family("conv", {}, "LoHaConfig")("LoHa, convolutions, kernels apart", r=2, use_effective_conv2d=True,
+                                      target_modules=["line.0", "plane.0", "head"]),
+    _Family("llama", _causal, "VeraConfig")("VeRA, defaults"),
+    _Family("llama", _causal, "VeraConfig")("VeRA, layers of several sizes, dropout", r=16, d_initial=0.5,
+                                            projection_prng_key=3, target_modules="all-linear", vera_dropout=0.1),
+    _Family("llama", _causal, "VeraConfig")("VeRA, without projections", r=8, save_projection=False),
+    _Family("gpt2", {**_causal, "fan_in_fan_out": True}, "VeraConfig")("VeRA, GPT-2 (Conv1D)", r=8),
+    _Family("opt", _causal, "VeraConfig")("VeRA, OPT, bias vera_only", r=8, bias="vera_only",
+                                          target_modules=["q_proj", "v_proj"]),
+    _Family("llama", _causal, "LoKrConfig")("LoKr, both decomposed, lycoris's start", r=2, decompose_both=True,
+                                            decompose_factor=8, target_modules="all-linear", init_weights="lycoris"),
 ]  # fmt: skip

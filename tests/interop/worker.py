@@ -95,14 +95,15 @@ def state(model: nn.Module, case: Case) -> dict:
 
 
 def save(folder: Path, library: str, case: Case) -> dict:
-    from peft import LoraConfig, get_peft_model
+    import peft
 
     base, inputs = load_base(folder, case)
     torch.manual_seed(0)
     (first, config), *others = case.adapters.items()
-    model = get_peft_model(base, LoraConfig(**config), adapter_name=first)
+    make_config = getattr(peft, case.config)
+    model = peft.get_peft_model(base, make_config(**config), adapter_name=first)
     for name, config in others:
-        model.add_adapter(name, LoraConfig(**config))
+        model.add_adapter(name, make_config(**config))
     with torch.no_grad():
         for name in case.adapters:  # so that nothing that is trained is as it was
             model.set_adapter(name)

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,10 @@ def quiet_transformers() -> None:
     """Leave stderr to our own progress bar; errors are still shown."""
     import transformers
 
+    # transformers imports torchao with every model: it warns of kernels for other machines, and torch of it.
+    # bitsandbytes tells of every cast in 8 bits.
+    for logger in ("torchao", "torch.utils._pytree", "bitsandbytes"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 

@@ -10,6 +10,12 @@ __getattr__, __dir__, __all__ = attach(
         "AdaptionPromptModel": "peft.tuners.adaption_prompt",
         "CPTConfig": "peft.tuners.cpt",
         "CPTEmbedding": "peft.tuners.cpt",
+        "LoHaConfig": "peft.tuners.loha",
+        "LoHaModel": "peft.tuners.loha",
+        "LoKrConfig": "peft.tuners.lokr",
+        "LoKrModel": "peft.tuners.lokr",
+        "VeraConfig": "peft.tuners.vera",
+        "VeraModel": "peft.tuners.vera",
         "CompactLoraConfig": "peft.tuners.denas",
         "DenasConfig": "peft.tuners.denas",
         "LoraConfig": "peft.tuners.lora",
@@ -33,7 +39,7 @@ __getattr__, __dir__, __all__ = attach(
     },
     MISSING_TABLE,
     (
-        "adaption_prompt", "base", "cpt", "denas", "lora", "multitask_prompt_tuning", "ops", "p_tuning", "parts", "prefix_tuning",
-        "prompt_tuning", "sft", "ssf", "targeting", "tuners_utils",
+        "adaption_prompt", "base", "cpt", "denas", "loha", "lora", "multitask_prompt_tuning", "ops", "p_tuning",
+        "parts", "prefix_tuning", "prompt_tuning", "sft", "ssf", "targeting", "tuners_utils",
     ),
 )  # fmt: skip

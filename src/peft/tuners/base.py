@@ -25,9 +25,9 @@ from ..utils.other import (
     shared_parameters,
 )
 from ..utils.placement import home_device, offload_hook, own_tensor, reshard
-from ..utils.quantization_utils import forget_quantization, is_quantized, keep_trainable
+from ..utils.quantization_utils import forget_quantization, is_quantized, keep_packed
 from ..utils.warning import warn
-from .ops import make_op
+from .ops import OP_KINDS, make_op
 from .parts import (
     cast_adapter_dtype,
     check_known,
@@ -97,7 +97,11 @@ class BaseTuner(nn.Module):
     """
 
     prefix: str = ""
+    # Attributes that map an adapter's name to a tensor that all its layers share.
+    adapter_layer_names: tuple[str, ...] = ()
     tuner_layer_cls: type[BaseTunerLayer] = BaseTunerLayer
+    # Kind of op -> class, for methods that do not have one class for all kinds.
+    layer_classes: dict[str, type[BaseTunerLayer]] = {}
     target_module_mapping: dict[str, list[str]] = {}
     # target_modules where neither the configuration nor target_module_mapping says any; None: that is an error.
     default_targets: str | None = None
@@ -136,7 +140,7 @@ class BaseTuner(nn.Module):
 
     # What a method may add
 
-    def shared_state(self, config, targets: dict[str, nn.Module]) -> None:
+    def shared_state(self, config, targets: dict[str, nn.Module], adapter_name: str) -> None:
         """Called once per new adapter with its targets (`{key: base layer}`), before any layer is made."""
 
     def layer_kwargs(self, config, key: str) -> dict:
@@ -150,12 +154,13 @@ class BaseTuner(nn.Module):
             ValueError: the method has no layer for this kind of module.
         """
         op = make_op(target)
-        if op is None:
+        classes = self.layer_classes
+        if op is None or (classes and op.kind not in classes):
             raise ValueError(
-                f"Target module {key} ({type(target).__name__}) is not supported. Supported are linear and convolution "
-                "layers, transformers' Conv1D, embeddings and norms: narrow target_modules or use exclude_modules"
+                f"Target module {key} ({type(target).__name__}) is not supported by {type(self).__name__}, which has "
+                f"layers for {', '.join(classes or OP_KINDS)}: narrow target_modules or use exclude_modules"
             )
-        return self.tuner_layer_cls
+        return classes[op.kind] if classes else self.tuner_layer_cls
 
     def prepare_config(self, config):
         """Fill in what the configuration leaves to the model (here: the targets)."""
@@ -216,10 +221,9 @@ class BaseTuner(nn.Module):
         targets = self._without_whole_modules(config, targets, explicit=given is not None and given != "all-linear")
         self._check_supported(targets)
         self._warn_of_names_without_use(config, given, targets)
-        self.shared_state(config, targets)
+        self.shared_state(config, targets, adapter_name)
         active, disabled = self.active_adapters, self._adapters_disabled
-        if not config.inference_mode:
-            keep_trainable(model)
+        keep_packed(model, is_trainable=not config.inference_mode)
         shared, places, changes = shared_parameters(model), Places(model), []
         try:
             for key in targets:
@@ -562,7 +566,7 @@ class BaseTuner(nn.Module):
             if isinstance(module, BaseTunerLayer):
                 if not merge and module.merged:
                     module.unmerge()
-                untied = untied or module.op.is_parted
+                untied = untied or (module.merged and module.op.is_parted)
                 plain = module.base_layer
             else:
                 plain = module.unload(names if merge else [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -45,6 +46,38 @@ def check_pattern(pattern: str, name: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{name}={pattern!r} is not a valid regular expression: {error}") from error
+
+
+def check_probability(config, name: str) -> None:
+    """Check that the option `name` is a probability, and not that of certain loss.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not 0 <= getattr(config, name) < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)!r}")
+
+
+def check_rank_and_alpha(config, alpha_name: str) -> None:
+    """Check `r`, the option `alpha_name`, `rank_pattern` and `alpha_pattern`; patterns that are None become empty.
+
+    Raises:
+        ValueError: a rank below 1, an alpha that is 0 or not finite, or an invalid regular expression.
+    """
+    config.rank_pattern, config.alpha_pattern = config.rank_pattern or {}, config.alpha_pattern or {}
+    for name, r in {"r": config.r, **_entries(config, "rank_pattern")}.items():
+        if r < 1:
+            raise ValueError(f"A rank must be a positive whole number, got {name}={r!r}")
+    for name, alpha in {alpha_name: getattr(config, alpha_name), **_entries(config, "alpha_pattern")}.items():
+        if alpha == 0 or not math.isfinite(alpha):
+            raise ValueError(f"{name} scales the delta, so it must be finite and not 0, got {alpha!r}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, name):
+            check_pattern(key, name)
+
+
+def _entries(config, name: str) -> dict:
+    return {f"{name}[{key!r}]": value for key, value in getattr(config, name).items()}
 
 
 def _check_layer_selection(config: TargetedConfig) -> None:

@@ -40,6 +40,8 @@ from ..utils.quantization_utils import (
     stored_weight,
 )
 
+OP_KINDS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "Norm")  # transformers' Conv1D is a Linear
+
 
 class Op:
     """The view of one base layer.
@@ -219,10 +221,8 @@ class Op:
 
     @property
     def is_parted(self) -> bool:
-        """Whether `store` had to part the layer's weight from the module that shares it."""
-        if "weight" in self._offloaded:
-            return self.shared or self._offloaded["weight"].tied
-        return self.shared and "weight" in self._set_aside
+        """Whether `store`, if it has written, had to part the layer's weight from the module that shares it."""
+        return self.shared or ("weight" in self._offloaded and self._offloaded["weight"].tied)
 
     def retie(self) -> None:
         """Put back what `store` had to replace: a weight that is shared, entries of off-loaded weights."""
@@ -402,8 +402,12 @@ class EmbeddingOp(Op):
         layer = self.layer
         # Not with `layer.sparse`: the table comes out of an adapter, and through that no sparse gradient can go.
         y = F.embedding(x, table, padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq)
+        return self.scaled(y)
+
+    def scaled(self, y: torch.Tensor) -> torch.Tensor:
+        """Rows of a table, or of a change of it, as the layer gives them out."""
         scale = self.embed_scale
-        return y if scale is None else y * scale.to(y.dtype)
+        return y if scale is None else y * scale.to(y)
 
     def _empty(self, bias):
         old = self.layer

@@ -1,6 +1,6 @@
 """Where prompts go into a model: the one place for all prompt methods, all tasks, `forward` and `generate`.
 
-For the duration of one call hooks stand on the base model, on its encoder (if it is an encoder-decoder), and on its word
+For the duration of one call hooks stand on the base model, on its encoder (of an encoder-decoder), and on its word
 embeddings. A prompt of embeddings lengthens the token ids by placeholders, whose embeddings it then replaces: so models
 see token ids as ever (for the last token that is no padding, for image tokens, for their own scale of the embeddings),
 and masks, positions, token types and labels are lengthened along. Key-values of a prefix are written into the cache, a
@@ -234,7 +234,9 @@ class Insertion:
                 front = (own.cumsum(1) - 1).clamp(min=0).expand(*positions.shape[:-1], -1)
                 positions = torch.cat([front.to(positions), positions], dim=-1)
             kwargs[position_key] = positions
-        elif position_key in self.accepted and mask is not None and _padded_left(mask) and not _counts_by_ids(self.model):
+        elif (
+            position_key in self.accepted and mask is not None and _padded_left(mask) and not _counts_by_ids(self.model)
+        ):
             positions = (mask.long().cumsum(1) - 1).clamp(min=0)
             kwargs[position_key] = positions if not seen and self.kind == "embeddings" else positions[:, -length:]
 

@@ -1,8 +1,8 @@
 """What all prompt methods share: encoders that make prompts, the module that holds them, and their tuner.
 
 A prompt method adds trained vectors in front of what the model reads and leaves its layers alone: a prompt is
-`embeddings`, or, for prefix tuning, `key_values` of every layer. A method is a `BasePromptEncoder` with a configuration;
-where its prompt goes into the model is in `prompt_insertion.py`.
+`embeddings`, or, for prefix tuning, `key_values` of every layer. A method is a `BasePromptEncoder` and a configuration;
+how its prompt gets into the model is in `prompt_insertion.py`.
 
 Letters: B rows, S stacks that get a prompt (2 in encoder-decoders), T virtual tokens of each, D the prompt's width.
 """
@@ -18,6 +18,7 @@ from torch import nn
 from ..mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from ..utils.other import AdapterParts
 from ..utils.placement import home_device
+from ..utils.quantization_utils import keep_packed
 from ..utils.warning import warn
 from .base import BaseTuner, check_adapter_name, wrap_modules_to_save
 from .parts import PROMPTS
@@ -187,6 +188,7 @@ class PromptTuner(BaseTuner):
         check_adapter_name(adapter_name)
         config, encoders = self.peft_config[adapter_name], self.prompt_encoder
         self._check_beside_others(config)
+        keep_packed(model, is_trainable=not config.inference_mode)
         active, disabled = self.active_adapters, encoders.disable_adapters
         device = home_device(encoders.word_embeddings)
         with torch.device("meta") if low_cpu_mem_usage or device.type == "meta" else nullcontext():

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .._lazy import explain_missing
@@ -24,7 +25,9 @@ from ..utils.placement import onloaded as onload_layer, whole_modules  # noqa: F
 from ..utils.warning import warn
 from .ops import Op, make_op
 
-__all__ = ["AdditiveLayer", "BASE_ADAPTER", "BaseTunerLayer", "MergeError", "WeightSpaceLayer"]
+__all__ = [
+    "AdditiveLayer", "BASE_ADAPTER", "BaseTunerLayer", "LowRankLayer", "MergeError", "ScaledLayer", "WeightSpaceLayer",
+]  # fmt: skip
 
 BASE_ADAPTER = "__base__"  # in a mixed batch: this row goes through the base model
 
@@ -396,6 +399,11 @@ class AdditiveLayer(BaseTunerLayer):
     def post(self, name, x, y, before=()):
         return y + self.delta(name, x).to(y.dtype)
 
+    def _apply_adapters(self, names, x, *args, **kwargs):
+        if self.op.kind != "Embedding" or self.op.own_forward is None:
+            return super()._apply_adapters(names, x, *args, **kwargs)
+        return self.op.op(x, *self.folded(names), *args, **kwargs)  # which rows are taken only its forward knows
+
     def fold(self, name, W, b):
         return W + self.delta_weight(name).to(W), b
 
@@ -407,6 +415,83 @@ class AdditiveLayer(BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
+
+
+class ScaledLayer(AdditiveLayer):
+    """`W + scaling * product`: give `product` and `_initial_scaling`; callers may change the scaling at any time."""
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__(base_layer)
+        self.r: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+
+    def product(self, name: str) -> torch.Tensor:
+        """The change of the weight without the scaling, (O, I, *K)."""
+        raise NotImplementedError
+
+    def _initial_scaling(self, name: str) -> float:
+        """The scaling that the configuration asks for."""
+        raise NotImplementedError
+
+    def delta_weight(self, name):
+        return self.product(name) * self.scaling[name]
+
+    def remember(self, name, W, b):
+        """The scaling as it is merged with: it may be set anew before unmerging."""
+        return self.scaling[name]
+
+    def unfold(self, name, W, b, memory):
+        now, self.scaling[name] = self.scaling[name], memory
+        try:
+            return super().unfold(name, W, b, None)
+        finally:
+            self.scaling[name] = now
+
+    # As diffusers and transformers use it
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Scale the delta by `scale` times what its configuration says."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._initial_scaling(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters, or (None) set it back to what the configuration says."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = self._initial_scaling(name) if scale is None else self.scaling[name] / scale
+
+
+class LowRankLayer(AdditiveLayer):
+    """`W + B A` with plain factors over all inputs of an output: give `factors`, and `dropped` where there is dropout.
+
+    I K is the number of weights of one output channel: input channels (of one group) times the kernel's size.
+    """
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """`A (r, I K)` and `B (O, r)`, scaled."""
+        raise NotImplementedError
+
+    def dropped(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """The delta's input after dropout; tokens are not dropped."""
+        return x
+
+    def delta_weight(self, name):
+        A, B = self.factors(name)
+        return (B @ A).view(self.op.weight_shape)
+
+    def delta(self, name, x):
+        if self.op.kind not in ("Linear", "Embedding"):
+            return super().delta(name, self.dropped(name, x))
+        A, B = self.factors(name)
+        if self.op.kind == "Linear":
+            return F.linear(F.linear(self.dropped(name, x), A.to(x.dtype)), B.to(x.dtype))
+        return self.op.scaled(F.linear(F.embedding(x, A.T), B))
 
 
 class WeightSpaceLayer(BaseTunerLayer):

@@ -104,9 +104,9 @@ class Blockwise(nn.Module):
     transposed: bool
     plain: nn.Module | None
 
-    def hold(self, packed: torch.Tensor, absmax: torch.Tensor) -> None:
+    def hold(self, packed: nn.Parameter, absmax: torch.Tensor) -> None:
         """Take over packed weights. Who shared the layer's former ones keeps those."""
-        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.weight = packed
         self.register_buffer("absmax", absmax)
 
     def holds(self, packed: torch.Tensor, absmax: torch.Tensor) -> bool:
@@ -195,11 +195,12 @@ def quantize_(layers: Mapping[str, nn.Module], twins: Mapping[str, Iterable[Bloc
         twin = next((twin for twin in others if twin.holds(packed, absmax)), None)
         if twin is not None:
             packed, absmax = twin.weight.detach(), twin.absmax
+        packed = nn.Parameter(packed, requires_grad=False)  # one for all: what was tied stays so
         for key in keys:
             _convert(layers[key], packed, absmax)
 
 
-def _convert(layer: nn.Module, packed: torch.Tensor, absmax: torch.Tensor) -> None:
+def _convert(layer: nn.Module, packed: nn.Parameter, absmax: torch.Tensor) -> None:
     layer.dtype = layer.weight.dtype
     layer.transposed = _is_conv1d(layer)
     layer.requires_grad_(False)
@@ -240,7 +241,8 @@ def is_product(layer: nn.Module) -> bool:
 
 
 def _requantize(layer: Blockwise, weight: torch.Tensor) -> None:
-    layer.hold(*pack(weight.T if layer.transposed else weight))
+    packed, absmax = pack(weight.T if layer.transposed else weight)
+    layer.hold(nn.Parameter(packed, requires_grad=False), absmax)
 
 
 def _dequantize(layer: Blockwise) -> torch.Tensor:

@@ -141,23 +141,26 @@ def logical_numels(model: nn.Module) -> Iterator[tuple[torch.Tensor, int]]:
     return ((tensor, numels.get(key, tensor.numel())) for key, tensor in tensors.items())
 
 
-def keep_trainable(model: nn.Module) -> None:
-    """See to it that gradients pass through packed weights after a forward pass in eval mode, too.
+def keep_packed(model: nn.Module, is_trainable: bool) -> None:
+    """See to it that packed weights stay as they are packed, and that gradients can pass through them.
 
-    On CPUs with AVX512-BF16, bitsandbytes repacks a 4-bit weight in the first forward pass in eval mode, for a kernel
-    that has no backward pass, and leaves it so: training after an evaluation fails, or gradients go missing silently.
+    On CPUs with AVX512-BF16, bitsandbytes repacks a 4-bit weight in the first forward pass in eval mode, and leaves it
+    so, for a kernel that has no backward pass (gradients go missing silently). It rounds the scales to bfloat16, and
+    with the next `state_dict()`, which saving and loading an adapter call, it confuses them where they are not
+    quantised themselves (0.50.2).
 
     Raises:
-        ValueError: a weight of torchao's that has activations rounded as well; no gradient comes through these.
+        ValueError: adapters are to be trained over a weight of torchao's that has activations rounded as well; no
+            gradient comes through these.
     """
     for name, module in model.named_modules():
-        if getattr(_held(module), "act_quant_kwargs", None) is not None:
+        if is_trainable and getattr(_held(module), "act_quant_kwargs", None) is not None:
             raise ValueError(
                 f"{name} rounds its input to 8 bits (torchao's int8 with dynamic activations) and passes no gradient "
                 "on: quantise with Int8WeightOnlyConfig to train, or give the adapter inference_mode=True"
             )
         if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.state_dict()  # by which bitsandbytes undoes the repacking
+            _undo_repacking(module)
             module.support_avx512bf16_for_cpu = False
 
 
@@ -179,9 +182,9 @@ def _in_the_clear(weight: torch.Tensor) -> bool:
     return weight.is_floating_point() and weight.dtype.itemsize > 1  # types of 8 bits come with scales
 
 
-def _named(obj: object, *names: str) -> bool:
-    """Whether an object's class or one of its bases has such a name; its library need not be there to be asked."""
-    return any(cls.__name__ in names for cls in type(obj).__mro__)
+def _named(obj: object, library: str, *names: str) -> bool:
+    """Whether an object is of such a class of a library, or a subclass; the library need not be there to be asked."""
+    return any(cls.__name__ in names and cls.__module__.startswith(library) for cls in type(obj).__mro__)
 
 
 # bitsandbytes
@@ -192,11 +195,19 @@ def _state_4bit(layer: nn.Module):
     return getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
 
 
+def _undo_repacking(layer: nn.Module) -> None:
+    """See `keep_packed`."""
+    state = _state_4bit(layer)
+    if getattr(state, "packing_format_for_cpu", False):
+        layer.state_dict()  # by which bitsandbytes undoes it, but for the order of the scales
+    if state is not None and not state.nested and state.absmax.dim() == 2:  # (blocks of a row, rows)
+        state.absmax = state.absmax.T.flatten().float()
+
+
 def _dequantize_4bit(layer: nn.Module) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    if getattr(_state_4bit(layer), "packing_format_for_cpu", False):
-        layer.state_dict()  # see keep_trainable
+    _undo_repacking(layer)
     return dequantize_4bit(layer.weight.data, _state_4bit(layer))
 
 
@@ -340,7 +351,7 @@ register_backend(QuantizationBackend("torchao", _from("torchao"), _dequantize_te
 register_backend(
     QuantizationBackend(
         "torchao int8",
-        lambda layer: _named(_held(layer), "Int8Tensor"),
+        lambda layer: _named(_held(layer), "torchao", "Int8Tensor"),
         lambda layer: layer.weight.dequantize(torch.float32),  # it computes in the type of its input
         _requantize_torchao,
         casts_input=True,
@@ -349,7 +360,7 @@ register_backend(
 register_backend(
     QuantizationBackend(
         "HQQ",
-        lambda layer: _named(layer, "HQQLinear") and layer.W_q is not None,
+        lambda layer: _named(layer, "hqq", "HQQLinear") and layer.W_q is not None,
         lambda layer: layer.dequantize(),
         _requantize_hqq,
         ("W_q", "meta"),
@@ -358,7 +369,9 @@ register_backend(
 register_backend(
     QuantizationBackend(
         "bitsandbytes 8-bit",
-        lambda layer: _named(layer, "Linear8bitLt", "Embedding8bit") and layer.weight.dtype == torch.int8,
+        lambda layer: (
+            _named(layer, "bitsandbytes", "Linear8bitLt", "Embedding8bit") and layer.weight.dtype == torch.int8
+        ),
         _dequantize_8bit,
         _requantize_8bit,
         ("weight", "state"),
@@ -368,7 +381,7 @@ register_backend(
 register_backend(
     QuantizationBackend(
         "bitsandbytes 4-bit",
-        lambda layer: _named(layer, "Linear4bit", "Embedding4bit") and _state_4bit(layer) is not None,
+        lambda layer: _named(layer, "bitsandbytes", "Linear4bit", "Embedding4bit") and _state_4bit(layer) is not None,
         _dequantize_4bit,
         _requantize_4bit,
         ("weight", "quant_state"),

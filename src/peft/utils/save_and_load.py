@@ -17,7 +17,7 @@ from torch import nn
 
 from .._lazy import explain_missing
 from .constants import DUMMY_TARGET_MODULES, SAFETENSORS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from .other import AuxiliaryTrainingWrapper
+from .other import AdapterParts, AuxiliaryTrainingWrapper
 from .placement import (
     OffloadedTensor,
     home_device,
@@ -42,20 +42,23 @@ def _plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+def _holders(model: nn.Module):
+    """`(path, module)` of everything in a model that holds tensors of adapters."""
+    from ..tuners.base import BaseTuner
+
+    return ((path, part) for path, part in model.named_modules() if isinstance(part, (AdapterParts, BaseTuner)))
+
+
 def adapter_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """`{key in model.state_dict(): key in the adapter's file}` for every tensor of one adapter."""
-    from ..tuners.tuners_utils import BaseTunerLayer
-
     keys: dict[str, str] = {}
-    for path, module in model.named_modules():
+    for path, module in _holders(model):
         if _holds_prompts(module, adapter_name):  # `BasePromptEncoder.to_file` makes the file's keys of these
             names = module[adapter_name].state_dict()
             keys.update({f"{path}.{adapter_name}.{name}": f"prompt_encoder.{name}" for name in names})
-        if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            continue
         for attribute in module.adapter_layer_names:
             container = getattr(module, attribute, {})
-            if adapter_name not in container:
+            if adapter_name not in container or adapter_name in getattr(container, "_non_persistent_buffers_set", ()):
                 continue
             memory = f"{path}.{attribute}.{adapter_name}"
             # A module that is trained whole has its own place in the file.
@@ -438,15 +441,13 @@ def write_adapter(tensors: dict[str, torch.Tensor], folder: str, safe_serializat
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The base model's tensors, whole, under the names that they have without adapters."""
-    adapters = {name for adapter in getattr(model, "peft_config", {}) for name in adapter_keys(model, adapter)}
-    own = {key: tensor for key, tensor in model.state_dict().items() if key not in adapters}
+    own = _base_tensors(model)
     return {_base_key(key): tensor for key, tensor in whole_tensors(model, own).items()}
 
 
 def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], strict: bool = True):
     """Load tensors, under the names that they have without adapters, into the base model of an adapted one."""
-    adapters = {name for adapter in getattr(model, "peft_config", {}) for name in adapter_keys(model, adapter)}
-    names = {_base_key(key): key for key in model.state_dict() if key not in adapters}
+    names = {_base_key(key): key for key in _base_tensors(model)}
     missing = [key for key in names if key not in state_dict]
     unexpected = [key for key in state_dict if key not in names]
     if strict and (missing or unexpected):
@@ -459,6 +460,17 @@ def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, torch.Tens
         _write_elsewhere(model, name, found.pop(name))
     model.load_state_dict(found, strict=False)
     return IncompatibleKeys(missing, unexpected)
+
+
+def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The part of the state dict that belongs to no adapter."""
+    others: set[str] = set()
+    for path, holder in _holders(model):
+        for attribute in (*holder.adapter_layer_names, *getattr(holder, "other_param_names", ())):
+            container = getattr(holder, attribute, None)
+            if isinstance(container, nn.Module):
+                others.update(f"{path}.{attribute}.{key}" for key in container.state_dict())
+    return {key: tensor for key, tensor in model.state_dict().items() if key not in others}
 
 
 def _base_key(key: str) -> str:

@@ -1,6 +1,7 @@
 """Low-rank adaptation (LoRA, arXiv 2106.09685)."""
 
 from ..._lazy import explain_missing
+from .bnb import Linear4bit, Linear8bitLt
 from .config import LoftQConfig, LoraConfig, LoraRuntimeConfig
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 from .model import LoraModel
@@ -11,6 +12,8 @@ __all__ = [
     "Conv3d",
     "Embedding",
     "Linear",
+    "Linear4bit",
+    "Linear8bitLt",
     "LoftQConfig",
     "LoraConfig",
     "LoraLayer",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from ..._lazy import explain_missing
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from ...utils.quantization_utils import find_backend
 from ..base import BaseTuner
-from ..ops import make_op
-from ..targeting import get_pattern_key
+from ..targeting import for_module
+from .bnb import Linear4bit, Linear8bitLt
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 
 
@@ -17,6 +18,7 @@ class LoraModel(BaseTuner):
     tuner_layer_cls = LoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     layer_classes = {"Linear": Linear, "Conv1d": Conv1d, "Conv2d": Conv2d, "Conv3d": Conv3d, "Embedding": Embedding}
+    packed_linear_classes = {"bitsandbytes 4-bit": Linear4bit, "bitsandbytes 8-bit": Linear8bitLt}  # others: Linear
 
     def check_new_config(self, config):
         """Refuse saved adapters that are for other base weights than the model's.
@@ -38,18 +40,14 @@ class LoraModel(BaseTuner):
     def layer_kwargs(self, config, key):
         """Rank and alpha of this layer, from the patterns or the configuration."""
         return {
-            "r": config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r),
-            "lora_alpha": config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, key), config.lora_alpha),
+            "r": for_module(key, config.rank_pattern, config.r),
+            "lora_alpha": for_module(key, config.alpha_pattern, config.lora_alpha),
         }
 
     def layer_class(self, target, key):
-        op = make_op(target)
-        if op is None or op.kind not in self.layer_classes:
-            raise ValueError(
-                f"Target module {key} ({type(target).__name__}) is not supported by LoRA. Supported are linear and "
-                "convolution layers, transformers' Conv1D and embeddings: narrow target_modules or use exclude_modules"
-            )
-        return self.layer_classes[op.kind]
+        backend = find_backend(target)
+        packed = self.packed_linear_classes.get(backend.name) if backend else None
+        return packed or super().layer_class(target, key)
 
 
 explain_missing(__name__)

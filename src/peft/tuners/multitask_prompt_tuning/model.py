@@ -1,4 +1,4 @@
-"""The prompt of multitask prompt tuning: `P_k = P * (u_k v_k^T)`, element by element (arXiv 2303.02861, section 3.2)."""
+"""The prompt of multitask prompt tuning: `P_k = P * (u_k v_k^T)`, element by element (arXiv 2303.02861, 3.2)."""
 
 from __future__ import annotations
 

@@ -18,7 +18,9 @@ class PromptEmbedding(BasePromptEncoder):
         if config.prompt_tuning_init == "TEXT":
             self._start_from(word_embeddings, self._text_ids(config))
         elif config.prompt_tuning_init == "SAMPLE_VOCAB":
-            self._start_from(word_embeddings, torch.randint(word_embeddings.num_embeddings, (self.total_virtual_tokens,)))
+            self._start_from(
+                word_embeddings, torch.randint(word_embeddings.num_embeddings, (self.total_virtual_tokens,))
+            )
 
     def _text_ids(self, config) -> torch.Tensor:
         from transformers import AutoTokenizer

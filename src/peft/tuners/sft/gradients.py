@@ -99,7 +99,7 @@ class ProductGradient(WeightGradient):
         if self.op.kernel:
             share = SAMPLED_WINDOWS if self.gy.shape[1] // self.op.groups >= SAMPLED_CHANNELS else 0.0
         few = all(positions.numel() <= share * math.prod(shape) for positions in wanted)
-        if few and _can_sample(self.gy):
+        if few and can_compress(self.gy):
             return [self._sampled(positions) for positions in wanted]
         return self._from_blocks(wanted, shape)
 
@@ -217,7 +217,8 @@ def transposed_rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1]).T.contiguous()
 
 
-def _can_sample(t: Tensor) -> bool:
+def can_compress(t: Tensor) -> bool:
+    """Whether products with compressed sparse matrices are there for this kind of tensor, and fast."""
     return t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) and torch.backends.mkl.is_available()
 
 
@@ -226,17 +227,19 @@ def _sampled_product(left: Tensor, right: Tensor, positions: Tensor) -> Tensor:
 
     One product with a sparse pattern for its result; with both factors in this layout torch makes no copies of them.
     """
-    rows, columns = left.shape[0], right.shape[0]
-    edges = torch.arange(rows + 1, dtype=positions.dtype) * columns
-    starts = torch.searchsorted(positions, edges, out_int32=True)
     zeros = torch.zeros(positions.numel(), dtype=left.dtype)
-    pattern = _csr(starts, (positions % columns).int(), zeros, (rows, columns))
+    pattern = compressed(zeros, positions, (left.shape[0], right.shape[0]))
     return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0).values()
 
 
-def _csr(starts, columns, values, shape) -> Tensor:
+def compressed(values: Tensor, positions: Tensor, shape: tuple[int, int], transposed: bool = False) -> Tensor:
+    """The sparse matrix (R, C) with values (k,) at sorted flat positions (k,), by rows; its transpose, by columns."""
     _silence_beta_warning()
-    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+    rows, columns = shape
+    edges = torch.arange(rows + 1, dtype=positions.dtype) * columns
+    starts = torch.searchsorted(positions, edges, out_int32=True)
+    make, shape = (torch.sparse_csc_tensor, (columns, rows)) if transposed else (torch.sparse_csr_tensor, shape)
+    return make(starts, (positions % columns).int(), values, shape, check_invariants=False)
 
 
 @functools.cache

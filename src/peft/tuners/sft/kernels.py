@@ -21,7 +21,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..recompute import keep
-from .gradients import LookupGradient, ProductGradient, WholeGradient, expect, gradients_of, touched
+from .gradients import (
+    LookupGradient,
+    ProductGradient,
+    WholeGradient,
+    can_compress,
+    compressed,
+    expect,
+    gradients_of,
+    touched,
+)
 
 if TYPE_CHECKING:
     from ..ops import ConvOp, EmbeddingOp, LinearOp
@@ -200,11 +209,12 @@ def lookup(x: torch.Tensor, op: EmbeddingOp, deltas) -> torch.Tensor:
 
 
 class _SparseProduct(torch.autograd.Function):
-    """`x (N, I), values, indices, op, delta -> (N, O)`, by a sparse matrix in float32 or wider."""
+    """`x (..., I), values, indices, op, delta -> (..., O)`, by a sparse matrix in float32 or wider."""
 
     @staticmethod
     def forward(ctx, x, values, indices, op, delta):
-        ctx.save_for_backward(x, values, indices)
+        parts, ctx.recipe = keep(x) if ctx.needs_input_grad[1] else ([], None)
+        ctx.save_for_backward(values, indices, *parts)
         ctx.op, ctx.delta = op, delta
         if ctx.needs_input_grad[1]:
             expect(ctx, [delta])
@@ -213,13 +223,13 @@ class _SparseProduct(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gy):
-        x, values, indices = ctx.saved_tensors
+        values, indices, *parts = ctx.saved_tensors
         gx = gv = None
         with torch.autocast(gy.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
                 gx = _multiply(gy, values, indices, ctx.delta.shape, not ctx.op.transposed)
             if ctx.needs_input_grad[1]:
-                gradient = ProductGradient(ctx.op, gy, lambda form: form(x) if form else x)
+                gradient = ProductGradient(ctx.op, gy, lambda form: ctx.recipe(parts, form))
                 gv = gradients_of(ctx, gradient, [ctx.delta], [indices])[0].to(values.dtype)
         return gx, gv, None, None, None
 
@@ -227,20 +237,21 @@ class _SparseProduct(torch.autograd.Function):
 def _multiply(x, values, indices, shape, transposed):
     """`x D^T` for the sparse D of `shape`, `x D` if `transposed`."""
     wide = torch.promote_types(torch.promote_types(x.dtype, values.dtype), torch.float32)
-    position = indices.long()
-    row, column = position // shape[1], position % shape[1]
-    if transposed:
-        row, column, shape = column, row, (shape[1], shape[0])
-    sparse = torch.sparse_coo_tensor(torch.stack([row, column]), values.to(wide), tuple(shape), check_invariants=False)
-    return torch.sparse.mm(sparse, x.to(wide).T).T.to(x.dtype)
+    columns, values = x.reshape(-1, x.shape[-1]).to(wide).T, values.to(wide)
+    if can_compress(columns):
+        sparse = compressed(values, indices, tuple(shape), transposed)
+    else:
+        position = torch.stack([indices.long() // shape[1], indices.long() % shape[1]])
+        sparse = torch.sparse_coo_tensor(position, values, tuple(shape), check_invariants=False)
+        sparse = sparse.T if transposed else sparse
+    y = torch.sparse.mm(sparse, columns).T.to(x.dtype)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def sparse_product(x: torch.Tensor, delta, op: LinearOp) -> torch.Tensor:
     """`x` (..., I) times the delta alone, (..., O), in the dtype of `x`."""
-    rows = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
-        y = _SparseProduct.apply(rows, delta.values, delta.indices, op, delta)
-    return y.view(*x.shape[:-1], y.shape[-1])
+        return _SparseProduct.apply(x, delta.values, delta.indices, op, delta)
 
 
 class _Add(torch.autograd.Function):
