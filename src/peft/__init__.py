@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     )
     from .config import (
         PeftConfig as PeftConfig,
-        PrefixTuningConfig as PrefixTuningConfig,
         PromptLearningConfig as PromptLearningConfig,
     )
     from .mapping import (
@@ -57,6 +56,10 @@ if TYPE_CHECKING:
         AdaLoraConfig as AdaLoraConfig,
         AdaLoraModel as AdaLoraModel,
     )
+    from .tuners.adaption_prompt import (
+        AdaptionPromptConfig as AdaptionPromptConfig,
+        AdaptionPromptModel as AdaptionPromptModel,
+    )
     from .tuners.boft import (
         BOFTConfig as BOFTConfig,
         BOFTModel as BOFTModel,
@@ -64,6 +67,10 @@ if TYPE_CHECKING:
     from .tuners.bottleneck import (
         BottleneckConfig as BottleneckConfig,
         BottleneckModel as BottleneckModel,
+    )
+    from .tuners.cpt import (
+        CPTConfig as CPTConfig,
+        CPTEmbedding as CPTEmbedding,
     )
     from .tuners.denas import (
         CompactLoraConfig as CompactLoraConfig,
@@ -92,9 +99,27 @@ if TYPE_CHECKING:
         LoraModel as LoraModel,
         LoraRuntimeConfig as LoraRuntimeConfig,
     )
+    from .tuners.multitask_prompt_tuning import (
+        MultitaskPromptTuningConfig as MultitaskPromptTuningConfig,
+        MultitaskPromptTuningInit as MultitaskPromptTuningInit,
+    )
     from .tuners.oft import (
         OFTConfig as OFTConfig,
         OFTModel as OFTModel,
+    )
+    from .tuners.p_tuning import (
+        PromptEncoder as PromptEncoder,
+        PromptEncoderConfig as PromptEncoderConfig,
+        PromptEncoderReparameterizationType as PromptEncoderReparameterizationType,
+    )
+    from .tuners.prefix_tuning import (
+        PrefixEncoder as PrefixEncoder,
+        PrefixTuningConfig as PrefixTuningConfig,
+    )
+    from .tuners.prompt_tuning import (
+        PromptEmbedding as PromptEmbedding,
+        PromptTuningConfig as PromptTuningConfig,
+        PromptTuningInit as PromptTuningInit,
     )
     from .tuners.sft.config import (
         SftArguments as SftArguments,

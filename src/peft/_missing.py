@@ -9,11 +9,9 @@ from __future__ import annotations
 MODULES: dict[str, str] = {
     "peft.optimizers": "Optimisers for adapters (LoRA+, LoRA-FA)",
     "peft.tuners.adamss": "AdaMSS",
-    "peft.tuners.adaption_prompt": "LLaMA-Adapter (adaption prompt)",
     "peft.tuners.beft": "BEFT",
     "peft.tuners.c3a": "C3A",
     "peft.tuners.cartridge": "Cartridges",
-    "peft.tuners.cpt": "CPT",
     "peft.tuners.deft": "DEFT",
     "peft.tuners.delora": "DeLoRA",
     "peft.tuners.fourierft": "FourierFT",
@@ -44,13 +42,9 @@ MODULES: dict[str, str] = {
     "peft.tuners.lora.velora": "VeLoRA",
     "peft.tuners.miss": "MiSS",
     "peft.tuners.mixed": "Models of several methods",
-    "peft.tuners.multitask_prompt_tuning": "Multitask prompt tuning",
     "peft.tuners.osf": "OSF",
-    "peft.tuners.p_tuning": "P-tuning",
     "peft.tuners.peanut": "PEANuT",
     "peft.tuners.poly": "Poly",
-    "peft.tuners.prefix_tuning": "Prefix tuning",
-    "peft.tuners.prompt_tuning": "Prompt tuning",
     "peft.tuners.psoft": "PSOFT",
     "peft.tuners.pvera": "PVeRA",
     "peft.tuners.randlora": "RandLoRA",
@@ -143,7 +137,6 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "Layer replication": ("clone_module", "replicate_layers"),
         "Off-loaded adapters": ("get_device_map",),
-        "Prompt learning": ("BasePromptEncoder",),
         "Quantisation backends as classes": ("QuantizationBackend",),
         "Trainable tokens": ("set_additional_trainable_modules",),
     },
@@ -251,7 +244,6 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
 
 MODEL_METHODS: dict[str, tuple[str, ...]] = {
     "Initialisations of LoRA that change the base model": ("subtract_mutated_init",),
-    "Prompt learning": ("get_prompt", "get_prompt_embedding_to_save"),
     "Weighted combinations of adapters": ("add_weighted_adapter",),
 }
 """What methods of a `PeftModel` and its tuner belong to -> their names."""

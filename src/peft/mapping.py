@@ -51,6 +51,26 @@ METHODS: dict[str, Method] = {
     PeftType.SFT: Method("peft.tuners.sft:SftConfig", "peft.tuners.sft:SftModel", "sft_"),
     PeftType.SSF: Method("peft.tuners.ssf:SsfConfig", "peft.tuners.ssf:SsfModel", "ssf_"),
     PeftType.COMPACT_LORA: Method("peft.tuners.denas.config:CompactLoraConfig", "peft.tuners.lora:LoraModel", "lora_"),
+    PeftType.PROMPT_TUNING: Method(
+        "peft.tuners.prompt_tuning:PromptTuningConfig", "peft.tuners.prompt_tuning:PromptEmbedding", "prompt_tuning_"
+    ),
+    PeftType.MULTITASK_PROMPT_TUNING: Method(
+        "peft.tuners.multitask_prompt_tuning:MultitaskPromptTuningConfig",
+        "peft.tuners.multitask_prompt_tuning:MultitaskPromptEmbedding",
+        "multitask_prompt_tuning_",
+    ),
+    PeftType.P_TUNING: Method(
+        "peft.tuners.p_tuning:PromptEncoderConfig", "peft.tuners.p_tuning:PromptEncoder", "p_tuning_"
+    ),
+    PeftType.PREFIX_TUNING: Method(
+        "peft.tuners.prefix_tuning:PrefixTuningConfig", "peft.tuners.prefix_tuning:PrefixEncoder", "prefix_tuning_"
+    ),
+    PeftType.CPT: Method("peft.tuners.cpt:CPTConfig", "peft.tuners.cpt:CPTEmbedding", "cpt_"),
+    PeftType.ADAPTION_PROMPT: Method(
+        "peft.tuners.adaption_prompt:AdaptionPromptConfig",
+        "peft.tuners.adaption_prompt:AdaptionPromptModel",
+        "adaption_",
+    ),
     PeftType.FINETUNA: Method("peft.finetuna:FinetunaConfig", "peft.finetuna:FinetunaModel", "lora_"),
 }
 

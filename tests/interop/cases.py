@@ -106,6 +106,9 @@ class Case:
         dtype: of the base model.
         tolerance: largest difference of an output.
         upstream_merges: whether upstream's merged model gives what it gave before merging.
+        is_prompt: whether the adapters are prompts, which cannot be merged, and of which upstream has no status and
+            none to train on.
+        extra: further inputs, one entry per row.
     """
 
     name: str
@@ -115,6 +118,8 @@ class Case:
     tolerance: float = 1e-5
     upstream_merges: bool = True
     config: str = "LoraConfig"
+    is_prompt: bool = False
+    extra: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -147,6 +152,22 @@ def _lycoris_cases(config: str) -> list[Case]:
         _Family("conv", {}, config)(f"{name}, convolutions", r=1, target_modules=images),
         _Family("conv", {}, config)(f"{name}, convolutions, full", r=8, target_modules=images),
     ]  # fmt: skip
+
+
+_prompts = {
+    "PromptTuningConfig": {},
+    "MultitaskPromptTuningConfig": {"num_tasks": 3, "num_ranks": 2},
+    "PromptEncoderConfig": {"encoder_hidden_size": 12},
+    "PrefixTuningConfig": {},
+}
+_tasks = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert-sequences": "SEQ_CLS", "bert-tokens": "TOKEN_CLS",
+          "t5": "SEQ_2_SEQ_LM"}  # fmt: skip
+
+
+def _prompt_case(base: str, config: str, name: str, **fields) -> Case:
+    own = {"num_virtual_tokens": 5, "task_type": _tasks[base], **_prompts.get(config, {}), **fields}
+    extra = {"task_ids": [0, 2, 1]} if config.startswith("Multitask") else {}
+    return Case(name, base, {"default": own}, config=config, is_prompt=True, extra=extra)
 
 
 CASES = [
@@ -203,6 +224,13 @@ CASES = [
     _Family("opt", _ranks, "AdaLoraConfig")("AdaLoRA, OPT, bias lora_only", bias="lora_only"),
     _Family("conv", {"total_step": 100}, "AdaLoraConfig")("AdaLoRA, convolutions",
                                                           target_modules=["plane.0", "head"]),
+    *(_prompt_case(base, config, f"{config.removesuffix('Config')}, {base}") for config in _prompts for base in _tasks),
+    _prompt_case("llama", "PromptEncoderConfig", "PromptEncoder, LSTM", encoder_reparameterization_type="LSTM"),
+    _prompt_case("llama", "PrefixTuningConfig", "PrefixTuning, projection", prefix_projection=True),
+    Case("CPT", "llama", {"default": {"cpt_token_ids": [5, 6, 7, 8], "cpt_tokens_type_mask": [1, 2, 3, 4],
+                                      "task_type": "CAUSAL_LM"}}, config="CPTConfig", is_prompt=True),
+    *(Case(f"LLaMA-Adapter, {base}", base, {"default": {**_causal, "adapter_len": 4, "adapter_layers": 2}},
+           config="AdaptionPromptConfig", is_prompt=True) for base in ("llama", "gpt2")),
     _Family("llama", _causal, "VeraConfig")("VeRA, defaults"),
     _Family("llama", _causal, "VeraConfig")("VeRA, layers of several sizes, dropout", r=16, d_initial=0.5,
                                             projection_prng_key=3, target_modules="all-linear", vera_dropout=0.1),

@@ -6,6 +6,10 @@ from .._names import MISSING_TABLE
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "AdaptionPromptConfig": "peft.tuners.adaption_prompt",
+        "AdaptionPromptModel": "peft.tuners.adaption_prompt",
+        "CPTConfig": "peft.tuners.cpt",
+        "CPTEmbedding": "peft.tuners.cpt",
         "LoHaConfig": "peft.tuners.loha",
         "LoHaModel": "peft.tuners.loha",
         "LoKrConfig": "peft.tuners.lokr",
@@ -27,6 +31,16 @@ __getattr__, __dir__, __all__ = attach(
         "LoraRuntimeConfig": "peft.tuners.lora",
         "OFTConfig": "peft.tuners.oft",
         "OFTModel": "peft.tuners.oft",
+        "MultitaskPromptTuningConfig": "peft.tuners.multitask_prompt_tuning",
+        "MultitaskPromptTuningInit": "peft.tuners.multitask_prompt_tuning",
+        "PrefixEncoder": "peft.tuners.prefix_tuning",
+        "PrefixTuningConfig": "peft.tuners.prefix_tuning",
+        "PromptEmbedding": "peft.tuners.prompt_tuning",
+        "PromptEncoder": "peft.tuners.p_tuning",
+        "PromptEncoderConfig": "peft.tuners.p_tuning",
+        "PromptEncoderReparameterizationType": "peft.tuners.p_tuning",
+        "PromptTuningConfig": "peft.tuners.prompt_tuning",
+        "PromptTuningInit": "peft.tuners.prompt_tuning",
         "SftArguments": "peft.tuners.sft",
         "SftConfig": "peft.tuners.sft",
         "SftModel": "peft.tuners.sft",
@@ -37,7 +51,8 @@ __getattr__, __dir__, __all__ = attach(
     },
     MISSING_TABLE,
     (
-        "base", "boft", "bottleneck", "denas", "ia3", "ln_tuning", "loha", "lokr", "lora", "oft", "ops", "parts",
-        "sft", "ssf", "targeting", "trainable_tokens", "tuners_utils", "vera",
+        "adaption_prompt", "base", "boft", "bottleneck", "cpt", "denas", "ia3", "ln_tuning", "loha", "lokr", "lora",
+        "multitask_prompt_tuning", "oft", "ops", "p_tuning", "parts", "prefix_tuning", "prompt_tuning", "sft", "ssf",
+        "targeting", "trainable_tokens", "tuners_utils", "vera",
     ),
 )  # fmt: skip

@@ -454,7 +454,7 @@ class BaseTuner(nn.Module):
         for layer in self.layers():
             if not enabled and layer.merged:
                 layer.unmerge()
-        for module in (*self.layers(), *self.wrappers()):
+        for module in modules_with_adapters(self.model):
             module.enable_adapters(enabled)
 
     def enable_adapter_layers(self) -> None:

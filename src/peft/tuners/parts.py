@@ -26,6 +26,7 @@ from ..utils.warning import warn
 from .ops import make_op
 from .tuners_utils import BaseTunerLayer, as_list
 
+PROMPTS = "_peft_prompts"  # attribute of a base model: the `PromptEncoders` of its adapters, if it has any
 _BIASES = "_peft_trained_biases"  # attribute of a base model: its `TrainedBiases`, if an adapter trains any
 
 
@@ -90,8 +91,13 @@ def drop_trained_biases(model: nn.Module) -> None:
         biases.delete_adapter(name)
 
 
-def modules_with_adapters(model: nn.Module) -> Iterator[BaseTunerLayer | AuxiliaryTrainingWrapper]:
-    return (module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)))
+def modules_with_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """Adapter layers, modules that are trained whole, and what holds the encoders of prompts."""
+    for module in model.modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            yield module
+        elif PROMPTS in vars(module):
+            yield vars(module)[PROMPTS]
 
 
 def parts(model: nn.Module) -> Iterator[AdapterParts]:
@@ -173,7 +179,7 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     places = Places(model)
     for part in list(parts(model)):
         part.delete_adapter(adapter_name)
-        if isinstance(part, nn.Module) and not part._available_adapters:
+        if isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not part._available_adapters:
             plain = part.base_layer if isinstance(part, BaseTunerLayer) else part.unload([])
             places.replace(part, plain)
 

@@ -515,6 +515,7 @@ class WeightSpaceLayer(BaseTunerLayer):
 explain_missing(
     __name__,
     {
+        "BasePromptEncoder": "peft.tuners.prompt_learning",
         "BaseTuner": "peft.tuners.base",
         "get_pattern_key": "peft.tuners.targeting",
         "init_empty_weights": "accelerate",

@@ -54,6 +54,9 @@ def adapter_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
     keys: dict[str, str] = {}
     paths = {module: path for path, module in _holders(model)}
     for module, path in paths.items():
+        if _holds_prompts(module, adapter_name):  # `BasePromptEncoder.to_file` makes the file's keys of these
+            names = module[adapter_name].state_dict()
+            keys.update({f"{path}.{adapter_name}.{name}": f"prompt_encoder.{name}" for name in names})
         stored = paths[getattr(module, "stored_as", module)]
         for attribute in module.adapter_layer_names:
             container = getattr(module, attribute, {})
@@ -68,6 +71,16 @@ def adapter_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
             else:
                 keys[memory] = file
     return keys
+
+
+def _holds_prompts(module: nn.Module, adapter_name: str) -> bool:
+    from ..tuners.prompt_learning import PromptEncoders
+
+    return isinstance(module, PromptEncoders) and adapter_name in module
+
+
+def _prompt_encoder(model: nn.Module, adapter_name: str) -> nn.Module | None:
+    return next((module[adapter_name] for module in model.modules() if _holds_prompts(module, adapter_name)), None)
 
 
 def _config_of(model: nn.Module, adapter_name: str):
@@ -183,7 +196,9 @@ def get_peft_model_state_dict(
     for path, module in _holders(model):
         if adapter_name in getattr(module, "_available_adapters", ()) and hasattr(module, "before_save"):
             module.before_save(adapter_name, path if state_dict is None else _plain_name(path), wanted)
-    return {file: wanted[name] for name, file in keys.items()}
+    result = {file: wanted[name] for name, file in keys.items()}
+    encoder = _prompt_encoder(model, adapter_name)
+    return result if encoder is None else encoder.to_file(result)
 
 
 def set_peft_model_state_dict(
@@ -216,6 +231,9 @@ def set_peft_model_state_dict(
             f"Adapter {adapter_name!r} is merged, and with other tensors it could not be taken out again: call "
             "unmerge_adapter() before loading into it"
         )
+    encoder = _prompt_encoder(model, adapter_name)
+    if encoder is not None:
+        peft_model_state_dict = encoder.from_file(peft_model_state_dict)
     expected = {file: name for name, file in adapter_keys(model, adapter_name).items()}
     expected.update({_plain_name(name): name for name in _bias_keys(model, config, adapter_name)})
     # Of the base model a file may bring the embeddings, nothing else.
@@ -298,6 +316,9 @@ def _device_of(model: nn.Module, name: str, current: torch.device) -> torch.devi
             break
         if isinstance(module, AuxiliaryTrainingWrapper):
             home = home_device(module.original_module)
+            break
+        if hasattr(module, "word_embeddings") and path[depth - 1] == "prompt_encoder":
+            home = home_device(module.word_embeddings)
             break
     else:
         return torch.device("cpu")
