@@ -335,7 +335,7 @@ def test_config_round_trip_and_unknown_keys(method, tmp_path):
     [
         ('{"peft_type": "LORA"', ValueError, "not valid JSON"),
         ("[1]", ValueError, "must hold a JSON object, got list"),
-        ('{"peft_type": "LOHA"}', KeyError, "a method that this version of peft does not have"),
+        ('{"peft_type": "XLORA"}', KeyError, "a method that this version of peft does not have"),
         ('{"peft_type": "OLOR"}', KeyError, "no method of peft"),
     ],
 )
@@ -351,7 +351,6 @@ def test_config_files_that_cannot_be_read(content, error, message, tmp_path):
         {"use_dora": True},
         {"use_qalora": True},
         {"megatron_config": {"a": 1}},
-        {"trainable_token_indices": [1]},
         {"layer_replication": [(0, 1)]},
         {"target_parameters": ["w"]},
         {"alora_invocation_tokens": [1]},

@@ -226,6 +226,36 @@ def test_two_models_over_one_base(load_example, tmp_path, capsys):
     assert float(adds[0]) < float(base[0]) and float(subtracts[1]) < float(base[1]) and adds != subtracts
 
 
+# ---- Prefix tuning ----
+
+
+def test_prefix_tuning_beside_full_fine_tuning(load_example, tmp_path, capsys):
+    sizes = "--seeds 2 --width 16 --tokens 3 --base-steps 3 --steps 10 --batch-size 4"
+    load_example("prefix_tuning_t5.py").main([*sizes.split(), "--plot", str(tmp_path / "plot.png")])
+    rows = re.findall(
+        r"^\| ([\w ,-]+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|", capsys.readouterr().out, re.M
+    )
+    numbers = {name: [int(each.replace(",", "")) for each in rest] for name, *rest in rows}
+    assert list(numbers) == ["not adapted", "full fine-tuning", "prefix tuning"]
+    assert numbers["prefix tuning"][0] == 3 * 2 * 2 * 16  # tokens, keys and values, layers, width
+    assert all(few < many for few, many in zip(numbers["prefix tuning"], numbers["full fine-tuning"]))
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("make", ["sentence", "review"])
+def test_examples_of_reviews_are_right(make, load_example):
+    example = load_example("prefix_tuning_t5.py")
+    for _ in range(50):
+        text, answer = getattr(example, make)(random)
+        batch = example.encode([(text, answer)])
+        assert batch["labels"][0, 0] == example.VOCABULARY[answer] and batch["input_ids"][0, -1] == 1
+        if answer not in example.THINGS:
+            said = text.split()
+            kind = any(word in example.KIND for word in said) if "and" not in said else said[-2] in example.KIND
+            negated = "not" in said and "and" not in said
+            assert (answer in ("good", "positive")) == (kind != negated), text
+
+
 # ---- Vision ----
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 import warnings
 
 import pytest
@@ -582,6 +583,28 @@ def test_refuses_models_without_deltas_and_bad_counts():
     ):
         with pytest.raises(ValueError, match=name):
             SftSelector(model, optimizer, selector.config, *arguments)
+
+
+def test_refuses_a_configuration_of_another_adapter():
+    model, optimizer, selector = make()
+    made = selector.config
+    for fields, text in (
+        ({"density": 0.125}, "density=0.125, but the adapter was made with"),
+        ({"num_tunable_weights": 3}, "num_tunable_weights=3, but"),
+        ({"dtype": "bfloat16"}, "dtype='bfloat16', but the adapter was made with 'auto'"),
+        ({"granularity": "row"}, "granularity='row', but the adapter was made with 'element'"),
+    ):
+        with pytest.raises(ValueError, match=f"sft_config has {text}"):
+            SftSelector(model, optimizer, SftConfig(**fields), 30, 1)
+    again = SftConfig(num_tunable_weights=made.num_tunable_weights, reselection_steps=7)  # another schedule
+    assert SftSelector(model, optimizer, again, 30, 1).config is again
+
+
+def test_is_neither_copied_nor_pickled():
+    _, _, selector = make()
+    for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="make one for their copies"):
+            attempt(selector)
 
 
 # ---- Ranking ----

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     )
     from .config import (
         PeftConfig as PeftConfig,
-        PrefixTuningConfig as PrefixTuningConfig,
         PromptLearningConfig as PromptLearningConfig,
     )
     from .mapping import (
@@ -53,16 +52,74 @@ if TYPE_CHECKING:
         get_layer_status as get_layer_status,
         get_model_status as get_model_status,
     )
+    from .tuners.adalora import (
+        AdaLoraConfig as AdaLoraConfig,
+        AdaLoraModel as AdaLoraModel,
+    )
+    from .tuners.adaption_prompt import (
+        AdaptionPromptConfig as AdaptionPromptConfig,
+        AdaptionPromptModel as AdaptionPromptModel,
+    )
+    from .tuners.boft import (
+        BOFTConfig as BOFTConfig,
+        BOFTModel as BOFTModel,
+    )
+    from .tuners.bottleneck import (
+        BottleneckConfig as BottleneckConfig,
+        BottleneckModel as BottleneckModel,
+    )
+    from .tuners.cpt import (
+        CPTConfig as CPTConfig,
+        CPTEmbedding as CPTEmbedding,
+    )
     from .tuners.denas import (
         CompactLoraConfig as CompactLoraConfig,
         DenasConfig as DenasConfig,
         search_structure as search_structure,
+    )
+    from .tuners.ia3 import (
+        IA3Config as IA3Config,
+        IA3Model as IA3Model,
+    )
+    from .tuners.ln_tuning import (
+        LNTuningConfig as LNTuningConfig,
+        LNTuningModel as LNTuningModel,
+    )
+    from .tuners.loha import (
+        LoHaConfig as LoHaConfig,
+        LoHaModel as LoHaModel,
+    )
+    from .tuners.lokr import (
+        LoKrConfig as LoKrConfig,
+        LoKrModel as LoKrModel,
     )
     from .tuners.lora import (
         LoftQConfig as LoftQConfig,
         LoraConfig as LoraConfig,
         LoraModel as LoraModel,
         LoraRuntimeConfig as LoraRuntimeConfig,
+    )
+    from .tuners.multitask_prompt_tuning import (
+        MultitaskPromptTuningConfig as MultitaskPromptTuningConfig,
+        MultitaskPromptTuningInit as MultitaskPromptTuningInit,
+    )
+    from .tuners.oft import (
+        OFTConfig as OFTConfig,
+        OFTModel as OFTModel,
+    )
+    from .tuners.p_tuning import (
+        PromptEncoder as PromptEncoder,
+        PromptEncoderConfig as PromptEncoderConfig,
+        PromptEncoderReparameterizationType as PromptEncoderReparameterizationType,
+    )
+    from .tuners.prefix_tuning import (
+        PrefixEncoder as PrefixEncoder,
+        PrefixTuningConfig as PrefixTuningConfig,
+    )
+    from .tuners.prompt_tuning import (
+        PromptEmbedding as PromptEmbedding,
+        PromptTuningConfig as PromptTuningConfig,
+        PromptTuningInit as PromptTuningInit,
     )
     from .tuners.sft.config import (
         SftArguments as SftArguments,
@@ -88,6 +145,14 @@ if TYPE_CHECKING:
         SSFConfig as SSFConfig,
         SsfConfig as SsfConfig,
         SsfModel as SsfModel,
+    )
+    from .tuners.trainable_tokens import (
+        TrainableTokensConfig as TrainableTokensConfig,
+        TrainableTokensModel as TrainableTokensModel,
+    )
+    from .tuners.vera import (
+        VeraConfig as VeraConfig,
+        VeraModel as VeraModel,
     )
     from .utils.error import (
         NoMatchingPeftModuleError as NoMatchingPeftModuleError,

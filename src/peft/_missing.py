@@ -8,14 +8,10 @@ from __future__ import annotations
 
 MODULES: dict[str, str] = {
     "peft.optimizers": "Optimisers for adapters (LoRA+, LoRA-FA)",
-    "peft.tuners.adalora": "AdaLoRA",
     "peft.tuners.adamss": "AdaMSS",
-    "peft.tuners.adaption_prompt": "LLaMA-Adapter (adaption prompt)",
     "peft.tuners.beft": "BEFT",
-    "peft.tuners.boft": "BOFT",
     "peft.tuners.c3a": "C3A",
     "peft.tuners.cartridge": "Cartridges",
-    "peft.tuners.cpt": "CPT",
     "peft.tuners.deft": "DEFT",
     "peft.tuners.delora": "DeLoRA",
     "peft.tuners.fourierft": "FourierFT",
@@ -24,11 +20,7 @@ MODULES: dict[str, str] = {
     "peft.tuners.gralora": "GraLoRA",
     "peft.tuners.hira": "HiRA",
     "peft.tuners.hra": "HRA",
-    "peft.tuners.ia3": "IA3",
     "peft.tuners.lily": "Lily",
-    "peft.tuners.ln_tuning": "LN tuning",
-    "peft.tuners.loha": "LoHa",
-    "peft.tuners.lokr": "LoKr",
     "peft.tuners.lora.aqlm": "LoRA on AQLM layers",
     "peft.tuners.lora.arrow": "Arrow routing of LoRA adapters",
     "peft.tuners.lora.awq": "LoRA on AWQ layers",
@@ -48,17 +40,11 @@ MODULES: dict[str, str] = {
     "peft.tuners.lora.tp_layer": "LoRA on Megatron parallel layers",
     "peft.tuners.lora.variants": "Variants of LoRA (DoRA and others)",
     "peft.tuners.lora.velora": "VeLoRA",
-    "peft.tuners.lycoris_utils": "LoHa and LoKr",
     "peft.tuners.miss": "MiSS",
     "peft.tuners.mixed": "Models of several methods",
-    "peft.tuners.multitask_prompt_tuning": "Multitask prompt tuning",
-    "peft.tuners.oft": "OFT",
     "peft.tuners.osf": "OSF",
-    "peft.tuners.p_tuning": "P-tuning",
     "peft.tuners.peanut": "PEANuT",
     "peft.tuners.poly": "Poly",
-    "peft.tuners.prefix_tuning": "Prefix tuning",
-    "peft.tuners.prompt_tuning": "Prompt tuning",
     "peft.tuners.psoft": "PSOFT",
     "peft.tuners.pvera": "PVeRA",
     "peft.tuners.randlora": "RandLoRA",
@@ -67,10 +53,8 @@ MODULES: dict[str, str] = {
     "peft.tuners.shira": "SHiRA",
     "peft.tuners.supertuning": "Supertuning",
     "peft.tuners.tinylora": "TinyLoRA",
-    "peft.tuners.trainable_tokens": "Trainable tokens",
     "peft.tuners.unilora": "Uni-LoRA",
     "peft.tuners.vblora": "VB-LoRA",
-    "peft.tuners.vera": "VeRA",
     "peft.tuners.waveft": "WaveFT",
     "peft.tuners.xlora": "X-LoRA",
     "peft.utils.hotswap": "Hot-swapping of adapters",
@@ -153,7 +137,6 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "Layer replication": ("clone_module", "replicate_layers"),
         "Off-loaded adapters": ("get_device_map",),
-        "Prompt learning": ("BasePromptEncoder",),
         "Quantisation backends as classes": ("QuantizationBackend",),
         "Trainable tokens": ("set_additional_trainable_modules",),
     },
@@ -170,7 +153,7 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
             "quantization_extra_repr",
             "resolve_quantization_backend",
         ),
-        "Trainable tokens": ("TrainableTokensWrapper", "set_additional_trainable_modules"),
+        "Trainable tokens": ("set_additional_trainable_modules",),
     },
     "peft.utils.other": {
         "GPTQ and AWQ helpers": (
@@ -187,7 +170,7 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "Prompt learning": ("create_attention_mask",),
         "Quantisation backends as classes": ("get_quantization_config",),
-        "Trainable tokens": ("TrainableTokensWrapper", "set_additional_trainable_modules"),
+        "Trainable tokens": ("set_additional_trainable_modules",),
     },
     "peft.utils.constants": {
         "Prefix tuning": (
@@ -247,7 +230,7 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "Helpers for quantised and off-loaded layers": ("init_empty_weights", "map_cache_to_layer_device_map"),
         "Prefix tuning": ("TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",),
         "Prompt learning": ("create_attention_mask",),
-        "Trainable tokens": ("TrainableTokensWrapper", "set_additional_trainable_modules"),
+        "Trainable tokens": ("set_additional_trainable_modules",),
     },
     "peft.auto": {
         "Helpers for files and embeddings": ("check_file_exists_on_hf_hub",),
@@ -260,23 +243,19 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
 """Module that is here -> what its missing names belong to -> the names."""
 
 MODEL_METHODS: dict[str, tuple[str, ...]] = {
-    "AdaLoRA": ("update_and_allocate",),
     "Initialisations of LoRA that change the base model": ("subtract_mutated_init",),
-    "Prompt learning": ("get_prompt", "get_prompt_embedding_to_save"),
     "Weighted combinations of adapters": ("add_weighted_adapter",),
 }
 """What methods of a `PeftModel` and its tuner belong to -> their names."""
 
 _TABLE = "TRANSFORMERS_MODELS_TO_{}_TARGET_MODULES_MAPPING"
 _METHODS = """
-    ADALORA ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY LNTUNING
-    LOHA LOKR MISS OFT OSF PEANUT POLY PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA
-    VBLORA VERA WAVEFT
+    ADAMSS BEFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA LILY MISS OSF PEANUT
+    POLY PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA VBLORA WAVEFT
 """.split()
 # Default targets of methods, in each of the three places where they can be imported from.
 for _module in ("peft.utils", "peft.utils.constants", "peft.utils.other"):
     NAMES[_module] |= {method: (_TABLE.format(method),) for method in _METHODS}
-    NAMES[_module]["IA3"] += ("TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING",)
 
 
 def method_of(fullname: str) -> str | None:

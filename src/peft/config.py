@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import enum
 import functools
 import inspect
 import json
@@ -325,47 +326,92 @@ class PeftConfig(PeftConfigMixin):
 @documented
 @dataclass
 class PromptLearningConfig(PeftConfig):
-    """What the prompt methods have in common. (The methods themselves are not in this version.)"""
+    """What the prompt methods have in common; what describes the base model is filled in from it.
+
+    Raises:
+        ValueError: a size that is not positive.
+    """
 
     num_virtual_tokens: int | None = None
     """Number of virtual tokens."""
     token_dim: int | None = None
     """Width of the base model's embeddings."""
     num_transformer_submodules: int | None = None
-    """1 for decoder-only or encoder-only models, 2 for encoder-decoders."""
+    """How many stacks get a prompt: 1, or 2 in encoder-decoders (for the task SEQ_2_SEQ_LM)."""
     num_attention_heads: int | None = None
-    """Attention heads of the base model."""
+    """Attention heads of the base model (prefix tuning: those of keys and values)."""
     num_layers: int | None = None
     """Layers of the base model."""
     modules_to_save: list[str] | None = None
     """Modules that are trained and saved whole beside the prompt."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_positive(
+            "num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"
+        )
+
     @property
     def is_prompt_learning(self) -> bool:
         return True
 
+    def check_positive(self, *names: str) -> None:
+        """Refuse fields that are below 1 (None is left open)."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
-@documented
-@dataclass
-class PrefixTuningConfig(PromptLearningConfig):
-    """Configuration of prefix tuning. (The method is not in this version; trainers ask whether they have one.)"""
+    def member(self, kind: type, name: str):
+        """The value of a field as a member of the enumeration `kind`; it may be given in lower case."""
+        value = getattr(self, name)
+        text = value.value if isinstance(value, enum.Enum) else value
+        if not isinstance(text, str) or text.upper() not in kind.__members__:
+            raise ValueError(f"{name} must be one of {list(kind.__members__)}, got {text!r}")
+        return kind[text.upper()]
 
-    init_weights: Literal["zero"] | None = None
-    """"zero": the prefix starts at zero. None: at random."""
-    encoder_hidden_size: int | None = None
-    """Hidden size of the encoder of the prefix, with prefix_projection."""
-    prefix_projection: bool = False
-    """Compute the prefix from an embedding by an encoder of two layers."""
+    def for_model(self, model):
+        """Fill in, in place, what describes the base model.
 
-    def __post_init__(self):
-        super().__post_init__()
-        self.peft_type = PeftType.PREFIX_TUNING
+        Raises:
+            ValueError: num_virtual_tokens is not given, or the model's configuration does not tell a size.
+        """
+        if self.num_virtual_tokens is None:
+            raise ValueError(f"{type(self).__name__} needs num_virtual_tokens")
+        config = getattr(model, "config", None)
+        if self.num_transformer_submodules is None:
+            both = self.task_type == TaskType.SEQ_2_SEQ_LM
+            both = both or (self.task_type is None and getattr(config, "is_encoder_decoder", False))
+            self.num_transformer_submodules = 2 if both else 1
+        for name, value in self._sizes(config).items():
+            if getattr(self, name) is None:
+                if value is None:
+                    raise ValueError(f"The base model's configuration does not tell {name}: give {name}=")
+                setattr(self, name, value)
+        if getattr(self, "encoder_hidden_size", 0) is None:
+            self.encoder_hidden_size = self.token_dim
+        return self
+
+    def _sizes(self, config) -> dict[str, int | None]:
+        """What of the fields a model's configuration tells, in the names of the various architectures."""
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        return {
+            "token_dim": first_of(config, "hidden_size", "n_embd", "d_model"),
+            "num_layers": first_of(config, "num_hidden_layers", "num_layers", "n_layer"),
+            "num_attention_heads": first_of(
+                config, "num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"
+            ),
+        }
+
+
+def first_of(config, *names: str) -> int | None:
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
 def _to_json(value):
     if isinstance(value, (set, frozenset)):
         return sorted(value)
-    if isinstance(value, (PeftType, TaskType)):
+    if isinstance(value, enum.Enum):
         return value.value
     if dataclasses.is_dataclass(value):
         return {key: _to_json(item) for key, item in dataclasses.asdict(value).items()}

@@ -29,10 +29,48 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
+    PeftType.TRAINABLE_TOKENS: Method(
+        "peft.tuners.trainable_tokens:TrainableTokensConfig",
+        "peft.tuners.trainable_tokens:TrainableTokensModel",
+        "trainable_tokens_",
+    ),
+    PeftType.ADALORA: Method("peft.tuners.adalora:AdaLoraConfig", "peft.tuners.adalora:AdaLoraModel", "lora_"),
+    PeftType.VERA: Method("peft.tuners.vera:VeraConfig", "peft.tuners.vera:VeraModel", "vera_lambda_"),
+    PeftType.LOKR: Method("peft.tuners.lokr:LoKrConfig", "peft.tuners.lokr:LoKrModel", "lokr_"),
+    PeftType.LOHA: Method("peft.tuners.loha:LoHaConfig", "peft.tuners.loha:LoHaModel", "hada_"),
+    PeftType.BOTTLENECK: Method(
+        "peft.tuners.bottleneck:BottleneckConfig", "peft.tuners.bottleneck:BottleneckModel", "bottleneck_"
+    ),
+    PeftType.BOFT: Method("peft.tuners.boft:BOFTConfig", "peft.tuners.boft:BOFTModel", "boft_"),
+    PeftType.OFT: Method("peft.tuners.oft:OFTConfig", "peft.tuners.oft:OFTModel", "oft_"),
+    PeftType.LN_TUNING: Method(
+        "peft.tuners.ln_tuning:LNTuningConfig", "peft.tuners.ln_tuning:LNTuningModel", "ln_tuning_"
+    ),
+    PeftType.IA3: Method("peft.tuners.ia3:IA3Config", "peft.tuners.ia3:IA3Model", "ia3_"),
     PeftType.LORA: Method("peft.tuners.lora:LoraConfig", "peft.tuners.lora:LoraModel", "lora_"),
     PeftType.SFT: Method("peft.tuners.sft:SftConfig", "peft.tuners.sft:SftModel", "sft_"),
     PeftType.SSF: Method("peft.tuners.ssf:SsfConfig", "peft.tuners.ssf:SsfModel", "ssf_"),
     PeftType.COMPACT_LORA: Method("peft.tuners.denas.config:CompactLoraConfig", "peft.tuners.lora:LoraModel", "lora_"),
+    PeftType.PROMPT_TUNING: Method(
+        "peft.tuners.prompt_tuning:PromptTuningConfig", "peft.tuners.prompt_tuning:PromptEmbedding", "prompt_tuning_"
+    ),
+    PeftType.MULTITASK_PROMPT_TUNING: Method(
+        "peft.tuners.multitask_prompt_tuning:MultitaskPromptTuningConfig",
+        "peft.tuners.multitask_prompt_tuning:MultitaskPromptEmbedding",
+        "multitask_prompt_tuning_",
+    ),
+    PeftType.P_TUNING: Method(
+        "peft.tuners.p_tuning:PromptEncoderConfig", "peft.tuners.p_tuning:PromptEncoder", "p_tuning_"
+    ),
+    PeftType.PREFIX_TUNING: Method(
+        "peft.tuners.prefix_tuning:PrefixTuningConfig", "peft.tuners.prefix_tuning:PrefixEncoder", "prefix_tuning_"
+    ),
+    PeftType.CPT: Method("peft.tuners.cpt:CPTConfig", "peft.tuners.cpt:CPTEmbedding", "cpt_"),
+    PeftType.ADAPTION_PROMPT: Method(
+        "peft.tuners.adaption_prompt:AdaptionPromptConfig",
+        "peft.tuners.adaption_prompt:AdaptionPromptModel",
+        "adaption_",
+    ),
     PeftType.FINETUNA: Method("peft.finetuna:FinetunaConfig", "peft.finetuna:FinetunaModel", "lora_"),
 }
 

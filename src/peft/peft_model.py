@@ -20,7 +20,8 @@ from ._lazy import explain_missing
 from .config import PeftConfig, split_hub_kwargs
 from .mapping import PEFT_TYPE_TO_TUNER_MAPPING, config_class
 from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
-from .tuners.base import BASE_ADAPTER, BaseTuner, check_adapter_name
+from .tuners.base import BASE_ADAPTER, check_adapter_name
+from .tuners.prompt_learning import PromptTuner
 from .tuners.tuners_utils import BaseTunerLayer
 from .utils.other import AuxiliaryTrainingWrapper
 from .utils.peft_types import PeftType, TaskType
@@ -64,16 +65,19 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
     ):
         super().__init__()
-        _refuse_prompts(peft_config)
+        config_class(peft_config.peft_type)  # a method that is not here is named
         check_adapter_name(adapter_name)
         self._add_task_heads(peft_config)
-        tuner = PEFT_TYPE_TO_TUNER_MAPPING[peft_config.peft_type]
-        self.base_model: BaseTuner = tuner(
-            model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
-        )
-        self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        has_prompts = peft_config.is_prompt_learning
+        make = PromptTuner if has_prompts else PEFT_TYPE_TO_TUNER_MAPPING[peft_config.peft_type]
+        tuner = make(model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+        vars(self)["_tuner"] = tuner  # of a model with prompts it is not a part
+        self.base_model: nn.Module = model if has_prompts else tuner
+        if has_prompts:
+            self.prompt_encoder = tuner.prompt_encoder
+        tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         self.prepare_model_for_gradient_checkpointing(model)
-        self.special_peft_forward_args = {"adapter_names"}
+        self.special_peft_forward_args = {"adapter_names", "task_ids"}
         if getattr(getattr(self.base_model, "config", None), "pretraining_tp", 1) > 1:
             self.base_model.config.pretraining_tp = 1  # slices base weights in forward, past the adapters
 
@@ -93,16 +97,16 @@ class PeftModel(nn.Module):
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
-        return self.base_model.peft_config
+        return self._tuner.peft_config
 
     @property
     def active_adapters(self) -> list[str]:
-        return self.base_model.active_adapters
+        return self._tuner.active_adapters
 
     @property
     def active_adapter(self) -> str:
         """The (first) active adapter."""
-        active = self.base_model.active_adapters
+        active = self._tuner.active_adapters
         return active[0] if active else ""
 
     @property
@@ -131,7 +135,7 @@ class PeftModel(nn.Module):
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        return bool(self.active_adapters) and not self.base_model._adapters_disabled
+        return bool(self.active_adapters) and not self._tuner._adapters_disabled
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype | None:
@@ -139,15 +143,16 @@ class PeftModel(nn.Module):
 
     def get_base_model(self) -> nn.Module:
         """The base model (with the adapters in it)."""
-        return self.base_model.model
+        return self._tuner.model
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_model":  # not there yet, or unpickling
+            if name in ("base_model", "_tuner"):  # not there yet, or unpickling
                 raise
-            return getattr(self.base_model, name)
+        # The adapters' methods first: transformers has some of the same names.
+        return getattr(self._tuner, name)
 
     # Adapters
 
@@ -175,8 +180,8 @@ class PeftModel(nn.Module):
         self._add_task_heads(peft_config)
         self.peft_config[adapter_name] = peft_config
         try:
-            self.base_model.inject_adapter(
-                self.base_model.model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
+            self._tuner.inject_adapter(
+                self.get_base_model(), adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
             )
         except Exception:
             del self.peft_config[adapter_name]
@@ -190,27 +195,27 @@ class PeftModel(nn.Module):
         Raises:
             ValueError: an adapter that does not exist.
         """
-        self.base_model.set_adapter(adapter_name, inference_mode)
+        self._tuner.set_adapter(adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters train or not, active or not; a freeze holds until it is taken back."""
-        self.base_model.set_requires_grad(adapter_names, requires_grad)
+        self._tuner.set_requires_grad(adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was the only active one, the first that is left becomes active."""
-        self.base_model.delete_adapter(adapter_name)
+        self._tuner.delete_adapter(adapter_name)
 
     @contextlib.contextmanager
     def disable_adapter(self):
         """Within this context the model is the base model."""
-        disabled = self.base_model._adapters_disabled
-        merged = [(layer, list(layer.merged_adapters)) for layer in self.base_model.layers() if layer.merged]
-        self.base_model.disable_adapter_layers()
+        disabled = self._tuner._adapters_disabled
+        merged = [(layer, list(layer.merged_adapters)) for layer in self._tuner.layers() if layer.merged]
+        self._tuner.disable_adapter_layers()
         try:
             yield
         finally:
             if not disabled:
-                self.base_model.enable_adapter_layers()
+                self._tuner.enable_adapter_layers()
             reshard(self)
             for layer, names in merged:  # a forward in between has unmerged it
                 if not layer.merged:
@@ -231,21 +236,51 @@ class PeftModel(nn.Module):
         return get_model_status(self)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return self.base_model.supports_lora_conversion(adapter_name)
+        return self._tuner.supports_lora_conversion(adapter_name)
 
     # Running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward. `adapter_names=[...]` names the adapter of every row (`__base__`: none)."""
         names = kwargs.pop("adapter_names", None)
-        with self._mixed_batch(names):
-            return self.get_base_model()(*args, **kwargs)
+        with self._mixed_batch(names), self._prompts(names, kwargs):
+            return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's generate. `adapter_names=[...]` names the adapter of every row (`__base__`: none)."""
         names = kwargs.pop("adapter_names", None)
-        with self._mixed_batch(names, generating=True):
+        with self._mixed_batch(names, generating=True), self._prompts(names, kwargs, generating=True):
             return self.get_base_model().generate(*args, **kwargs)
+
+    def _prompts(self, names: Sequence[str] | None, kwargs: dict, generating: bool = False):
+        """Within this context calls of the base model have the adapters' prompts, if they are of such a method."""
+        if not isinstance(self._tuner, PromptTuner):
+            return contextlib.nullcontext()
+        from .tuners.prompt_insertion import inserted
+
+        return inserted(self._tuner, names, kwargs, generating)
+
+    def get_prompt(self, batch_size: int, task_ids: torch.Tensor | None = None) -> Any:
+        """The active adapter's prompt for `batch_size` rows: embeddings (rows, tokens, width), or a cache (prefix).
+
+        Raises:
+            TypeError: the adapters are not of a prompt method.
+        """
+        return self._prompt_tuner().get_prompt(self.active_adapter, batch_size, task_ids)
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
+        """An adapter's prompt as files have it, (tokens, width).
+
+        Raises:
+            TypeError: the adapters are not of a prompt method.
+        """
+        encoder = self._prompt_tuner().prompt_encoder[adapter_name]
+        return encoder.finished(encoder.state_dict())
+
+    def _prompt_tuner(self) -> PromptTuner:
+        if not isinstance(self._tuner, PromptTuner):
+            raise TypeError(f"{self.peft_type} has no prompt: its adapters are in the layers")
+        return self._tuner
 
     @contextlib.contextmanager
     def _mixed_batch(self, adapter_names: Sequence[str] | None, generating: bool = False):
@@ -484,18 +519,18 @@ class PeftModel(nn.Module):
             self._refuse_empty(adapter_name, result.missing_keys)
         except Exception:
             if is_new:
-                self.base_model.take_back(adapter_name)
+                self._tuner.take_back(adapter_name)
                 del self.peft_config[adapter_name]
             raise
         report_incompatible(result, adapter_name, model_id)
-        self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        self._tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not is_trainable:
             self.eval()
         return result
 
     def _refuse_empty(self, adapter_name: str, missing: Sequence[str]) -> None:
         """Refuse an adapter that was created on the meta device and that its file did not fill."""
-        for layer in self.base_model.layers():
+        for layer in self._tuner.layers():
             if any(tensor.is_meta for _, tensor in layer.adapter_tensors(adapter_name)):
                 raise ValueError(
                     f"With low_cpu_mem_usage the file must hold every tensor of adapter {adapter_name!r}, but it lacks "
@@ -514,12 +549,6 @@ def _removing(handle):
         yield handle
     finally:
         handle.remove()
-
-
-def _refuse_prompts(peft_config: PeftConfig) -> None:
-    config_class(peft_config.peft_type)
-    if peft_config.is_prompt_learning:
-        raise NotImplementedError(f"{peft_config.peft_type}: prompt learning is not in this version of peft")
 
 
 class PeftModelForSequenceClassification(PeftModel):
@@ -565,4 +594,4 @@ TASK_CLASSES: dict[str, type[PeftModel]] = {
     TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
 }
 
-explain_missing(__name__)
+explain_missing(__name__, {"TrainableTokensWrapper": "peft.tuners.trainable_tokens.wrapper"})

@@ -101,10 +101,14 @@ class Case:
     Attributes:
         name: what the table shows.
         base: key of `BASES`.
-        adapters: `{adapter name: arguments of LoraConfig}`, the first one active.
+        adapters: `{adapter name: arguments of its configuration}`, the first one active.
+        config: the class of the configurations.
         dtype: of the base model.
         tolerance: largest difference of an output.
         upstream_merges: whether upstream's merged model gives what it gave before merging.
+        is_prompt: whether the adapters are prompts, which cannot be merged, and of which upstream has no status and
+            none to train on.
+        extra: further inputs, one entry per row.
     """
 
     name: str
@@ -113,22 +117,58 @@ class Case:
     dtype: torch.dtype = torch.float32
     tolerance: float = 1e-5
     upstream_merges: bool = True
+    config: str = "LoraConfig"
+    is_prompt: bool = False
+    extra: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass
 class _Family:
-    """Cases on one base model."""
+    """Cases on one base model, of one method."""
 
     base: str
     common: dict = field(default_factory=dict)
+    config: str = "LoraConfig"
 
     def __call__(self, name: str, **config) -> Case:
-        return Case(name, self.base, {"default": self.common | config})
+        return Case(name, self.base, {"default": self.common | config}, config=self.config)
 
 
 _llama_case = _Family("llama", {"task_type": "CAUSAL_LM"})
 _gpt2_case = _Family("gpt2", {"task_type": "CAUSAL_LM", "fan_in_fan_out": True})
 _opt_case = _Family("opt", {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj", "fc1"]})
+
+_causal = {"task_type": "CAUSAL_LM"}
+_ranks = {**_causal, "total_step": 100}
+
+
+def _lycoris_cases(config: str) -> list[Case]:
+    name, images = config.removesuffix("Config"), ["line.0", "plane.0", "head"]  # upstream has no Conv3d
+    return [
+        _Family("llama", _causal, config)(f"{name}, defaults"),
+        _Family("llama", _causal, config)(f"{name}, patterns, all-linear", r=2, target_modules="all-linear",
+                                          rank_pattern={"up_proj": 3}, alpha_pattern={"q_proj": 3.0}),
+        _Family("bert-sequences", {"task_type": "SEQ_CLS"}, config)(f"{name}, BERT", r=4, alpha=16),
+        _Family("conv", {}, config)(f"{name}, convolutions", r=1, target_modules=images),
+        _Family("conv", {}, config)(f"{name}, convolutions, full", r=8, target_modules=images),
+    ]  # fmt: skip
+
+
+_prompts = {
+    "PromptTuningConfig": {},
+    "MultitaskPromptTuningConfig": {"num_tasks": 3, "num_ranks": 2},
+    "PromptEncoderConfig": {"encoder_hidden_size": 12},
+    "PrefixTuningConfig": {},
+}
+_tasks = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert-sequences": "SEQ_CLS", "bert-tokens": "TOKEN_CLS",
+          "t5": "SEQ_2_SEQ_LM"}  # fmt: skip
+
+
+def _prompt_case(base: str, config: str, name: str, **fields) -> Case:
+    own = {"num_virtual_tokens": 5, "task_type": _tasks[base], **_prompts.get(config, {}), **fields}
+    extra = {"task_ids": [0, 2, 1]} if config.startswith("Multitask") else {}
+    return Case(name, base, {"default": own}, config=config, is_prompt=True, extra=extra)
+
 
 CASES = [
     _llama_case("Llama, defaults"),
@@ -172,4 +212,32 @@ CASES = [
     _Family("t5")("T5, all-linear", task_type="SEQ_2_SEQ_LM", target_modules="all-linear"),
     _Family("conv")("Convolutions", target_modules=["line.0", "plane.0", "space.0", "head"], r=2),
     _Family("conv")("Convolutions, modules_to_save", target_modules=["plane.0"], modules_to_save=["head"]),
+    *_lycoris_cases("LoHaConfig"),
+    *_lycoris_cases("LoKrConfig"),
+    # (Upstream's LoKr fails on such kernels as these here.)
+    _Family("conv", {}, "LoHaConfig")("LoHa, convolutions, kernels apart", r=2, use_effective_conv2d=True,
+                                      target_modules=["line.0", "plane.0", "head"]),
+    _Family("llama", _ranks, "AdaLoraConfig")("AdaLoRA, defaults"),
+    _Family("llama", _ranks, "AdaLoraConfig")("AdaLoRA, all-linear, dropout", init_r=5, target_r=3, lora_alpha=16,
+                                              lora_dropout=0.1, target_modules="all-linear"),
+    _Family("gpt2", {**_ranks, "fan_in_fan_out": True}, "AdaLoraConfig")("AdaLoRA, GPT-2 (Conv1D)"),
+    _Family("opt", _ranks, "AdaLoraConfig")("AdaLoRA, OPT, bias lora_only", bias="lora_only"),
+    _Family("conv", {"total_step": 100}, "AdaLoraConfig")("AdaLoRA, convolutions",
+                                                          target_modules=["plane.0", "head"]),
+    *(_prompt_case(base, config, f"{config.removesuffix('Config')}, {base}") for config in _prompts for base in _tasks),
+    _prompt_case("llama", "PromptEncoderConfig", "PromptEncoder, LSTM", encoder_reparameterization_type="LSTM"),
+    _prompt_case("llama", "PrefixTuningConfig", "PrefixTuning, projection", prefix_projection=True),
+    Case("CPT", "llama", {"default": {"cpt_token_ids": [5, 6, 7, 8], "cpt_tokens_type_mask": [1, 2, 3, 4],
+                                      "task_type": "CAUSAL_LM"}}, config="CPTConfig", is_prompt=True),
+    *(Case(f"LLaMA-Adapter, {base}", base, {"default": {**_causal, "adapter_len": 4, "adapter_layers": 2}},
+           config="AdaptionPromptConfig", is_prompt=True) for base in ("llama", "gpt2")),
+    _Family("llama", _causal, "VeraConfig")("VeRA, defaults"),
+    _Family("llama", _causal, "VeraConfig")("VeRA, layers of several sizes, dropout", r=16, d_initial=0.5,
+                                            projection_prng_key=3, target_modules="all-linear", vera_dropout=0.1),
+    _Family("llama", _causal, "VeraConfig")("VeRA, without projections", r=8, save_projection=False),
+    _Family("gpt2", {**_causal, "fan_in_fan_out": True}, "VeraConfig")("VeRA, GPT-2 (Conv1D)", r=8),
+    _Family("opt", _causal, "VeraConfig")("VeRA, OPT, bias vera_only", r=8, bias="vera_only",
+                                          target_modules=["q_proj", "v_proj"]),
+    _Family("llama", _causal, "LoKrConfig")("LoKr, both decomposed, lycoris's start", r=2, decompose_both=True,
+                                            decompose_factor=8, target_modules="all-linear", init_weights="lycoris"),
 ]  # fmt: skip

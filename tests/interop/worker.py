@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -61,10 +62,11 @@ def adapter_folder(folder: Path, library: str, case: Case, adapter: str) -> Path
 def compute(model: nn.Module, inputs: dict[str, torch.Tensor], case: Case) -> dict[str, torch.Tensor]:
     """What the model gives with each adapter, without any, and with another one per row of the batch."""
     results = {}
+    extra = {key: torch.tensor(value) for key, value in case.extra.items()}
     with torch.no_grad():
         for name in case.adapters:
             model.set_adapter(name)
-            results[name] = outputs(model(**inputs))
+            results[name] = outputs(model(**inputs, **extra))
         with model.disable_adapter():
             results["(disabled)"] = outputs(model(**inputs))
         if len(case.adapters) > 1:
@@ -87,22 +89,31 @@ def state(model: nn.Module, case: Case) -> dict:
         "active_adapter": model.active_adapter,
         "active_adapters": list(model.active_adapters),
         "printed": printed.getvalue().strip(),
-        "parameters": {n: [list(p.shape), str(p.dtype), p.requires_grad] for n, p in model.named_parameters()},
+        "parameters": {_plain(n): [list(p.shape), str(p.dtype), p.requires_grad] for n, p in model.named_parameters()},
         "state_dict": {a: {k: [list(t.shape), str(t.dtype)] for k, t in ts.items()} for a, ts in tensors.items()},
-        "model_status": asdict(model.get_model_status()),
-        "layer_status": sorted((asdict(s) for s in model.get_layer_status()), key=lambda s: s["name"]),
+        "model_status": None if case.is_prompt else asdict(model.get_model_status()),
+        "layer_status": []
+        if case.is_prompt
+        else sorted((asdict(s) for s in model.get_layer_status()), key=lambda s: s["name"]),
     }
 
 
+def _plain(name: str) -> str:
+    """The name of a parameter; in adapted attention upstream has others, and the last adapter alone."""
+    inside = re.sub(r"attn\.(model|base_layer)\.", "attn.", name)
+    return re.sub(r"(adaption_\w+)\.default$", r"\1", inside)
+
+
 def save(folder: Path, library: str, case: Case) -> dict:
-    from peft import LoraConfig, get_peft_model
+    import peft
 
     base, inputs = load_base(folder, case)
     torch.manual_seed(0)
     (first, config), *others = case.adapters.items()
-    model = get_peft_model(base, LoraConfig(**config), adapter_name=first)
+    make_config = getattr(peft, case.config)
+    model = peft.get_peft_model(base, make_config(**config), adapter_name=first)
     for name, config in others:
-        model.add_adapter(name, LoraConfig(**config))
+        model.add_adapter(name, make_config(**config))
     with torch.no_grad():
         for name in case.adapters:  # so that nothing that is trained is as it was
             model.set_adapter(name)
@@ -149,11 +160,14 @@ def load(folder: Path, library: str, other: str, case: Case) -> dict:
         PeftConfig.from_pretrained(source)
     results = compute(model, inputs, case)
     report["differences"] = {name: (results[name] - expected[name]).abs().max().item() for name in expected}
-    report["spread"] = (expected[first] - expected["(disabled)"]).abs().max().item()
+    plain = expected["(disabled)"]
+    report["spread"] = (expected[first][:, -plain.shape[1] :] - plain).abs().max().item()  # without virtual tokens
+    if case.is_prompt:
+        return report
     trainable = PeftModel.from_pretrained(
         load_base(folder, case)[0], adapter_folder(folder, other, case, first), adapter_name=first, is_trainable=True
     )
-    report["trainable"] = sorted(name for name, p in trainable.named_parameters() if p.requires_grad)
+    report["trainable"] = sorted(_plain(name) for name, p in trainable.named_parameters() if p.requires_grad)
     with torch.no_grad():
         merged = outputs(model.merge_and_unload()(**inputs))
     report["merged_difference"] = (merged - expected[first]).abs().max().item()

@@ -27,7 +27,7 @@ from ..utils.other import (
 from ..utils.placement import home_device, offload_hook, own_tensor, reshard
 from ..utils.quantization_utils import forget_quantization, is_quantized, keep_packed
 from ..utils.warning import warn
-from .ops import make_op
+from .ops import OP_KINDS, make_op
 from .parts import (
     cast_adapter_dtype,
     check_known,
@@ -97,7 +97,11 @@ class BaseTuner(nn.Module):
     """
 
     prefix: str = ""
+    # Attributes that map an adapter's name to a tensor that all its layers share.
+    adapter_layer_names: tuple[str, ...] = ()
     tuner_layer_cls: type[BaseTunerLayer] = BaseTunerLayer
+    # Kind of op -> class, for methods that do not have one class for all kinds.
+    layer_classes: dict[str, type[BaseTunerLayer]] = {}
     target_module_mapping: dict[str, list[str]] = {}
     # target_modules where neither the configuration nor target_module_mapping says any; None: that is an error.
     default_targets: str | None = None
@@ -136,12 +140,15 @@ class BaseTuner(nn.Module):
 
     # What a method may add
 
-    def shared_state(self, config, targets: dict[str, nn.Module]) -> None:
+    def shared_state(self, config, targets: dict[str, nn.Module], adapter_name: str) -> None:
         """Called once per new adapter with its targets (`{key: base layer}`), before any layer is made."""
 
     def layer_kwargs(self, config, key: str) -> dict:
         """What `update_layer` gets besides the name and the configuration, for the layer `key`."""
         return {}
+
+    def add_parts(self, config, adapter_name: str) -> None:
+        """Called when all layers have the new adapter, for what it has beside them."""
 
     def layer_class(self, target: nn.Module, key: str) -> type[BaseTunerLayer]:
         """The class of the adapter layer around `target`.
@@ -150,12 +157,13 @@ class BaseTuner(nn.Module):
             ValueError: the method has no layer for this kind of module.
         """
         op = make_op(target)
-        if op is None:
+        classes = self.layer_classes
+        if op is None or (classes and op.kind not in classes):
             raise ValueError(
-                f"Target module {key} ({type(target).__name__}) is not supported. Supported are linear and convolution "
-                "layers, transformers' Conv1D, embeddings and norms: narrow target_modules or use exclude_modules"
+                f"Target module {key} ({type(target).__name__}) is not supported by {type(self).__name__}, which has "
+                f"layers for {', '.join(classes or OP_KINDS)}: narrow target_modules or use exclude_modules"
             )
-        return self.tuner_layer_cls
+        return classes[op.kind] if classes else self.tuner_layer_cls
 
     def prepare_config(self, config):
         """Fill in what the configuration leaves to the model (here: the targets)."""
@@ -216,7 +224,7 @@ class BaseTuner(nn.Module):
         targets = self._without_whole_modules(config, targets, explicit=given is not None and given != "all-linear")
         self._check_supported(targets)
         self._warn_of_names_without_use(config, given, targets)
-        self.shared_state(config, targets)
+        self.shared_state(config, targets, adapter_name)
         active, disabled = self.active_adapters, self._adapters_disabled
         keep_packed(model, is_trainable=not config.inference_mode)
         shared, places, changes = shared_parameters(model), Places(model), []
@@ -233,9 +241,12 @@ class BaseTuner(nn.Module):
                     places.replace(target, layer)  # a module may stand in more places than the one called `key`
                     layer._active_adapter = list(active)
                     layer.enable_adapters(not disabled)
-                layer.op.shared |= id(layer.weight) in shared  # a merged layer has parted from the others for a while
+                # A merged layer has parted from the others for a while.
+                layer.op.shared |= not layer.keeps_ties and id(layer.weight) in shared
                 changes.append(layer.base_change(adapter_name, config))
             wrap_modules_to_save(model, getattr(config, "modules_to_save", None) or [], adapter_name)
+            with torch.device("meta") if low_cpu_mem_usage else nullcontext():
+                self.add_parts(config, adapter_name)
             _check_biases(model, config, adapter_name)
             for change in filter(None, changes):
                 change()
@@ -443,7 +454,7 @@ class BaseTuner(nn.Module):
         for layer in self.layers():
             if not enabled and layer.merged:
                 layer.unmerge()
-        for module in (*self.layers(), *self.wrappers()):
+        for module in modules_with_adapters(self.model):
             module.enable_adapters(enabled)
 
     def enable_adapter_layers(self) -> None:

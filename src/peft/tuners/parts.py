@@ -26,6 +26,7 @@ from ..utils.warning import warn
 from .ops import make_op
 from .tuners_utils import BaseTunerLayer, as_list
 
+PROMPTS = "_peft_prompts"  # attribute of a base model: the `PromptEncoders` of its adapters, if it has any
 _BIASES = "_peft_trained_biases"  # attribute of a base model: its `TrainedBiases`, if an adapter trains any
 
 
@@ -90,8 +91,13 @@ def drop_trained_biases(model: nn.Module) -> None:
         biases.delete_adapter(name)
 
 
-def modules_with_adapters(model: nn.Module) -> Iterator[BaseTunerLayer | AuxiliaryTrainingWrapper]:
-    return (module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)))
+def modules_with_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """Adapter layers, modules that are trained whole, and what holds the encoders of prompts."""
+    for module in model.modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            yield module
+        elif PROMPTS in vars(module):
+            yield vars(module)[PROMPTS]
 
 
 def parts(model: nn.Module) -> Iterator[AdapterParts]:
@@ -139,8 +145,7 @@ def set_adapter(
     check_known(names, known_adapters(model))
     chosen = [part for part in parts(model) if isinstance(part, layer_cls) or not isinstance(part, BaseTunerLayer)]
     for part in chosen:
-        if isinstance(part, AuxiliaryTrainingWrapper):
-            part.check_active(names)
+        part.check_active(names)
     reshard(model)
     if any(isinstance(part, BaseTunerLayer) and part.merged and part.active_adapters != names for part in chosen):
         warn("Adapters are merged into the base weights; they are unmerged before switching")
@@ -174,8 +179,8 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     places = Places(model)
     for part in list(parts(model)):
         part.delete_adapter(adapter_name)
-        if isinstance(part, nn.Module) and not part._available_adapters:
-            plain = part.base_layer if isinstance(part, BaseTunerLayer) else part.original_module
+        if isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not part._available_adapters:
+            plain = part.base_layer if isinstance(part, BaseTunerLayer) else part.unload([])
             places.replace(part, plain)
 
 
@@ -266,5 +271,5 @@ def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> dic
     shared = shared_parameters(model)
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
-            layer.op.shared = id(layer.weight) in shared
+            layer.op.shared = not layer.keeps_ties and id(layer.weight) in shared
     return replaced

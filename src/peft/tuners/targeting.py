@@ -42,6 +42,11 @@ def get_pattern_key(pattern_keys: Iterable[str], key_to_match: str) -> str:
     return key_to_match
 
 
+def for_module(key: str, pattern: dict, default):
+    """The value of a pattern's first entry that fits module `key`, or else the default."""
+    return pattern.get(get_pattern_key(pattern, key), default)
+
+
 def layer_index(key: str, layers_pattern: str | Sequence[str] | None) -> int | None:
     """The number of the layer that `key` belongs to.
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .._lazy import explain_missing
@@ -24,7 +25,9 @@ from ..utils.placement import onloaded as onload_layer, whole_modules  # noqa: F
 from ..utils.warning import warn
 from .ops import Op, make_op
 
-__all__ = ["AdditiveLayer", "BASE_ADAPTER", "BaseTunerLayer", "MergeError", "WeightSpaceLayer"]
+__all__ = [
+    "AdditiveLayer", "BASE_ADAPTER", "BaseTunerLayer", "LowRankLayer", "MergeError", "ScaledLayer", "WeightSpaceLayer",
+]  # fmt: skip
 
 BASE_ADAPTER = "__base__"  # in a mixed batch: this row goes through the base model
 
@@ -76,6 +79,10 @@ class BaseTunerLayer(AdapterParts):
     _active_adapter: str | list[str] = "default"
     # Whether parameters of half precision are widened to float32 (autocast_adapter_dtype) after creation.
     widens_parameters: bool = True
+    # Whether what shares the base layer's weight is adapted likewise, so that merging changes it for all of them.
+    keeps_ties: bool = False
+    # Whether the base model's embeddings belong into the file of an adapter that targets them.
+    saves_embeddings: bool = True
     cast_input_dtype_enabled: bool = True  # see helpers.disable_input_dtype_casting
 
     def __init__(self, base_layer: nn.Module):
@@ -129,6 +136,9 @@ class BaseTunerLayer(AdapterParts):
             tensors: by their names in the model, those of all layers.
         """
 
+    def before_save(self, name: str, path: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Called with what is to be saved of adapter `name`, by its names in the model; may change it."""
+
     def after_load(self, name: str) -> None:
         """Called when tensors were loaded into adapter `name`: bring them into the form that the method relies on."""
 
@@ -175,18 +185,18 @@ class BaseTunerLayer(AdapterParts):
 
     # Forward
 
-    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def forward(self, *args, **kwargs) -> torch.Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
         if self._disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)
         if adapter_names is not None:
-            return self._mixed_forward(adapter_names, x, *args, **kwargs)
+            return self._mixed_forward(adapter_names, *args, **kwargs)
         active = self._applied_adapters()
         if not active:
-            return self.base_layer(x, *args, **kwargs)
-        return self._apply_adapters(active, x, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)
+        return self._apply_adapters(active, *args, **kwargs)
 
     def _applied_adapters(self) -> list[str]:
         """Active adapters that this layer has and that are not in the base weight already."""
@@ -202,18 +212,18 @@ class BaseTunerLayer(AdapterParts):
             y = self.post(name, inputs.pop(), y, names[:i])
         return y
 
-    def _mixed_forward(self, adapter_names: Sequence[str], x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def _mixed_forward(self, adapter_names: Sequence[str], *args, **kwargs) -> torch.Tensor:
         """Row `i` of the batch goes through `adapter_names[i]` (`__base__`: none)."""
         if self.merged:
             raise ValueError("A mixed batch needs the plain base weights: call unmerge_adapter() first")
         available = self._available_adapters
         ways = [name if name in available else BASE_ADAPTER for name in adapter_names]
-        return run_by_row(self._apply_or_base, ways, (x, *args), kwargs)
+        return run_by_row(self._apply_or_base, ways, args, kwargs)
 
-    def _apply_or_base(self, name: str, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def _apply_or_base(self, name: str, *args, **kwargs) -> torch.Tensor:
         if name == BASE_ADAPTER:
-            return self.base_layer(x, *args, **kwargs)
-        return self._apply_adapters([name], x, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)
+        return self._apply_adapters([name], *args, **kwargs)
 
     # Merging
 
@@ -289,7 +299,9 @@ class BaseTunerLayer(AdapterParts):
         return whole_modules(parts, write)
 
     def _mergeable(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if name in self._available_adapters and name not in self.merged_adapters]
+        new = [name for name in names if name in self._available_adapters and name not in self.merged_adapters]
+        self.check_active([*self.merged_adapters, *new])
+        return new
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -340,6 +352,7 @@ class BaseTunerLayer(AdapterParts):
         What its user froze stays frozen.
         """
         names = as_list(adapter_names)
+        self.check_active(names)
         for name in self._available_adapters:
             self._set_flags(name, name in names and not inference_mode)
         self._active_adapter = names
@@ -396,6 +409,11 @@ class AdditiveLayer(BaseTunerLayer):
     def post(self, name, x, y, before=()):
         return y + self.delta(name, x).to(y.dtype)
 
+    def _apply_adapters(self, names, x, *args, **kwargs):
+        if self.op.kind != "Embedding" or self.op.own_forward is None:
+            return super()._apply_adapters(names, x, *args, **kwargs)
+        return self.op.op(x, *self.folded(names), *args, **kwargs)  # which rows are taken only its forward knows
+
     def fold(self, name, W, b):
         return W + self.delta_weight(name).to(W), b
 
@@ -409,6 +427,83 @@ class AdditiveLayer(BaseTunerLayer):
         return True
 
 
+class ScaledLayer(AdditiveLayer):
+    """`W + scaling * product`: give `product` and `_initial_scaling`; callers may change the scaling at any time."""
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__(base_layer)
+        self.r: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+
+    def product(self, name: str) -> torch.Tensor:
+        """The change of the weight without the scaling, (O, I, *K)."""
+        raise NotImplementedError
+
+    def _initial_scaling(self, name: str) -> float:
+        """The scaling that the configuration asks for."""
+        raise NotImplementedError
+
+    def delta_weight(self, name):
+        return self.product(name) * self.scaling[name]
+
+    def remember(self, name, W, b):
+        """The scaling as it is merged with: it may be set anew before unmerging."""
+        return self.scaling[name]
+
+    def unfold(self, name, W, b, memory):
+        now, self.scaling[name] = self.scaling[name], memory
+        try:
+            return super().unfold(name, W, b, None)
+        finally:
+            self.scaling[name] = now
+
+    # As diffusers and transformers use it
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Scale the delta by `scale` times what its configuration says."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._initial_scaling(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters, or (None) set it back to what the configuration says."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = self._initial_scaling(name) if scale is None else self.scaling[name] / scale
+
+
+class LowRankLayer(AdditiveLayer):
+    """`W + B A` with plain factors over all inputs of an output: give `factors`, and `dropped` where there is dropout.
+
+    I K is the number of weights of one output channel: input channels (of one group) times the kernel's size.
+    """
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """`A (r, I K)` and `B (O, r)`, scaled."""
+        raise NotImplementedError
+
+    def dropped(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """The delta's input after dropout; tokens are not dropped."""
+        return x
+
+    def delta_weight(self, name):
+        A, B = self.factors(name)
+        return (B @ A).view(self.op.weight_shape)
+
+    def delta(self, name, x):
+        if self.op.kind not in ("Linear", "Embedding"):
+            return super().delta(name, self.dropped(name, x))
+        A, B = self.factors(name)
+        if self.op.kind == "Linear":
+            return F.linear(F.linear(self.dropped(name, x), A.to(x.dtype)), B.to(x.dtype))
+        return self.op.scaled(F.linear(F.embedding(x, A.T), B))
+
+
 class WeightSpaceLayer(BaseTunerLayer):
     """Methods that are a function of the weight: forward runs the op on the folded weight."""
 
@@ -420,6 +515,7 @@ class WeightSpaceLayer(BaseTunerLayer):
 explain_missing(
     __name__,
     {
+        "BasePromptEncoder": "peft.tuners.prompt_learning",
         "BaseTuner": "peft.tuners.base",
         "get_pattern_key": "peft.tuners.targeting",
         "init_empty_weights": "accelerate",

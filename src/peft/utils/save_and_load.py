@@ -17,7 +17,7 @@ from torch import nn
 
 from .._lazy import explain_missing
 from .constants import DUMMY_TARGET_MODULES, SAFETENSORS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from .other import AuxiliaryTrainingWrapper
+from .other import AdapterParts, AuxiliaryTrainingWrapper
 from .placement import (
     OffloadedTensor,
     home_device,
@@ -42,27 +42,45 @@ def _plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+def _holders(model: nn.Module):
+    """`(path, module)` of everything in a model that holds tensors of adapters."""
+    from ..tuners.base import BaseTuner
+
+    return ((path, part) for path, part in model.named_modules() if isinstance(part, (AdapterParts, BaseTuner)))
+
+
 def adapter_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """`{key in model.state_dict(): key in the adapter's file}` for every tensor of one adapter."""
-    from ..tuners.tuners_utils import BaseTunerLayer
-
     keys: dict[str, str] = {}
-    for path, module in model.named_modules():
-        if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            continue
+    paths = {module: path for path, module in _holders(model)}
+    for module, path in paths.items():
+        if _holds_prompts(module, adapter_name):  # `BasePromptEncoder.to_file` makes the file's keys of these
+            names = module[adapter_name].state_dict()
+            keys.update({f"{path}.{adapter_name}.{name}": f"prompt_encoder.{name}" for name in names})
+        stored = paths[getattr(module, "stored_as", module)]
         for attribute in module.adapter_layer_names:
             container = getattr(module, attribute, {})
-            if adapter_name not in container:
+            if adapter_name not in container or adapter_name in getattr(container, "_non_persistent_buffers_set", ()):
                 continue
             memory = f"{path}.{attribute}.{adapter_name}"
             # A module that is trained whole has its own place in the file.
-            file = _plain_name(path if isinstance(module, AuxiliaryTrainingWrapper) else f"{path}.{attribute}")
+            file = _plain_name(stored if isinstance(module, AuxiliaryTrainingWrapper) else f"{stored}.{attribute}")
             entry = container[adapter_name]
             if isinstance(entry, nn.Module):
                 keys.update({f"{memory}.{name}": f"{file}.{_plain_name(name)}" for name in entry.state_dict()})
             else:
                 keys[memory] = file
     return keys
+
+
+def _holds_prompts(module: nn.Module, adapter_name: str) -> bool:
+    from ..tuners.prompt_learning import PromptEncoders
+
+    return isinstance(module, PromptEncoders) and adapter_name in module
+
+
+def _prompt_encoder(model: nn.Module, adapter_name: str) -> nn.Module | None:
+    return next((module[adapter_name] for module in model.modules() if _holds_prompts(module, adapter_name)), None)
 
 
 def _config_of(model: nn.Module, adapter_name: str):
@@ -89,6 +107,7 @@ def _embedding_keys(model: nn.Module, save_embedding_layers: bool | str, config,
     if save_embedding_layers == "auto":
         if not _vocabulary_changed(model, config):
             modules = [m for m in modules if isinstance(m, BaseTunerLayer) and adapter_name in m._available_adapters]
+            modules = [m for m in modules if m.saves_embeddings]
             modules = [m for m in modules if not is_quantized(m.get_base_layer())]  # the base model is packed anew
         if modules:
             warn(
@@ -174,7 +193,12 @@ def get_peft_model_state_dict(
         wanted = whole_tensors(model, wanted)
     else:
         wanted = {name: whole_tensor(tensor) for name, tensor in wanted.items()}
-    return {file: wanted[name] for name, file in keys.items()}
+    for path, module in _holders(model):
+        if adapter_name in getattr(module, "_available_adapters", ()) and hasattr(module, "before_save"):
+            module.before_save(adapter_name, path if state_dict is None else _plain_name(path), wanted)
+    result = {file: wanted[name] for name, file in keys.items()}
+    encoder = _prompt_encoder(model, adapter_name)
+    return result if encoder is None else encoder.to_file(result)
 
 
 def set_peft_model_state_dict(
@@ -207,6 +231,9 @@ def set_peft_model_state_dict(
             f"Adapter {adapter_name!r} is merged, and with other tensors it could not be taken out again: call "
             "unmerge_adapter() before loading into it"
         )
+    encoder = _prompt_encoder(model, adapter_name)
+    if encoder is not None:
+        peft_model_state_dict = encoder.from_file(peft_model_state_dict)
     expected = {file: name for name, file in adapter_keys(model, adapter_name).items()}
     expected.update({_plain_name(name): name for name in _bias_keys(model, config, adapter_name)})
     # Of the base model a file may bring the embeddings, nothing else.
@@ -289,6 +316,9 @@ def _device_of(model: nn.Module, name: str, current: torch.device) -> torch.devi
             break
         if isinstance(module, AuxiliaryTrainingWrapper):
             home = home_device(module.original_module)
+            break
+        if hasattr(module, "word_embeddings") and path[depth - 1] == "prompt_encoder":
+            home = home_device(module.word_embeddings)
             break
     else:
         return torch.device("cpu")
@@ -417,15 +447,13 @@ def write_adapter(tensors: dict[str, torch.Tensor], folder: str, safe_serializat
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The base model's tensors, whole, under the names that they have without adapters."""
-    adapters = {name for adapter in getattr(model, "peft_config", {}) for name in adapter_keys(model, adapter)}
-    own = {key: tensor for key, tensor in model.state_dict().items() if key not in adapters}
+    own = _base_tensors(model)
     return {_base_key(key): tensor for key, tensor in whole_tensors(model, own).items()}
 
 
 def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], strict: bool = True):
     """Load tensors, under the names that they have without adapters, into the base model of an adapted one."""
-    adapters = {name for adapter in getattr(model, "peft_config", {}) for name in adapter_keys(model, adapter)}
-    names = {_base_key(key): key for key in model.state_dict() if key not in adapters}
+    names = {_base_key(key): key for key in _base_tensors(model)}
     missing = [key for key in names if key not in state_dict]
     unexpected = [key for key in state_dict if key not in names]
     if strict and (missing or unexpected):
@@ -438,6 +466,17 @@ def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, torch.Tens
         _write_elsewhere(model, name, found.pop(name))
     model.load_state_dict(found, strict=False)
     return IncompatibleKeys(missing, unexpected)
+
+
+def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The part of the state dict that belongs to no adapter."""
+    others: set[str] = set()
+    for path, holder in _holders(model):
+        for attribute in (*holder.adapter_layer_names, *getattr(holder, "other_param_names", ())):
+            container = getattr(holder, attribute, None)
+            if isinstance(container, nn.Module):
+                others.update(f"{path}.{attribute}.{key}" for key in container.state_dict())
+    return {key: tensor for key, tensor in model.state_dict().items() if key not in others}
 
 
 def _base_key(key: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
@@ -10,7 +9,7 @@ from typing import Literal
 from ..._lazy import explain_missing
 from ...config import documented
 from ...utils.peft_types import PeftType
-from ..common_config import TargetedConfig, check_pattern
+from ..common_config import TargetedConfig, check_probability, check_rank_and_alpha, check_tokens
 
 INIT_NAMES = ("gaussian", "orthogonal", "loftq")
 # Initialisations of upstream's that are not in this version. An adapter's file brings its tensors, whatever they were
@@ -21,7 +20,6 @@ INIT_FIELDS = ("eva_config", "corda_config", "lora_ga_config")  # how to initial
 # Switches of upstream's whose method is not in this version: field -> what it would be.
 NOT_YET = {
     "megatron_config": "Megatron parallel layers",
-    "trainable_token_indices": "trainable tokens",
     "eva_config": "EVA initialisation",
     "corda_config": "CorDA initialisation",
     "lora_ga_config": "LoRA-GA initialisation",
@@ -104,7 +102,8 @@ class LoraConfig(TargetedConfig):
     megatron_core: str | None = "megatron.core"
     """Import path of Megatron; without effect while megatron_config is None."""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    """Not in this version."""
+    """Tokens whose embeddings are trained and saved beside the adapter: ids of the input embeddings', or {end of a
+    module's name: ids}. What is tied to a module is trained along."""
     loftq_config: LoftQConfig | dict | None = field(default_factory=dict)
     """Bits and turns of init_lora_weights="loftq": a LoftQConfig, or its fields as a dict."""
     eva_config: dict | None = None
@@ -145,10 +144,11 @@ class LoraConfig(TargetedConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.LORA
-        self.rank_pattern = self.rank_pattern or {}
-        self.alpha_pattern = self.alpha_pattern or {}
         self._check_loftq()
         self._check_numbers()
+        tokens = self.trainable_token_indices or {}
+        for name, ids in (tokens if isinstance(tokens, dict) else {"input embeddings": tokens}).items():
+            check_tokens(f"trainable_token_indices ({name})", ids)
         for name, what in NOT_YET.items():
             if getattr(self, name) and not (self.inference_mode and name in INIT_FIELDS):
                 raise NotImplementedError(f"{name}={getattr(self, name)!r}: {what} is not in this version of peft")
@@ -156,22 +156,8 @@ class LoraConfig(TargetedConfig):
             raise NotImplementedError("runtime_config.ephemeral_gpu_offload is not in this version of peft")
 
     def _check_numbers(self):
-        ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}
-        for name, r in ranks.items():
-            if r < 1:
-                raise ValueError(f"LoRA rank must be a positive whole number, got {name}={r!r}")
-        alphas = {
-            "lora_alpha": self.lora_alpha,
-            **{f"alpha_pattern[{key!r}]": a for key, a in self.alpha_pattern.items()},
-        }
-        for name, alpha in alphas.items():
-            if alpha == 0 or not math.isfinite(alpha):
-                raise ValueError(f"{name} scales the delta, so it must be finite and not 0, got {alpha!r}")
-        for name in ("rank_pattern", "alpha_pattern"):
-            for key in getattr(self, name):
-                check_pattern(key, name)
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
+        check_rank_and_alpha(self, "lora_alpha")
+        check_probability(self, "lora_dropout")
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
         self._check_init()

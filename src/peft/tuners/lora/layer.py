@@ -18,7 +18,7 @@ from ...utils.loftq_utils import loftq_init
 from ...utils.placement import offload_hook
 from ...utils.quantization_utils import is_quantized
 from ..ops import is_plain, no_global_hooks
-from ..tuners_utils import AdditiveLayer
+from ..tuners_utils import ScaledLayer
 from .fused import fused_lora, lora_delta
 from .init import init_function
 
@@ -26,7 +26,7 @@ from .init import init_function
 VARIANT_KWARG_KEYS: list[str] = []
 
 
-class LoraLayer(AdditiveLayer):
+class LoraLayer(ScaledLayer):
     """What LoRA layers of all kinds share. A mixin: concrete layers inherit `nn.Module` too."""
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
@@ -34,9 +34,7 @@ class LoraLayer(AdditiveLayer):
 
     def __init__(self, base_layer: nn.Module):
         super().__init__(base_layer)
-        self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
         self.lora_bias: dict[str, bool] = {}
         self.lora_dropout = nn.ModuleDict()
@@ -117,13 +115,6 @@ class LoraLayer(AdditiveLayer):
         if not self.factors(name)[0].is_meta:
             self.set_factors(name, A, B)
 
-    def product(self, name: str) -> torch.Tensor:
-        """`B A` as a change of the weight, (O, I, *K), without the scaling."""
-        raise NotImplementedError
-
-    def delta_weight(self, name):
-        return self.product(name) * self.scaling[name]
-
     def _delta_bias(self, name: str) -> torch.Tensor | None:
         return self.lora_B[name].bias * self.scaling[name] if self.lora_bias[name] else None
 
@@ -135,32 +126,12 @@ class LoraLayer(AdditiveLayer):
         return W, bias.detach() if b is None else b + bias.to(b)
 
     def remember(self, name, W, b):
-        """The scaling as it is merged with (it may be set anew before unmerging), and the bias."""
-        return self.scaling[name], None if b is None else b.detach()
+        return super().remember(name, W, b), None if b is None else b.detach()
 
     def unfold(self, name, W, b, memory):
         scaling, bias = memory
-        wide = torch.promote_types(W.dtype, torch.float32)
-        return W.to(wide) - self.product(name).to(W.device, wide) * scaling, bias if self.lora_bias[name] else b
-
-    # Scaling, as diffusers and transformers use it
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Scale the delta by `scale` times what its configuration says."""
-        if adapter in self.scaling:
-            self.scaling[adapter] = scale * self._initial_scaling(adapter)
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the scaling of the active adapters."""
-        for name in self.active_adapters:
-            if name in self.scaling:
-                self.scaling[name] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scaling of the active adapters, or (None) set it back to what the configuration says."""
-        for name in self.active_adapters:
-            if name in self.scaling:
-                self.scaling[name] = self._initial_scaling(name) if scale is None else self.scaling[name] / scale
+        W, b = super().unfold(name, W, b, scaling)
+        return W, bias if self.lora_bias[name] else b
 
     def __repr__(self) -> str:
         return "lora." + super().__repr__()
@@ -288,19 +259,9 @@ class Embedding(LoraLayer, nn.Module):
         A, B = self.factors(name)
         return B @ A
 
-    def _apply_adapters(self, names, x, *args, **kwargs):
-        if self.op.own_forward is None:
-            return super()._apply_adapters(names, x, *args, **kwargs)
-        return self.op.op(x, *self.folded(names), *args, **kwargs)  # which rows are taken only its forward knows
-
-    def post(self, name, x, y, before=()):
-        A, B = self.factors(name)
-        delta = F.linear(F.embedding(x, A.T), B) * self.scaling[name]
-        scale = self.op.embed_scale
-        return y + (delta if scale is None else delta * scale.to(delta)).to(y.dtype)
-
     def delta(self, name, x):
-        return self.post(name, x, torch.zeros((), dtype=self.lora_embedding_B[name].dtype, device=x.device))
+        A, B = self.factors(name)
+        return self.op.scaled(F.linear(F.embedding(x, A.T), B) * self.scaling[name])
 
 
 explain_missing(__name__, dict.fromkeys(["dequantize_module_weight", "gather_params_ctx"], "peft.utils.integrations"))

@@ -6,8 +6,7 @@ from ..._lazy import explain_missing
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from ...utils.quantization_utils import find_backend
 from ..base import BaseTuner
-from ..ops import make_op
-from ..targeting import get_pattern_key
+from ..targeting import for_module
 from .bnb import Linear4bit, Linear8bitLt
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 
@@ -38,23 +37,23 @@ class LoraModel(BaseTuner):
                 "adapter_config.json (or give config=PeftConfig.from_pretrained(folder, init_lora_weights=True))"
             )
 
+    def add_parts(self, config, adapter_name):
+        if getattr(config, "trainable_token_indices", None):
+            from ..trainable_tokens.wrapper import wrap_trainable_tokens
+
+            wrap_trainable_tokens(self, config.trainable_token_indices, adapter_name)
+
     def layer_kwargs(self, config, key):
         """Rank and alpha of this layer, from the patterns or the configuration."""
         return {
-            "r": config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r),
-            "lora_alpha": config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, key), config.lora_alpha),
+            "r": for_module(key, config.rank_pattern, config.r),
+            "lora_alpha": for_module(key, config.alpha_pattern, config.lora_alpha),
         }
 
     def layer_class(self, target, key):
-        op = make_op(target)
-        if op is None or op.kind not in self.layer_classes:
-            raise ValueError(
-                f"Target module {key} ({type(target).__name__}) is not supported by LoRA. Supported are linear and "
-                "convolution layers, transformers' Conv1D and embeddings: narrow target_modules or use exclude_modules"
-            )
-        backend = find_backend(target) if op.kind == "Linear" else None
-        own = backend and self.packed_linear_classes.get(backend.name)
-        return own or self.layer_classes[op.kind]
+        own = super().layer_class(target, key)
+        backend = find_backend(target) if own is Linear else None
+        return self.packed_linear_classes.get(backend.name, own) if backend else own
 
 
 explain_missing(__name__)

@@ -79,7 +79,7 @@ class SftModel(BaseTuner):
             config.target_modules = "|".join(re.escape(key) for key in sorted(meant & names))
             config.layers_to_transform = config.layers_pattern = None  # done; an expression cannot have them beside it
 
-    def shared_state(self, config, targets):
+    def shared_state(self, config, targets, adapter_name):
         """Resolve the budget into `config.num_deltas`.
 
         Raises:

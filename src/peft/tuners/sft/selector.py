@@ -166,6 +166,7 @@ class SftSelector:
         self.grad_accumulation_steps = grad_accumulation_steps
         self.completed_steps = completed_steps
         self.deltas = named_deltas(model)
+        check_agreement(model, sft_config)
         check_whole(model, self.deltas)
         self.optimizer = _unwrapped_optimizer(optimizer, sft_config.selection_algorithm)
         _check_trained(self.deltas, self.optimizer)
@@ -206,6 +207,12 @@ class SftSelector:
         """Stop gathering and let go of the optimiser. A selector that has been closed cannot step any more."""
         self._close_window()
         self._hook.remove()
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "An SftSelector is tied to its model and its optimiser by hooks, so it is neither copied nor pickled: make "
+            "one for their copies and give it this one's state_dict()"
+        )
 
     def share(self, step: int) -> float:
         """Fraction of the positions that a reselection after `step` update steps is to exchange."""
@@ -466,6 +473,24 @@ def sft_model(model: nn.Module) -> nn.Module:
             f"or activate it with set_adapter"
         )
     return model
+
+
+def check_agreement(model: nn.Module, config: SftConfig) -> None:
+    """Refuse a configuration that asks for another adapter than the model has; its schedule may be another.
+
+    Raises:
+        ValueError: It says of the adapter's size or form what is neither the default nor what the adapter has.
+    """
+    tuner = sft_model(model)
+    made = [tuner.peft_config[name] for name in tuner.active_adapters]
+    sizes = () if config.budget == "global" else ("num_deltas",)  # which follow the budget where it moves
+    for name in ("density", "num_tunable_weights", "granularity", "block_size", "dtype", *sizes):
+        value, values = getattr(config, name), [getattr(other, name, None) for other in made]
+        if value != getattr(type(config), name) and value not in values:
+            raise ValueError(
+                f"sft_config has {name}={value!r}, but the adapter was made with {values[0]!r}: give what it was made "
+                "with, or make another adapter with get_peft_model"
+            )
 
 
 def _unwrapped_optimizer(optimizer: torch.optim.Optimizer, algorithm: str) -> torch.optim.Optimizer:

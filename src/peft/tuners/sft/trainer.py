@@ -25,7 +25,7 @@ from ...utils.warning import PeftWarning
 from .config import SftConfig
 from .optimizer import SftSM3
 from .parallel import THREADS, refusal
-from .selector import OPTIMIZERS, SftSelector, named_deltas, unselected
+from .selector import OPTIMIZERS, SftSelector, check_agreement, named_deltas, unselected
 from .static import select_static, undisturbed_randomness
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class SftTrainerMixin:
         self.log_sft_layers = log_sft_layers
         self._sft_logged = 0
         _check_config(self.sft_config)
-        named_deltas(self.model)
+        check_agreement(self.model, self.sft_config)
         self._check_optimizer_settings()
         self._check_strategy()
         self.add_callback(_callback_class()(self))

@@ -1,0 +1,70 @@
+"""VeRA layers: `W + diag(b) B diag(d) A`, with A and B common to all layers (arXiv 2310.11454, eq. 2).
+
+The shared matrices are as large as the largest layer needs; each takes the first of their columns and rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..tuners_utils import LowRankLayer
+
+
+class VeraLayer(LowRankLayer, nn.Module):
+    """VeRA on a layer of any kind that has a matrix or a kernel as its weight."""
+
+    adapter_layer_names = ("vera_lambda_b", "vera_lambda_d")
+    other_param_names = ("vera_A", "vera_B", "vera_dropout", "r")
+
+    def __init__(self, base_layer: nn.Module):
+        nn.Module.__init__(self)
+        super().__init__(base_layer)
+        self.r: dict[str, int] = {}
+        self.vera_dropout = nn.ModuleDict()
+        self.vera_lambda_b = nn.ParameterDict()
+        self.vera_lambda_d = nn.ParameterDict()
+
+    def update_layer(self, name, config, *, vera_A, vera_B):
+        self.vera_A, self.vera_B = vera_A, vera_B  # of the model, for all its adapters
+        self.r[name] = config.r
+        self.vera_dropout[name] = nn.Dropout(config.vera_dropout) if config.vera_dropout else nn.Identity()
+        d, b = torch.full((config.r,), config.d_initial), torch.zeros(self.op.weight_shape[0])
+        self.vera_lambda_d[name] = nn.Parameter(d if config.init_weights else torch.randn_like(d))
+        self.vera_lambda_b[name] = nn.Parameter(b if config.init_weights else torch.ones_like(b))
+
+    def before_load(self, name, path, tensors):
+        """Part what adapters share where a file has other matrices (another version of torch drew them)."""
+        for shared, attribute in ((self.vera_A, "vera_A"), (self.vera_B, "vera_B")):
+            own = shared[name]
+            incoming = next((t for key, t in tensors.items() if key.endswith(f".{attribute}.{name}")), own)
+            if sum(tensor is own for tensor in shared.values()) > 1 and not torch.equal(incoming.to(own), own):
+                shared.add(name, own.clone())
+
+    def factors(self, name):
+        b, d = self.vera_lambda_b[name], self.vera_lambda_d[name]
+        outputs, inputs = len(b), self.op.weight_shape[1:].numel()
+        return self.vera_A[name][:, :inputs].to(d) * d[:, None], b[:, None] * self.vera_B[name][:outputs].to(b)
+
+    def dropped(self, name, x):
+        return self.vera_dropout[name](x)
+
+
+class Linear(VeraLayer):
+    pass
+
+
+class Conv1d(VeraLayer):
+    pass
+
+
+class Conv2d(VeraLayer):
+    pass
+
+
+class Conv3d(VeraLayer):
+    pass
+
+
+class Embedding(VeraLayer):
+    pass
