@@ -40,7 +40,8 @@ from ..utils.quantization_utils import (
     stored_weight,
 )
 
-OP_KINDS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "Norm")  # transformers' Conv1D is a Linear
+MATRIX_KINDS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding")  # transformers' Conv1D is a Linear
+OP_KINDS = (*MATRIX_KINDS, "Norm")
 
 
 class Op:

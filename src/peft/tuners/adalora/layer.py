@@ -91,17 +91,5 @@ class SVDLinear(AdaLoraLayer):
     pass
 
 
-class SVDConv1d(AdaLoraLayer):
-    pass
-
-
 class SVDConv2d(AdaLoraLayer):
-    pass
-
-
-class SVDConv3d(AdaLoraLayer):
-    pass
-
-
-class SVDEmbedding(AdaLoraLayer):
     pass

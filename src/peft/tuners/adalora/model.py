@@ -6,8 +6,9 @@ import torch
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING
 from ..lora.model import LoraModel
+from ..ops import MATRIX_KINDS
 from .allocator import RankAllocator
-from .layer import AdaLoraLayer, SVDConv1d, SVDConv2d, SVDConv3d, SVDEmbedding, SVDLinear
+from .layer import AdaLoraLayer, SVDConv2d, SVDLinear
 
 
 class AdaLoraModel(LoraModel):
@@ -18,9 +19,7 @@ class AdaLoraModel(LoraModel):
 
     tuner_layer_cls = AdaLoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING
-    layer_classes = {
-        "Linear": SVDLinear, "Conv1d": SVDConv1d, "Conv2d": SVDConv2d, "Conv3d": SVDConv3d, "Embedding": SVDEmbedding,
-    }  # fmt: skip
+    layer_classes = {**dict.fromkeys(MATRIX_KINDS, AdaLoraLayer), "Linear": SVDLinear, "Conv2d": SVDConv2d}
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -95,10 +95,6 @@ class Conv2d(LoHaLayer):
     pass
 
 
-class Conv3d(LoHaLayer):
-    pass
-
-
 class Embedding(LoHaLayer):
     def delta(self, name, x):
         """The rows of the tokens alone, not all of the table's."""

@@ -87,10 +87,6 @@ class Conv2d(LoKrLayer):
     pass
 
 
-class Conv3d(LoKrLayer):
-    pass
-
-
 class Embedding(LoKrLayer):
     def delta(self, name, x):
         """The rows of the tokens alone: a column of a Kronecker product is that of two columns."""
