@@ -135,6 +135,7 @@ def test_butterfly_factors_mix_all_features():
         BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=3, init_weights=False, target_modules=["0"]), 8
     )
     layer = model.base_model.model[0]
+    layer.boft_R["default"].data.zero_()[..., 0, 1] = 0.2 + torch.rand(3, 4)
     R = layer._turned(torch.eye(8), layer.rotations("default"), inverse=False)
     assert is_rotation(R) and (R.abs() > 1e-7).all()
     assert_close(layer._turned(torch.eye(8), layer.rotations("default"), inverse=True), R.T)

@@ -8,7 +8,7 @@ A package is told twice about a name that is missing, because Python asks in two
 import AdaLoraConfig` swallows that error and next looks for a submodule of that name; there a finder, last on
 `sys.meta_path`, raises ImportError. (No single exception can do both: AttributeError and ImportError have different
 memory layouts, so Python refuses a class that is both.) The second way exists for packages only, so plain modules get
-an empty `__path__` (`explain_missing`). Modules that are missing as a whole (`import peft.tuners.ia3`) come to the
+an empty `__path__` (`explain_missing`). Modules that are missing as a whole (`import peft.tuners.xlora`) come to the
 finder as well; `importlib.util.find_spec` raises that ImportError for them, too, instead of returning None.
 """
 

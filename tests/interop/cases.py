@@ -109,6 +109,7 @@ class Case:
         is_prompt: whether the adapters are prompts, which cannot be merged, and of which upstream has no status and
             none to train on.
         extra: further inputs, one entry per row.
+        upstream_mixes: whether upstream's model heeds the names of a mixed batch.
     """
 
     name: str
@@ -120,6 +121,7 @@ class Case:
     config: str = "LoraConfig"
     is_prompt: bool = False
     extra: dict[str, list[int]] = field(default_factory=dict)
+    upstream_mixes: bool = True
 
 
 @dataclass
@@ -168,6 +170,52 @@ def _prompt_case(base: str, config: str, name: str, **fields) -> Case:
     own = {"num_virtual_tokens": 5, "task_type": _tasks[base], **_prompts.get(config, {}), **fields}
     extra = {"task_ids": [0, 2, 1]} if config.startswith("Multitask") else {}
     return Case(name, base, {"default": own}, config=config, is_prompt=True, extra=extra)
+
+
+_classes = {"task_type": "SEQ_CLS"}
+_tokens = {"token_indices": [*range(60, 1, -1)]}  # most of the vocabulary: some are in the inputs
+
+
+def _scaling_cases() -> list[Case]:
+    def llama(config: str, base: str = "llama"):
+        return _Family(base, _causal, config)
+
+    def images(config: str):
+        return _Family("conv", {}, config)
+
+    gpt2 = _causal | {"fan_in_fan_out": True}
+    return [
+        llama("IA3Config")("IA3, defaults"),
+        _Family("gpt2", gpt2, "IA3Config")("IA3, GPT-2"),
+        _Family("bert-sequences", _classes, "IA3Config")("IA3, BERT"),
+        _Family("t5", {"task_type": "SEQ_2_SEQ_LM"}, "IA3Config")("IA3, T5"),
+        images("IA3Config")("IA3, convolutions", target_modules=["plane.0", "space.0", "head"],
+                            feedforward_modules=["space.0"]),
+        Case("IA3, two adapters", "llama", {"default": _causal, "second": _causal}, config="IA3Config",
+             upstream_mixes=False),
+        llama("LNTuningConfig")("LN tuning, defaults"),
+        _Family("gpt2", _causal, "LNTuningConfig")("LN tuning, GPT-2"),
+        Case("LN tuning, two adapters", "llama", {"default": _causal, "second": _causal}, config="LNTuningConfig",
+             upstream_mixes=False),
+        llama("TrainableTokensConfig")("Trainable tokens", **_tokens),
+        llama("TrainableTokensConfig", "llama-tied")("Trainable tokens, tied", **_tokens),
+        llama("LoraConfig")("LoRA, trainable tokens", trainable_token_indices=[*range(2, 60)]),
+        llama("LoraConfig", "llama-tied")("LoRA, trainable tokens, tied",
+                                          trainable_token_indices={"embed_tokens": [*range(50)]}),
+        llama("OFTConfig")("OFT, defaults", oft_block_size=8),
+        llama("OFTConfig")("OFT, Cayley, shared, all-linear", r=4, oft_block_size=0, block_share=True,
+                           use_cayley_neumann=False, target_modules="all-linear"),
+        llama("OFTConfig")("OFT, 3 terms, embeddings", num_cayley_neumann_terms=3, oft_block_size=5,
+                           target_modules=["embed_tokens", "o_proj"]),
+        llama("OFTConfig")("OFT, constrained", coft=True, eps=0.3, oft_block_size=8),
+        _Family("opt", _causal, "OFTConfig")("OFT, OPT, biases", bias="oft_only", oft_block_size=4),
+        llama("BOFTConfig")("BOFT, defaults"),
+        llama("BOFTConfig")("BOFT, 2 blocks, all-linear", boft_block_size=0, boft_block_num=2,
+                            target_modules="all-linear"),
+        _Family("opt", _causal, "BOFTConfig")("BOFT, OPT, biases", bias="boft_only", target_modules=["fc1", "q_proj"]),
+        Case("BOFT, two adapters", "llama", {"default": _causal, "second": _causal}, config="BOFTConfig",
+             upstream_mixes=False),
+    ]  # fmt: skip
 
 
 CASES = [
@@ -240,4 +288,5 @@ CASES = [
                                           target_modules=["q_proj", "v_proj"]),
     _Family("llama", _causal, "LoKrConfig")("LoKr, both decomposed, lycoris's start", r=2, decompose_both=True,
                                             decompose_factor=8, target_modules="all-linear", init_weights="lycoris"),
+    *_scaling_cases(),
 ]  # fmt: skip

@@ -126,4 +126,9 @@ def butterfly_order(features: int, block_size: int, factor: int) -> torch.Tensor
     return halves.view(-1, 2, 2**factor, block_size // 2).transpose(1, 2).flatten()
 
 
-Linear = Conv2d = BOFTLayer  # one class does them all
+class Linear(BOFTLayer):
+    """BOFT on linear layers, packed ones too, and transformers' Conv1D."""
+
+
+class Conv2d(BOFTLayer):
+    """BOFT on 2-d convolutions."""

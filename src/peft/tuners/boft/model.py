@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING
 from ..base import BaseTuner
-from .layer import BOFTLayer
+from .layer import BOFTLayer, Conv2d, Linear
 
 
 class BOFTModel(BaseTuner):
@@ -12,5 +12,5 @@ class BOFTModel(BaseTuner):
 
     prefix = "boft_"
     tuner_layer_cls = BOFTLayer
-    layer_classes = dict.fromkeys(("Linear", "Conv1d", "Conv2d", "Conv3d"), BOFTLayer)
+    layer_classes = {"Linear": Linear, "Conv1d": BOFTLayer, "Conv2d": Conv2d, "Conv3d": BOFTLayer}
     target_module_mapping = TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING

@@ -59,4 +59,13 @@ class IA3Layer(BaseTunerLayer, nn.Module):
         return self.op.scale_channels(W, factors), None if b is None else b * factors.to(b)
 
 
-Linear = Conv2d = Conv3d = IA3Layer  # one class does them all
+class Linear(IA3Layer):
+    """IA3 on linear layers, packed ones too, and transformers' Conv1D."""
+
+
+class Conv2d(IA3Layer):
+    """IA3 on 2-d convolutions."""
+
+
+class Conv3d(IA3Layer):
+    """IA3 on 3-d convolutions."""

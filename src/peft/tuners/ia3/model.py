@@ -8,9 +8,9 @@ from ...utils.constants import (
 )
 from ...utils.warning import warn
 from ..base import BaseTuner, model_config
-from ..ops import make_op
+from ..ops import OP_KINDS, make_op
 from ..targeting import name_matches
-from .layer import IA3Layer
+from .layer import Conv2d, Conv3d, IA3Layer, Linear
 
 
 class IA3Model(BaseTuner):
@@ -18,6 +18,7 @@ class IA3Model(BaseTuner):
 
     prefix = "ia3_"
     tuner_layer_cls = IA3Layer
+    layer_classes = dict.fromkeys(OP_KINDS, IA3Layer) | {"Linear": Linear, "Conv2d": Conv2d, "Conv3d": Conv3d}
     target_module_mapping = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
     _given = False  # whether the configuration at hand came with feedforward_modules
 

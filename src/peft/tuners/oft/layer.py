@@ -156,4 +156,13 @@ def nearest_divisor(features: int, wanted: int) -> int:
     return min(divisors, key=lambda d: abs(d - wanted))
 
 
-Linear = Conv2d = Embedding = OFTLayer  # one class does them all
+class Linear(OFTLayer):
+    """OFT on linear layers, packed ones too, and transformers' Conv1D."""
+
+
+class Conv2d(OFTLayer):
+    """OFT on 2-d convolutions."""
+
+
+class Embedding(OFTLayer):
+    """OFT on embeddings."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING
 from ..base import BaseTuner
-from .layer import OFTLayer
+from .layer import Conv2d, Embedding, Linear, OFTLayer
 
 
 class OFTModel(BaseTuner):
@@ -12,5 +12,7 @@ class OFTModel(BaseTuner):
 
     prefix = "oft_"
     tuner_layer_cls = OFTLayer
-    layer_classes = dict.fromkeys(("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding"), OFTLayer)
+    layer_classes = {
+        "Linear": Linear, "Conv1d": OFTLayer, "Conv2d": Conv2d, "Conv3d": OFTLayer, "Embedding": Embedding,
+    }  # fmt: skip
     target_module_mapping = TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING

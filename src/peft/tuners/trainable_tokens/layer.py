@@ -44,8 +44,9 @@ class TrainableTokensLayer(BaseTunerLayer, nn.Module):
             self.trainable_tokens_delta, self.token_indices = tied_to.trainable_tokens_delta, tied_to.token_indices
             tied_to._followers.append(self)
 
-    def adapter_tensors(self, name):
-        return iter(()) if self.tied_to is not None else super().adapter_tensors(name)
+    def _set_flags(self, name, train):
+        if self.tied_to is None:  # else the partner decides what trains
+            super()._set_flags(name, train)
 
     @property
     def stored_as(self):
