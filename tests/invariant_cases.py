@@ -13,7 +13,21 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft import LoHaConfig, LoKrConfig, LoraConfig, SftConfig, SsfConfig, VeraConfig
+from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    BottleneckConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    SftConfig,
+    SsfConfig,
+    TrainableTokensConfig,
+    VeraConfig,
+)
 
 N, VOCAB = 4, 11
 
@@ -174,7 +188,7 @@ def loha_formula(op: OpCase, W, b, parameters, x, scaling=2.0):
 
 
 def lokr_formula(op: OpCase, W, b, parameters, x, scaling=2.0):
-    """arXiv 2309.14859, section 3.2: blocks `w1[i, j] w2`."""
+    """arXiv 2309.14859: blocks `w1[i, j] w2`."""
     w1, w2 = (
         parameters[f"lokr_w{i}"]
         if f"lokr_w{i}" in parameters
@@ -203,6 +217,12 @@ def ssf_formula(op: OpCase, W, b, parameters, x):
     return y * scale + shift
 
 
+def adalora_formula(op: OpCase, W, b, parameters, x, scaling=8 / (4 + 1e-5)):
+    """arXiv 2303.10512, section 3.1: `W + P diag(E) Q`, divided by the initial rank as in LoRA."""
+    A, B, E = (parameters[f"lora_{name}"] for name in "ABE")
+    return op.function(x, W + scaling * _stored(op, B @ torch.diag(E[:, 0]) @ A, W), b)
+
+
 def vera_formula(op: OpCase, W, b, parameters, x, r=5, key=7):
     """arXiv 2310.11454, eq. 2; A and B are the first draws of a generator, uniform with the variance 2 / columns."""
     view = (W.T if op.stored_transposed else W).flatten(1)  # (O, I K)
@@ -215,6 +235,92 @@ def vera_formula(op: OpCase, W, b, parameters, x, r=5, key=7):
     return op.function(x, W + _stored(op, delta, W), b)
 
 
+def ia3_formula(op: OpCase, W, b, parameters, x):
+    """arXiv 2205.05638, section 3.3: factors on the features of the output."""
+    y, factors = op.function(x, W, b), parameters["ia3_l"].flatten()
+    return y * (factors.reshape(-1, *([1] * (y.dim() - 2))) if op.channel_dim == 1 else factors)
+
+
+def ia3_feedforward_formula(op: OpCase, W, b, parameters, x):
+    """The same on the features of the input."""
+    factors = parameters["ia3_l"].flatten()
+    return op.function(x * (factors.reshape(-1, *([1] * (x.dim() - 2))) if op.channel_dim == 1 else factors), W, b)
+
+
+def ln_tuning_formula(op: OpCase, W, b, parameters, x):
+    """arXiv 2312.11420, section 3: the layer with weights of its own."""
+    return op.function(x, parameters["ln_tuning_layers.weight"], parameters.get("ln_tuning_layers.bias"))
+
+
+def _rotated(op: OpCase, W, R):
+    """`W R^T` over all that an output channel sees of the input, in the orientation in which the layer stores it."""
+    view = W.T if op.stored_transposed else W
+    turned = (view.flatten(1) @ R.T).reshape(view.shape)
+    return turned.T if op.stored_transposed else turned
+
+
+def oft_formula(exact: bool):
+    """arXiv 2506.19847, eq. 4: `W R^T`, and for tables `R^T W`, with skew-symmetric blocks from rows of parameters."""
+
+    def formula(op: OpCase, W, b, parameters, x):
+        blocks = []
+        for row in next(iter(parameters.values())):
+            size = int((1 + (1 + 8 * len(row)) ** 0.5) / 2)
+            pairs = [(i, j) for i in range(size) for j in range(i + 1, size)]
+            eye = torch.eye(size, dtype=W.dtype)
+            S = sum(v * (torch.outer(eye[i], eye[j]) - torch.outer(eye[j], eye[i])) for v, (i, j) in zip(row, pairs))
+            powers = [torch.linalg.matrix_power(S, k) for k in range(5)]
+            approximate = powers[0] + 2 * (powers[1] + powers[2] + powers[3]) + powers[4]
+            blocks.append((eye - S) @ torch.linalg.inv(eye + S) if exact else approximate)
+        R = torch.block_diag(*blocks)
+        if "oft_embedding_R.weight" in parameters:
+            return op.function(x, W @ R, b)  # W is the table, (tokens, features)
+        return op.function(x, _rotated(op, W, R), b)
+
+    return formula
+
+
+def boft_formula(op: OpCase, W, b, parameters, x):
+    """arXiv 2311.06243, eq. 3: factor i has blocks of half blocks that are 2^i half blocks apart."""
+    A, s = parameters["boft_R"], parameters["boft_s"].flatten()
+    size = A.shape[-1]
+    eye, halves = torch.eye(size, dtype=W.dtype), 2 * A.shape[1]
+    R = torch.eye(A.shape[1] * size, dtype=W.dtype)
+    for i, blocks in enumerate(A):
+        factor = torch.zeros_like(R)
+        left = [u for u in range(halves) if not u & 2**i]
+        for a, u in zip(blocks, left):
+            v = u + 2**i
+            features = [*range(u * size // 2, (u + 1) * size // 2), *range(v * size // 2, (v + 1) * size // 2)]
+            S = (a - a.T) / 2
+            factor[torch.tensor(features)[:, None], features] = (eye - S) @ torch.linalg.inv(eye + S)
+        R = R @ factor
+    scale = s if op.stored_transposed else s.view(-1, *[1] * (W.dim() - 1))
+    return op.function(x, _rotated(op, W, R) * scale, b)
+
+
+def bottleneck_formula(parallel: bool):
+    """arXiv 1902.00751, section 2.1, and 2110.04366, section 3.1."""
+
+    def formula(op: OpCase, W, b, parameters, x):
+        y = op.function(x, W, b)
+        h = (x if parallel else y).movedim(op.channel_dim, -1)
+        down, up = ([parameters[f"bottleneck_{n}.{part}"] for part in ("weight", "bias")] for n in ("down", "up"))
+        change = (h @ down[0].T + down[1]).clamp(min=0) @ up[0].T + up[1]
+        return y + (parameters["bottleneck_scale"] if parallel else 0.5) * change.movedim(-1, op.channel_dim)
+
+    return formula
+
+
+def trainable_tokens_formula(op: OpCase, W, b, parameters, x, tokens=(3, 0, 4)):
+    """Some rows of the table, or outputs of the head, with weights of their own."""
+    rows = dict(zip(tokens, parameters["trainable_tokens_delta"]))
+    is_head = b is not None or x.is_floating_point()
+    W = W.T if op.stored_transposed and is_head else W
+    W = torch.stack([rows.get(i, row) for i, row in enumerate(W)])
+    return op.function(x, W.T if op.stored_transposed and is_head else W, b)
+
+
 @dataclass
 class MethodCase:
     """A method: its configuration, its formula, what it can do, and configurations that it refuses."""
@@ -222,7 +328,10 @@ class MethodCase:
     config: Callable[..., object]
     formula: Callable
     ops: tuple[str, ...] = tuple(OPS)
+    some_ops: bool = False  # others work as well, with other sizes
+    merges: bool = True
     unmerges_exactly: bool = False
+    combines: bool = True  # several adapters can be active at a time
     bad: tuple[tuple[dict, str], ...] = ()
     wide: dict = field(default_factory=dict)  # what makes the parameters as wide as a float64 base
 
@@ -328,6 +437,25 @@ METHODS: dict[str, MethodCase] = {
             ({"init_ssf_weights": False}, "got False"),
         ),
     ),
+    "adalora": MethodCase(
+        lambda **kw: AdaLoraConfig(**{"init_r": 4, "target_r": 2, "total_step": 10, **kw}),
+        adalora_formula,
+        ops=MATRICES,
+        bad=(
+            ({"total_step": None}, "total_step must be the number of training steps, got None"),
+            ({"total_step": 5, "tinit": 3, "tfinal": 2}, "leave none of total_step=5"),
+            ({"init_r": 0}, "target_r must be in 1..init_r, got target_r=2 and init_r=0"),
+            ({"target_r": 5}, "got target_r=5 and init_r=4"),
+            ({"tinit": -1}, "tinit must be at least 0, got -1"),
+            ({"deltaT": 0}, "deltaT must be at least 1, got 0"),
+            ({"beta1": 1.0}, r"beta1 must be in \[0, 1\), got 1.0"),
+            ({"orth_reg_weight": -0.5}, "orth_reg_weight must not be negative, got -0.5"),
+            ({"use_rslora": True}, "use_rslora=True has no effect in AdaLoRA"),
+            ({"alpha_pattern": {"q": 2.0}}, "alpha_pattern=.* has no effect in AdaLoRA"),
+            ({"init_lora_weights": "gaussian"}, "init_lora_weights must be True or False in AdaLoRA, got 'gaussian'"),
+            ({"rank_pattern": {"q": 4}}, "rank_pattern must be"),
+        ),
+    ),
     "vera": MethodCase(
         lambda **kw: VeraConfig(**{"r": 5, "projection_prng_key": 7, **kw}),
         vera_formula,
@@ -337,6 +465,105 @@ METHODS: dict[str, MethodCase] = {
             ({"vera_dropout": 1.0}, r"vera_dropout must be in \[0, 1\), got 1.0"),
             ({"bias": "some"}, "bias must be 'none', 'all' or 'vera_only', got 'some'"),
             ({"projection_prng_key": 0.5}, "projection_prng_key must be int, got 0.5"),
+        ),
+    ),
+    "ia3": MethodCase(
+        lambda **kw: IA3Config(**{"feedforward_modules": [], **kw}),
+        ia3_formula,
+        unmerges_exactly=True,
+        bad=(
+            ({"target_modules": ["q"], "feedforward_modules": ["q", "w"]}, r"must be among .* which lacks \['w'\]"),
+            ({"feedforward_modules": "w("}, r"feedforward_modules='w\(' is not a valid regular expression"),
+            ({"init_ia3_weights": "ones"}, "init_ia3_weights must be bool, got 'ones'"),
+        ),
+    ),
+    "ia3_feedforward": MethodCase(
+        lambda **kw: IA3Config(**{"feedforward_modules": ".*layer.*", **kw}),
+        ia3_feedforward_formula,
+        ops=tuple(op for op in MATRICES if op != "embedding"),
+        unmerges_exactly=True,
+    ),
+    "ln_tuning": MethodCase(
+        lambda **kw: LNTuningConfig(**kw),
+        ln_tuning_formula,
+        unmerges_exactly=True,
+        combines=False,
+    ),
+    "oft": MethodCase(
+        lambda **kw: OFTConfig(**{"oft_block_size": 3, **kw}),
+        oft_formula(exact=False),
+        ops=MATRICES,
+        unmerges_exactly=True,
+        bad=(
+            ({"r": 2}, "give one of them and set the other to 0, got r=2 and oft_block_size=3"),
+            ({"oft_block_size": 0}, "got r=0 and oft_block_size=0"),
+            ({"r": -1, "oft_block_size": 0}, "r must not be negative, got -1"),
+            ({"module_dropout": 1.0}, r"module_dropout must be in \[0, 1\), got 1.0"),
+            ({"bias": "some"}, "bias must be 'none', 'all' or 'oft_only', got 'some'"),
+            ({"coft": True, "eps": 0.0}, "eps must be positive, got 0.0"),
+            ({"num_cayley_neumann_terms": 1}, "num_cayley_neumann_terms must be at least 2 .* got 1"),
+        ),
+    ),
+    "oft_cayley": MethodCase(
+        lambda **kw: OFTConfig(**{"r": 2, "oft_block_size": 0, "use_cayley_neumann": False, **kw}),
+        oft_formula(exact=True),
+        ops=MATRICES,
+        unmerges_exactly=True,
+    ),
+    "boft": MethodCase(
+        lambda **kw: BOFTConfig(**{"boft_block_size": 2, **kw}),
+        boft_formula,
+        ops=tuple(op for op in MATRICES if op != "embedding"),
+        unmerges_exactly=True,
+        bad=(
+            ({"boft_block_num": 2}, "give one of them .* got boft_block_size=2 and boft_block_num=2"),
+            ({"boft_block_size": 0}, "got boft_block_size=0 and boft_block_num=0"),
+            ({"boft_block_size": -4}, "boft_block_size must be at least 0, got -4"),
+            ({"boft_n_butterfly_factor": 0}, "boft_n_butterfly_factor must be at least 1, got 0"),
+            ({"boft_dropout": -0.5}, r"boft_dropout must be in \[0, 1\), got -0.5"),
+            ({"bias": "lora_only"}, "bias must be 'none', 'all' or 'boft_only', got 'lora_only'"),
+        ),
+    ),
+    "boft_butterfly": MethodCase(
+        lambda **kw: BOFTConfig(**{"boft_block_size": 2, "boft_n_butterfly_factor": 2, **kw}),
+        boft_formula,
+        ops=("conv1d", "conv2d", "conv3d"),  # whose features are a multiple of 4
+        some_ops=True,
+        unmerges_exactly=True,
+    ),
+    "bottleneck": MethodCase(
+        lambda **kw: BottleneckConfig(**{"bottleneck_size": 3, "scaling": 0.5, **kw}),
+        bottleneck_formula(parallel=False),
+        merges=False,
+        bad=(
+            ({"bottleneck_size": 0}, "bottleneck_size must be at least 1 or None, got 0"),
+            ({"reduction_factor": -2.0}, "reduction_factor must be positive and finite, got -2.0"),
+            ({"placement": "before"}, "placement must be 'sequential' or 'parallel', got 'before'"),
+            ({"non_linearity": "linear"}, "non_linearity must be one of .* got 'linear'"),
+            ({"scaling": "free"}, "scaling must be 'learned' or a finite number other than 0, got 'free'"),
+            ({"scaling": 0}, "got 0"),
+            ({"placement": "parallel", "residual": False}, "residual must be True, got False"),
+            ({"residual": False}, "set init_weights=False"),
+            ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ),
+    ),
+    "bottleneck_parallel": MethodCase(
+        lambda **kw: BottleneckConfig(**{"placement": "parallel", "scaling": "learned", **kw}),
+        bottleneck_formula(parallel=True),
+        ops=("linear", "linear_no_bias", "Conv1D", *NORMS),
+        some_ops=True,
+        merges=False,
+    ),
+    "trainable_tokens": MethodCase(
+        lambda **kw: TrainableTokensConfig(**{"token_indices": [3, 0, 4], **kw}),
+        trainable_tokens_formula,
+        ops=("linear", "linear_no_bias", "Conv1D", "embedding"),
+        unmerges_exactly=True,
+        combines=False,
+        bad=(
+            ({"token_indices": [1, 1]}, r"ids of different tokens, none of them negative, got \[1, 1\]"),
+            ({"token_indices": [-1]}, r"got \[-1\]"),
+            ({"token_indices": ["a"]}, r"token_indices must be list\[int\], got \['a'\]"),
         ),
     ),
 }  # fmt: skip

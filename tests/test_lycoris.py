@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from peft import LoHaConfig, LoKrConfig, get_peft_model
-from peft.tuners.loha.layer import Conv2d, Linear, LoHaLayer
+from peft.tuners.loha.layer import Conv2d, FormedTwice, Linear, LoHaLayer
 from peft.tuners.lokr.layer import LoKrLayer, factorization
 from peft.tuners.lycoris_utils import LycorisConfig, LycorisLayer, LycorisTuner
 
@@ -161,6 +161,48 @@ def test_lokr_forms_nothing_as_large_as_the_weight(make, monkeypatch):
     x = torch.randn(3, 512).double() if isinstance(layer.base_layer, nn.Linear) else torch.randint(512, (3,))
     model.train()(x).square().sum().backward()
     assert all(t.grad.any() for _, t in layer.adapter_tensors("default"))
+
+
+def saved_numbers(function) -> int:
+    """How many numbers autograd keeps of what `function` computes."""
+    sizes = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.update({t.data_ptr(): t.numel()}), lambda t: t):
+        function()
+    return sum(sizes.values())
+
+
+def test_loha_keeps_nothing_as_large_as_the_weight():
+    model, layer = adapted(nn.Linear(96, 80), "loha")
+    model.train()
+    x = torch.randn(3, 96, dtype=torch.float64, requires_grad=True)
+    assert saved_numbers(lambda: layer.delta("default", x)) <= x.numel() + 2 * 2 * (96 + 80)
+
+
+def test_second_derivatives_of_loha():
+    _, layer = adapted(nn.Linear(5, 4), "loha")
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    factors = [t for _, t in layer.adapter_tensors("default")]
+
+    def delta(x, *factors):
+        return FormedTwice.apply(x, 1.5, *factors)
+
+    assert torch.autograd.gradcheck(delta, (x, *factors))
+    assert torch.autograd.gradgradcheck(delta, (x, *factors))
+    factors[1].requires_grad_(False)
+    (gradient,) = torch.autograd.grad(layer.delta("default", x).sum(), [factors[0]])
+    assert gradient.shape == factors[0].shape
+
+
+def test_loha_under_autocast():
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), LoHaConfig(r=2, target_modules=["0"], init_weights=False))
+    x = torch.randn(3, 6, requires_grad=True)
+    y = model(x)
+    (exact,) = torch.autograd.grad(y.sum(), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = model(x)
+    assert z.dtype == torch.bfloat16
+    assert_close(z.float(), y, rtol=3e-2, atol=3e-2)
+    assert_close(torch.autograd.grad(z.sum(), x)[0], exact, rtol=3e-2, atol=3e-2)
 
 
 def test_names():

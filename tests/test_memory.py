@@ -139,7 +139,9 @@ def test_optimizer_states():
     assert sft[None] == sft["sft_adamw"] == pytest.approx((12 + 8) * 3000, rel=0.02)  # moments and age, two sums
 
 
-@pytest.mark.parametrize(("quantization", "bits"), [("nf4", 4 + 8 / 64 + 32 / (64 * 256)), ("int8", 8)])
+@pytest.mark.parametrize(
+    ("quantization", "bits"), [*((kind, 4 + 8 / 64 + 32 / (64 * 256)) for kind in ("nf4", "fp4")), ("int8", 8)]
+)
 def test_packed_weights_take_what_bitsandbytes_stores(quantization, bits):
     found = estimate(method="lora", quantization=quantization)
     base = AutoModelForCausalLM.from_config(LLAMA)
@@ -151,8 +153,8 @@ def test_packed_weights_take_what_bitsandbytes_stores(quantization, bits):
     assert found.gpu["weights"] == pytest.approx(numel * bits / 8 + scales + rest + adapter + rotary, rel=1e-3)
     assert found.parameters == base.num_parameters() + found.trained
     bnb = pytest.importorskip("bitsandbytes")
-    if quantization == "nf4":
-        layer = bnb.nn.Linear4bit(256, 192, bias=False, quant_type="nf4").to("cpu")
+    if quantization != "int8":
+        layer = bnb.nn.Linear4bit(256, 192, bias=False, quant_type=quantization).to("cpu")
         state = layer.weight.quant_state
         stored = layer.weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
         assert stored * 8 == pytest.approx(256 * 192 * bits, rel=1e-3)
@@ -238,7 +240,7 @@ def test_nothing_is_left_behind():
         ({"sequence_length": 1.5}, "sequence_length must be a whole number"),
         ({"num_gpus": -1}, "num_gpus must be"),
         ({"optimizer": "lion"}, "optimizer must be None or one of adamw, .*, got 'lion'"),
-        ({"quantization": "int3", "method": "lora"}, "quantization must be None or one of nf4, int8, got 'int3'"),
+        ({"quantization": "int3", "method": "lora"}, "quantization must be None or one of nf4, fp4, int8, got 'int3'"),
         ({"quantization": "nf4"}, "it needs a peft_config"),
         ({"sharding": "zero4"}, "sharding must be None or one of"),
         ({"offload": "all"}, "choose one by sharding"),
@@ -311,7 +313,7 @@ def test_command_prints_the_estimate(tiny, capsys):
         (["--method", "full", "--rank", "4"], "--rank belongs to --method lora"),
         (["--method", "full", "--target-modules", "q_proj"], "--target-modules is for adapters"),
         (["--batch", "0"], "argument --batch/--batch-size: must be a whole number"),
-        (["--quantize", "int3"], "quantization must be None or one of nf4, int8"),
+        (["--quantize", "int3"], "quantization must be None or one of nf4, fp4, int8"),
         (["--method", "full", "--quantize", "nf4"], "it needs a peft_config"),
         (["--offload", "all"], "choose one by sharding"),
         (["--method", "lora", "--target-modules", "nothing"], "nothing"),

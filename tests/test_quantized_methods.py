@@ -11,7 +11,7 @@ from peft import PeftWarning, get_peft_model
 
 
 @pytest.mark.parametrize("base", ["nf4", "int8"])
-@pytest.mark.parametrize("method", ["loha", "lokr", "vera"])
+@pytest.mark.parametrize("method", ["loha", "lokr", "vera", "adalora"])
 def test_forward_gradients_and_merging(method, base):
     net, x = Net(base, bias=False), torch.randn(8, 3, WIDTH)
     W = weight_of(net.first, x.dtype)

@@ -52,9 +52,21 @@ if TYPE_CHECKING:
         get_layer_status as get_layer_status,
         get_model_status as get_model_status,
     )
+    from .tuners.adalora import (
+        AdaLoraConfig as AdaLoraConfig,
+        AdaLoraModel as AdaLoraModel,
+    )
     from .tuners.adaption_prompt import (
         AdaptionPromptConfig as AdaptionPromptConfig,
         AdaptionPromptModel as AdaptionPromptModel,
+    )
+    from .tuners.boft import (
+        BOFTConfig as BOFTConfig,
+        BOFTModel as BOFTModel,
+    )
+    from .tuners.bottleneck import (
+        BottleneckConfig as BottleneckConfig,
+        BottleneckModel as BottleneckModel,
     )
     from .tuners.cpt import (
         CPTConfig as CPTConfig,
@@ -64,6 +76,14 @@ if TYPE_CHECKING:
         CompactLoraConfig as CompactLoraConfig,
         DenasConfig as DenasConfig,
         search_structure as search_structure,
+    )
+    from .tuners.ia3 import (
+        IA3Config as IA3Config,
+        IA3Model as IA3Model,
+    )
+    from .tuners.ln_tuning import (
+        LNTuningConfig as LNTuningConfig,
+        LNTuningModel as LNTuningModel,
     )
     from .tuners.loha import (
         LoHaConfig as LoHaConfig,
@@ -82,6 +102,10 @@ if TYPE_CHECKING:
     from .tuners.multitask_prompt_tuning import (
         MultitaskPromptTuningConfig as MultitaskPromptTuningConfig,
         MultitaskPromptTuningInit as MultitaskPromptTuningInit,
+    )
+    from .tuners.oft import (
+        OFTConfig as OFTConfig,
+        OFTModel as OFTModel,
     )
     from .tuners.p_tuning import (
         PromptEncoder as PromptEncoder,
@@ -121,6 +145,10 @@ if TYPE_CHECKING:
         SSFConfig as SSFConfig,
         SsfConfig as SsfConfig,
         SsfModel as SsfModel,
+    )
+    from .tuners.trainable_tokens import (
+        TrainableTokensConfig as TrainableTokensConfig,
+        TrainableTokensModel as TrainableTokensModel,
     )
     from .tuners.vera import (
         VeraConfig as VeraConfig,

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 MODULES: dict[str, str] = {
     "peft.optimizers": "Optimisers for adapters (LoRA+, LoRA-FA)",
-    "peft.tuners.adalora": "AdaLoRA",
     "peft.tuners.adamss": "AdaMSS",
     "peft.tuners.beft": "BEFT",
-    "peft.tuners.boft": "BOFT",
     "peft.tuners.c3a": "C3A",
     "peft.tuners.cartridge": "Cartridges",
     "peft.tuners.deft": "DEFT",
@@ -22,9 +20,7 @@ MODULES: dict[str, str] = {
     "peft.tuners.gralora": "GraLoRA",
     "peft.tuners.hira": "HiRA",
     "peft.tuners.hra": "HRA",
-    "peft.tuners.ia3": "IA3",
     "peft.tuners.lily": "Lily",
-    "peft.tuners.ln_tuning": "LN tuning",
     "peft.tuners.lora.aqlm": "LoRA on AQLM layers",
     "peft.tuners.lora.arrow": "Arrow routing of LoRA adapters",
     "peft.tuners.lora.awq": "LoRA on AWQ layers",
@@ -46,7 +42,6 @@ MODULES: dict[str, str] = {
     "peft.tuners.lora.velora": "VeLoRA",
     "peft.tuners.miss": "MiSS",
     "peft.tuners.mixed": "Models of several methods",
-    "peft.tuners.oft": "OFT",
     "peft.tuners.osf": "OSF",
     "peft.tuners.peanut": "PEANuT",
     "peft.tuners.poly": "Poly",
@@ -58,7 +53,6 @@ MODULES: dict[str, str] = {
     "peft.tuners.shira": "SHiRA",
     "peft.tuners.supertuning": "Supertuning",
     "peft.tuners.tinylora": "TinyLoRA",
-    "peft.tuners.trainable_tokens": "Trainable tokens",
     "peft.tuners.unilora": "Uni-LoRA",
     "peft.tuners.vblora": "VB-LoRA",
     "peft.tuners.waveft": "WaveFT",
@@ -159,7 +153,7 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
             "quantization_extra_repr",
             "resolve_quantization_backend",
         ),
-        "Trainable tokens": ("TrainableTokensWrapper", "set_additional_trainable_modules"),
+        "Trainable tokens": ("set_additional_trainable_modules",),
     },
     "peft.utils.other": {
         "GPTQ and AWQ helpers": (
@@ -176,7 +170,7 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "Prompt learning": ("create_attention_mask",),
         "Quantisation backends as classes": ("get_quantization_config",),
-        "Trainable tokens": ("TrainableTokensWrapper", "set_additional_trainable_modules"),
+        "Trainable tokens": ("set_additional_trainable_modules",),
     },
     "peft.utils.constants": {
         "Prefix tuning": (
@@ -236,7 +230,7 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "Helpers for quantised and off-loaded layers": ("init_empty_weights", "map_cache_to_layer_device_map"),
         "Prefix tuning": ("TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",),
         "Prompt learning": ("create_attention_mask",),
-        "Trainable tokens": ("TrainableTokensWrapper", "set_additional_trainable_modules"),
+        "Trainable tokens": ("set_additional_trainable_modules",),
     },
     "peft.auto": {
         "Helpers for files and embeddings": ("check_file_exists_on_hf_hub",),
@@ -249,7 +243,6 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
 """Module that is here -> what its missing names belong to -> the names."""
 
 MODEL_METHODS: dict[str, tuple[str, ...]] = {
-    "AdaLoRA": ("update_and_allocate",),
     "Initialisations of LoRA that change the base model": ("subtract_mutated_init",),
     "Weighted combinations of adapters": ("add_weighted_adapter",),
 }
@@ -257,14 +250,12 @@ MODEL_METHODS: dict[str, tuple[str, ...]] = {
 
 _TABLE = "TRANSFORMERS_MODELS_TO_{}_TARGET_MODULES_MAPPING"
 _METHODS = """
-    ADALORA ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY LNTUNING
-    MISS OFT OSF PEANUT POLY PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA
-    VBLORA WAVEFT
+    ADAMSS BEFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA LILY MISS OSF PEANUT
+    POLY PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA VBLORA WAVEFT
 """.split()
 # Default targets of methods, in each of the three places where they can be imported from.
 for _module in ("peft.utils", "peft.utils.constants", "peft.utils.other"):
     NAMES[_module] |= {method: (_TABLE.format(method),) for method in _METHODS}
-    NAMES[_module]["IA3"] += ("TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING",)
 
 
 def method_of(fullname: str) -> str | None:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "temporaries", "communication")
 OPTIMIZERS = ("adamw", "adamw_8bit", "sgd", "adafactor", "sft_adamw", "sft_sm3")
-QUANTIZATIONS = ("nf4", "int8")
+QUANTIZATIONS = ("nf4", "fp4", "int8")
 SHARDINGS = ("zero1", "zero2", "zero3", "fsdp")
 OFFLOADS = ("optimizer", "all")
 LIVE_PARAMETERS = 10**9
@@ -120,8 +120,8 @@ def estimate_memory(
         dtype: Of the weights, and with `quantization` of the computation; None: the configuration's, else float32.
         mixed_precision: Train in bfloat16 with float32 weights. On one GPU and with data parallelism this is autocast;
             with `sharding` the weights are bfloat16 and the optimiser has a float32 copy of them.
-        quantization: The linear layers of the frozen base are packed as by bitsandbytes: "nf4" with double
-            quantisation (QLoRA), or "int8"; the rest of the base is float32, as `prepare_model_for_kbit_training`
+        quantization: The linear layers of the frozen base are packed as by bitsandbytes: "nf4" (QLoRA) or "fp4" with
+            double quantisation, or "int8"; the rest of the base is float32, as `prepare_model_for_kbit_training`
             makes it.
         optimizer: "adamw", "adamw_8bit", "sgd", "adafactor", "sft_adamw" or "sft_sm3". None: "adamw", or for SFT the
             one that its selection algorithm needs.
@@ -227,7 +227,7 @@ def _read(model: str | PretrainedConfig) -> PretrainedConfig:
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             "the configuration is that of packed weights, which are not read here: take the configuration of the "
-            "model in the clear, and say quantization='nf4' or 'int8'"
+            "model in the clear, and say quantization='nf4', 'fp4' or 'int8'"
         )
     config.use_cache = False
     return config
@@ -281,17 +281,18 @@ def _batch(task_type: str, rows: int, length: int, padding: bool) -> dict[str, T
 class _PackedLinear(nn.Linear):
     """A linear layer of bitsandbytes as far as memory goes: what it stores, what it makes, what it keeps for backward.
 
-    "nf4": 4 bits per weight, an 8-bit scale for each 64 weights, and a 32-bit scale for each 256 of these (QLoRA, arXiv
-    2305.14314, section 3). "int8": 8 bits per weight and a 32-bit scale for each output (arXiv 2208.07339, section 2).
+    "nf4", "fp4": 4 bits per weight, an 8-bit scale for each 64 weights, and a 32-bit scale for each 256 of these
+    (QLoRA, arXiv 2305.14314, section 3). "int8": 8 bits per weight and a 32-bit scale for each output (arXiv
+    2208.07339, section 2).
     """
 
     def __init__(self, layer: nn.Linear, quantization: str, dtype: torch.dtype):
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, dtype=dtype)
         self.quantization, self.dtype = quantization, dtype
-        numel, is_nf4 = layer.weight.numel(), quantization == "nf4"
-        packed = torch.empty(-(-numel // 2) if is_nf4 else layer.weight.shape, dtype=torch.uint8)
+        numel, has_4_bits = layer.weight.numel(), quantization != "int8"
+        packed = torch.empty(-(-numel // 2) if has_4_bits else layer.weight.shape, dtype=torch.uint8)
         self.weight = nn.Parameter(packed, requires_grad=False)
-        scales = -(-numel // 64) + -(-numel // (64 * 256)) * 4 if is_nf4 else layer.out_features * 4
+        scales = -(-numel // 64) + -(-numel // (64 * 256)) * 4 if has_4_bits else layer.out_features * 4
         self.register_buffer("scales", torch.empty(scales, dtype=torch.uint8))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -315,7 +316,7 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, layer):
         ctx.layer = layer
-        if layer.quantization == "nf4":
+        if layer.quantization != "int8":
             return F.linear(x, layer.unpacked(), None if bias is None else bias.to(x.dtype))
         ctx.save_for_backward(x)  # LLM.int8 keeps it even though the weight is frozen
         rounded = x.to(torch.int8)

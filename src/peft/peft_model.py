@@ -253,7 +253,7 @@ class PeftModel(nn.Module):
         """The base model's forward. `adapter_names=[...]` names the adapter of every row (`__base__`: none)."""
         names = kwargs.pop("adapter_names", None)
         with self._mixed_batch(names), self._prompts(names, kwargs):
-            return self.get_base_model()(*args, **kwargs)
+            return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's generate. `adapter_names=[...]` names the adapter of every row (`__base__`: none)."""
@@ -604,4 +604,4 @@ TASK_CLASSES: dict[str, type[PeftModel]] = {
     TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
 }
 
-explain_missing(__name__)
+explain_missing(__name__, {"TrainableTokensWrapper": "peft.tuners.trainable_tokens.wrapper"})

@@ -86,7 +86,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     prefix = "model." if base is not model else ""
     rows = []
     for path, layer in base.named_modules():
-        if not isinstance(layer, AdapterParts):
+        if not isinstance(layer, AdapterParts) or not layer.adapter_layer_names:
             continue
         names = sorted(layer._available_adapters)
         tensors = {n: [t for _, t in layer.adapter_tensors(n) if t.is_floating_point()] for n in names}

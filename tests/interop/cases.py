@@ -139,6 +139,7 @@ _gpt2_case = _Family("gpt2", {"task_type": "CAUSAL_LM", "fan_in_fan_out": True})
 _opt_case = _Family("opt", {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj", "fc1"]})
 
 _causal = {"task_type": "CAUSAL_LM"}
+_ranks = {**_causal, "total_step": 100}
 
 
 def _lycoris_cases(config: str) -> list[Case]:
@@ -218,6 +219,13 @@ CASES = [
     # (Upstream's LoKr fails on such kernels as these here.)
     _Family("conv", {}, "LoHaConfig")("LoHa, convolutions, kernels apart", r=2, use_effective_conv2d=True,
                                       target_modules=["line.0", "plane.0", "head"]),
+    _Family("llama", _ranks, "AdaLoraConfig")("AdaLoRA, defaults"),
+    _Family("llama", _ranks, "AdaLoraConfig")("AdaLoRA, all-linear, dropout", init_r=5, target_r=3, lora_alpha=16,
+                                              lora_dropout=0.1, target_modules="all-linear"),
+    _Family("gpt2", {**_ranks, "fan_in_fan_out": True}, "AdaLoraConfig")("AdaLoRA, GPT-2 (Conv1D)"),
+    _Family("opt", _ranks, "AdaLoraConfig")("AdaLoRA, OPT, bias lora_only", bias="lora_only"),
+    _Family("conv", {"total_step": 100}, "AdaLoraConfig")("AdaLoRA, convolutions",
+                                                          target_modules=["plane.0", "head"]),
     *(_prompt_case(base, config, f"{config.removesuffix('Config')}, {base}") for config in _prompts for base in _tasks),
     _prompt_case("llama", "PromptEncoderConfig", "PromptEncoder, LSTM", encoder_reparameterization_type="LSTM"),
     _prompt_case("llama", "PrefixTuningConfig", "PrefixTuning, projection", prefix_projection=True),

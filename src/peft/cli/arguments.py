@@ -386,7 +386,7 @@ def add_memory(commands: argparse._SubParsersAction) -> None:
     memory.add_argument("--padding", action="store_true", help="batches come with an attention mask")
     memory.add_argument("--dtype", metavar="TYPE", help="of the weights; default: the configuration's")
     memory.add_argument("--mixed-precision", action="store_true", help="float32 weights, trained in bfloat16")
-    memory.add_argument("--quantize", metavar="HOW", help="pack the frozen base: nf4 or int8")
+    memory.add_argument("--quantize", metavar="HOW", help="pack the frozen base: nf4, fp4 or int8")
     memory.add_argument("--optimizer", metavar="NAME", help="adamw, adamw_8bit, sgd, adafactor; default: the method's")
     memory.add_argument("--checkpointing", "--gradient-checkpointing", action="store_true", help="as in peft train")
     memory.add_argument("--grad-accum", type=positive_int, default=1, metavar="N", help="batches per update")

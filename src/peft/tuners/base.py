@@ -147,6 +147,9 @@ class BaseTuner(nn.Module):
         """What `update_layer` gets besides the name and the configuration, for the layer `key`."""
         return {}
 
+    def add_parts(self, config, adapter_name: str) -> None:
+        """Called when all layers have the new adapter, for what it has beside them."""
+
     def layer_class(self, target: nn.Module, key: str) -> type[BaseTunerLayer]:
         """The class of the adapter layer around `target`.
 
@@ -238,9 +241,12 @@ class BaseTuner(nn.Module):
                     places.replace(target, layer)  # a module may stand in more places than the one called `key`
                     layer._active_adapter = list(active)
                     layer.enable_adapters(not disabled)
-                layer.op.shared |= id(layer.weight) in shared  # a merged layer has parted from the others for a while
+                # A merged layer has parted from the others for a while.
+                layer.op.shared |= not layer.keeps_ties and id(layer.weight) in shared
                 changes.append(layer.base_change(adapter_name, config))
             wrap_modules_to_save(model, getattr(config, "modules_to_save", None) or [], adapter_name)
+            with torch.device("meta") if low_cpu_mem_usage else nullcontext():
+                self.add_parts(config, adapter_name)
             _check_biases(model, config, adapter_name)
             for change in filter(None, changes):
                 change()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config import PeftConfig, documented
@@ -11,11 +12,11 @@ from ..config import PeftConfig, documented
 
 @documented
 @dataclass
-class TargetedConfig(PeftConfig):
+class ModulesConfig(PeftConfig):
     """A configuration that names modules of the base model.
 
     Raises:
-        ValueError: an invalid regular expression, or a choice of layers that the targets cannot express.
+        ValueError: an invalid regular expression.
     """
 
     target_modules: list[str] | str | None = None
@@ -26,6 +27,21 @@ class TargetedConfig(PeftConfig):
     """Modules not to adapt, given like target_modules."""
     modules_to_save: list[str] | None = None
     """Modules that are trained and saved whole beside the adapter, such as a new classification head."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_modules(self)
+
+
+@documented
+@dataclass
+class TargetedConfig(ModulesConfig):
+    """A configuration that names modules and, by number, the layers in which they are meant.
+
+    Raises:
+        ValueError: an invalid regular expression, or a choice of layers that the targets cannot express.
+    """
+
     layers_to_transform: list[int] | int | None = None
     """Numbers of the layers to adapt; None: all."""
     layers_pattern: list[str] | str | None = None
@@ -80,14 +96,31 @@ def _entries(config, name: str) -> dict:
     return {f"{name}[{key!r}]": value for key, value in getattr(config, name).items()}
 
 
-def _check_layer_selection(config: TargetedConfig) -> None:
-    """Check what names modules and layers; lists of names become sets, as upstream has them in memory."""
-    for name in ("target_modules", "exclude_modules"):
+def check_tokens(name: str, tokens: Sequence[int]) -> None:
+    """Check that the option `name` holds ids of different tokens.
+
+    Raises:
+        ValueError: they are negative or not different.
+    """
+    if len(set(tokens)) < len(tokens) or any(token < 0 for token in tokens):
+        raise ValueError(f"{name} must be ids of different tokens, none of them negative, got {list(tokens)}")
+
+
+def check_modules(config: PeftConfig, *names: str) -> None:
+    """Check fields that name modules; lists of names become sets, as upstream has them in memory.
+
+    Args:
+        names: of the fields; none: target_modules and exclude_modules.
+    """
+    for name in names or ("target_modules", "exclude_modules"):
         value = getattr(config, name)
         if isinstance(value, (list, tuple)):
             setattr(config, name, set(value))
         elif isinstance(value, str):
             check_pattern(value, name)
+
+
+def _check_layer_selection(config: TargetedConfig) -> None:
     if isinstance(config.target_modules, str) and config.target_modules.lower() != "all-linear":
         for name in ("layers_to_transform", "layers_pattern"):
             if getattr(config, name) is not None:

@@ -40,7 +40,8 @@ from ..utils.quantization_utils import (
     stored_weight,
 )
 
-OP_KINDS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "Norm")  # transformers' Conv1D is a Linear
+MATRIX_KINDS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding")  # transformers' Conv1D is a Linear
+OP_KINDS = (*MATRIX_KINDS, "Norm")
 
 
 class Op:
@@ -243,6 +244,10 @@ class Op:
         """The weight of the layer whose output, without the bias, is `scale` (O,) times as large."""
         return W * scale.view(-1, *([1] * (W.dim() - 1)))
 
+    def scale_inputs(self, W: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """The weight of the layer that multiplies its input channels by `scale` (I,)."""
+        return W * scale.view(1, -1, *([1] * (W.dim() - 2)))
+
     def add_shift(self, W: torch.Tensor, b: torch.Tensor | None, shift: torch.Tensor):
         """`(W, b)` of the layer whose output is `shift` (O,) higher.
 
@@ -308,6 +313,11 @@ class ConvOp(Op):
 
     def op(self, x, W, b):
         return self.layer._conv_forward(x, W, b)
+
+    def scale_inputs(self, W, scale):
+        # The outputs (O / G) of each group see channels of their own (I / G).
+        W = W.unflatten(0, (self.groups, -1))
+        return (W * scale.view(self.groups, 1, -1, *([1] * len(self.kernel)))).flatten(0, 1)
 
     def _empty(self, bias):
         old = self.layer

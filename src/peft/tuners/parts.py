@@ -145,8 +145,7 @@ def set_adapter(
     check_known(names, known_adapters(model))
     chosen = [part for part in parts(model) if isinstance(part, layer_cls) or not isinstance(part, BaseTunerLayer)]
     for part in chosen:
-        if isinstance(part, AuxiliaryTrainingWrapper):
-            part.check_active(names)
+        part.check_active(names)
     reshard(model)
     if any(isinstance(part, BaseTunerLayer) and part.merged and part.active_adapters != names for part in chosen):
         warn("Adapters are merged into the base weights; they are unmerged before switching")
@@ -181,7 +180,7 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     for part in list(parts(model)):
         part.delete_adapter(adapter_name)
         if isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not part._available_adapters:
-            plain = part.base_layer if isinstance(part, BaseTunerLayer) else part.original_module
+            plain = part.base_layer if isinstance(part, BaseTunerLayer) else part.unload([])
             places.replace(part, plain)
 
 
@@ -272,5 +271,5 @@ def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> dic
     shared = shared_parameters(model)
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
-            layer.op.shared = id(layer.weight) in shared
+            layer.op.shared = not layer.keeps_ties and id(layer.weight) in shared
     return replaced

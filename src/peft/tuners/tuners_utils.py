@@ -79,6 +79,10 @@ class BaseTunerLayer(AdapterParts):
     _active_adapter: str | list[str] = "default"
     # Whether parameters of half precision are widened to float32 (autocast_adapter_dtype) after creation.
     widens_parameters: bool = True
+    # Whether what shares the base layer's weight is adapted likewise, so that merging changes it for all of them.
+    keeps_ties: bool = False
+    # Whether the base model's embeddings belong into the file of an adapter that targets them.
+    saves_embeddings: bool = True
     cast_input_dtype_enabled: bool = True  # see helpers.disable_input_dtype_casting
 
     def __init__(self, base_layer: nn.Module):
@@ -132,6 +136,9 @@ class BaseTunerLayer(AdapterParts):
             tensors: by their names in the model, those of all layers.
         """
 
+    def before_save(self, name: str, path: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Called with what is to be saved of adapter `name`, by its names in the model; may change it."""
+
     def after_load(self, name: str) -> None:
         """Called when tensors were loaded into adapter `name`: bring them into the form that the method relies on."""
 
@@ -178,18 +185,18 @@ class BaseTunerLayer(AdapterParts):
 
     # Forward
 
-    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def forward(self, *args, **kwargs) -> torch.Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
         if self._disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)
         if adapter_names is not None:
-            return self._mixed_forward(adapter_names, x, *args, **kwargs)
+            return self._mixed_forward(adapter_names, *args, **kwargs)
         active = self._applied_adapters()
         if not active:
-            return self.base_layer(x, *args, **kwargs)
-        return self._apply_adapters(active, x, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)
+        return self._apply_adapters(active, *args, **kwargs)
 
     def _applied_adapters(self) -> list[str]:
         """Active adapters that this layer has and that are not in the base weight already."""
@@ -205,18 +212,18 @@ class BaseTunerLayer(AdapterParts):
             y = self.post(name, inputs.pop(), y, names[:i])
         return y
 
-    def _mixed_forward(self, adapter_names: Sequence[str], x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def _mixed_forward(self, adapter_names: Sequence[str], *args, **kwargs) -> torch.Tensor:
         """Row `i` of the batch goes through `adapter_names[i]` (`__base__`: none)."""
         if self.merged:
             raise ValueError("A mixed batch needs the plain base weights: call unmerge_adapter() first")
         available = self._available_adapters
         ways = [name if name in available else BASE_ADAPTER for name in adapter_names]
-        return run_by_row(self._apply_or_base, ways, (x, *args), kwargs)
+        return run_by_row(self._apply_or_base, ways, args, kwargs)
 
-    def _apply_or_base(self, name: str, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def _apply_or_base(self, name: str, *args, **kwargs) -> torch.Tensor:
         if name == BASE_ADAPTER:
-            return self.base_layer(x, *args, **kwargs)
-        return self._apply_adapters([name], x, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)
+        return self._apply_adapters([name], *args, **kwargs)
 
     # Merging
 
@@ -292,7 +299,9 @@ class BaseTunerLayer(AdapterParts):
         return whole_modules(parts, write)
 
     def _mergeable(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if name in self._available_adapters and name not in self.merged_adapters]
+        new = [name for name in names if name in self._available_adapters and name not in self.merged_adapters]
+        self.check_active([*self.merged_adapters, *new])
+        return new
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -343,6 +352,7 @@ class BaseTunerLayer(AdapterParts):
         What its user froze stays frozen.
         """
         names = as_list(adapter_names)
+        self.check_active(names)
         for name in self._available_adapters:
             self._set_flags(name, name in names and not inference_mode)
         self._active_adapter = names

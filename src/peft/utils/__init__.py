@@ -1,6 +1,7 @@
 """Helpers, constants and state-dict functions."""
 
 from .._lazy import attach
+from . import constants
 
 _OTHER = [
     "AuxiliaryTrainingWrapper", "ModulesToSaveWrapper", "_get_submodules", "cast_mixed_precision_params",
@@ -12,10 +13,7 @@ _SAVE_AND_LOAD = [
 ]  # fmt: skip
 _CONSTANTS = [
     "CONFIG_NAME", "INCLUDE_LINEAR_LAYERS_SHORTHAND", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME",
-    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
-    "TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING",
-    "TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING",
-    "TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING",
+    *(name for name in vars(constants) if name.startswith("TRANSFORMERS_")),
 ]  # fmt: skip
 
 __getattr__, __dir__, __all__ = attach(
@@ -29,6 +27,7 @@ __getattr__, __dir__, __all__ = attach(
         "PeftType": "peft.utils.peft_types",
         "PeftWarning": "peft.utils.warning",
         "TaskType": "peft.utils.peft_types",
+        "TrainableTokensWrapper": "peft.tuners.trainable_tokens.wrapper",
         "register_peft_method": "peft.mapping",
         "replace_lora_weights_loftq": "peft.utils.loftq_utils",
     },

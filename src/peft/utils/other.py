@@ -9,16 +9,7 @@ import torch
 from torch import nn
 
 from .._lazy import explain_missing
-from .constants import (  # noqa: F401  (other libraries import the constants from here)
-    CONFIG_NAME,
-    INCLUDE_LINEAR_LAYERS_SHORTHAND,
-    SAFETENSORS_WEIGHTS_NAME,
-    TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING,
-    TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING,
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING,
-    WEIGHTS_NAME,
-)
+from . import constants
 from .mixed_batch import run_by_row
 from .placement import independent_copy
 from .quantization_utils import find_backend
@@ -30,6 +21,21 @@ class AdapterParts:
     # Attributes that map an adapter's name to its module or parameter, and to anything else.
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ()
+    # Whether each adapter takes the place of the whole module, so that one can be active at a time.
+    replaces_module = False
+
+    @property
+    def stored_as(self) -> AdapterParts:
+        """The part under whose name files have this one's tensors."""
+        return self
+
+    def check_active(self, adapter_names: Sequence[str]) -> None:
+        """Refuse adapters that cannot be active together: a module has one replacement at a time."""
+        here = [name for name in adapter_names if name in self._available_adapters]
+        if self.replaces_module and len(here) > 1:
+            raise ValueError(
+                f"Only one adapter can replace a module as a whole, but {here} all do: activate one of them"
+            )
 
     def _init_flags(self) -> None:
         self._shown_flags: dict[tuple[str, str], bool] = {}  # (path, adapter) -> requires_grad as we set it last
@@ -117,6 +123,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """A module with one trainable copy per adapter; the copy of the active adapter takes its place."""
 
     adapter_layer_names = ("modules_to_save",)
+    replaces_module = True
 
     def __init__(self, module_to_save: nn.Module, adapter_name: str):
         super().__init__(module_to_save, adapter_name)
@@ -157,14 +164,6 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
         return self.modules_to_save.parameters()
-
-    def check_active(self, adapter_names: Sequence[str]) -> None:
-        """Refuse adapters that cannot be active together: a module has one replacement at a time."""
-        here = [name for name in adapter_names if name in self.modules_to_save]
-        if len(here) > 1:
-            raise ValueError(
-                f"Only one adapter can replace a module as a whole, but {here} all do: activate one of them"
-            )
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -323,4 +322,12 @@ def fsdp_auto_wrap_policy(model: nn.Module):
     return functools.partial(_or_policy, policies=[leaves, blocks])
 
 
-explain_missing(__name__, {"get_pattern_key": "peft.tuners.targeting"})
+# Other libraries import these from here.
+explain_missing(
+    __name__,
+    {
+        "TrainableTokensWrapper": "peft.tuners.trainable_tokens.wrapper",
+        "get_pattern_key": "peft.tuners.targeting",
+        **{name: "peft.utils.constants" for name in vars(constants) if name.isupper()},
+    },
+)

@@ -60,6 +60,7 @@ class PeftType(str, enum.Enum):
     SSF = "SSF"
     COMPACT_LORA = "COMPACT_LORA"
     FINETUNA = "FINETUNA"
+    BOTTLENECK = "BOTTLENECK"
 
 
 class TaskType(str, enum.Enum):

@@ -52,17 +52,19 @@ def _holders(model: nn.Module):
 def adapter_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """`{key in model.state_dict(): key in the adapter's file}` for every tensor of one adapter."""
     keys: dict[str, str] = {}
-    for path, module in _holders(model):
+    paths = {module: path for path, module in _holders(model)}
+    for module, path in paths.items():
         if _holds_prompts(module, adapter_name):  # `BasePromptEncoder.to_file` makes the file's keys of these
             names = module[adapter_name].state_dict()
             keys.update({f"{path}.{adapter_name}.{name}": f"prompt_encoder.{name}" for name in names})
+        stored = paths[getattr(module, "stored_as", module)]
         for attribute in module.adapter_layer_names:
             container = getattr(module, attribute, {})
             if adapter_name not in container or adapter_name in getattr(container, "_non_persistent_buffers_set", ()):
                 continue
             memory = f"{path}.{attribute}.{adapter_name}"
             # A module that is trained whole has its own place in the file.
-            file = _plain_name(path if isinstance(module, AuxiliaryTrainingWrapper) else f"{path}.{attribute}")
+            file = _plain_name(stored if isinstance(module, AuxiliaryTrainingWrapper) else f"{stored}.{attribute}")
             entry = container[adapter_name]
             if isinstance(entry, nn.Module):
                 keys.update({f"{memory}.{name}": f"{file}.{_plain_name(name)}" for name in entry.state_dict()})
@@ -105,6 +107,7 @@ def _embedding_keys(model: nn.Module, save_embedding_layers: bool | str, config,
     if save_embedding_layers == "auto":
         if not _vocabulary_changed(model, config):
             modules = [m for m in modules if isinstance(m, BaseTunerLayer) and adapter_name in m._available_adapters]
+            modules = [m for m in modules if m.saves_embeddings]
             modules = [m for m in modules if not is_quantized(m.get_base_layer())]  # the base model is packed anew
         if modules:
             warn(
@@ -190,6 +193,9 @@ def get_peft_model_state_dict(
         wanted = whole_tensors(model, wanted)
     else:
         wanted = {name: whole_tensor(tensor) for name, tensor in wanted.items()}
+    for path, module in _holders(model):
+        if adapter_name in getattr(module, "_available_adapters", ()) and hasattr(module, "before_save"):
+            module.before_save(adapter_name, path if state_dict is None else _plain_name(path), wanted)
     result = {file: wanted[name] for name, file in keys.items()}
     encoder = _prompt_encoder(model, adapter_name)
     return result if encoder is None else encoder.to_file(result)

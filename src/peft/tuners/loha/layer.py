@@ -8,9 +8,44 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 
 from ..lycoris_utils import LycorisLayer, kernel_factors
+from ..ops import no_global_hooks
+
+
+class FormedTwice(torch.autograd.Function):
+    """`apply(x, scaling, a1, b1, a2, b2)`: `scaling * x ((a1 b1) * (a2 b2))^T` for x (..., I), factors (O, r), (r, I).
+
+    Torch's operations would keep three matrices as large as the weight for the backward pass, in every layer; here the
+    backward pass forms them again.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scaling, *factors):
+        ctx.scaling = scaling
+        ctx.save_for_backward(x, *factors)
+        return F.linear(x, (hadamard(*factors) * scaling).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, g):
+        x, *factors = ctx.saved_tensors
+        twice = torch.is_grad_enabled()  # create_graph
+        need_x, _, *needed = ctx.needs_input_grad
+        with torch.enable_grad():
+            D = hadamard(*factors) * ctx.scaling
+        gx = g @ (D if twice else D.detach()).to(g.dtype) if need_x else None
+        wanted = [factor for factor, need in zip(factors, needed) if need]
+        gradients = iter(())
+        if wanted:
+            gD = g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(g.dtype)  # (O, I)
+            gradients = iter(torch.autograd.grad(D, wanted, gD.to(D.dtype), create_graph=twice))
+        return gx, None, *(next(gradients) if need else None for need in needed)
+
+
+def hadamard(a1: torch.Tensor, b1: torch.Tensor, a2: torch.Tensor, b2: torch.Tensor) -> torch.Tensor:
+    return (a1 @ b1) * (a2 @ b2)
 
 
 class LoHaLayer(LycorisLayer):
@@ -33,17 +68,23 @@ class LoHaLayer(LycorisLayer):
     def zero_factor(self, name, config):
         return "hada_w2_b"
 
+    def factors(self, name: str) -> tuple[torch.Tensor, ...]:
+        return tuple(factor[name] for factor in (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b))
+
     def product(self, name):
-        a1, b1, a2, b2 = (factors[name] for factors in (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b))
+        a1, b1, a2, b2 = self.factors(name)
         if name in self.hada_t1:
             D = kernel_factors(self.hada_t1[name], b1, a1) * kernel_factors(self.hada_t2[name], b2, a2)
         else:
-            D = (a1 @ b1) * (a2 @ b2)
+            D = hadamard(a1, b1, a2, b2)
         return D.view(self.op.weight_shape)
 
 
 class Linear(LoHaLayer):
-    pass
+    def delta(self, name, x):
+        if torch.compiler.is_compiling() or not no_global_hooks():
+            return super().delta(name, x)
+        return FormedTwice.apply(x, self.scaling[name], *self.factors(name))
 
 
 class Conv1d(LoHaLayer):
@@ -51,10 +92,6 @@ class Conv1d(LoHaLayer):
 
 
 class Conv2d(LoHaLayer):
-    pass
-
-
-class Conv3d(LoHaLayer):
     pass
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING
 from ..lycoris_utils import LycorisTuner
-from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoHaLayer
+from .layer import Conv1d, Conv2d, Embedding, Linear, LoHaLayer
 
 
 class LoHaModel(LycorisTuner):
@@ -13,4 +13,4 @@ class LoHaModel(LycorisTuner):
     prefix = "hada_"
     tuner_layer_cls = LoHaLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING
-    layer_classes = {"Linear": Linear, "Conv1d": Conv1d, "Conv2d": Conv2d, "Conv3d": Conv3d, "Embedding": Embedding}
+    layer_classes = {"Linear": Linear, "Conv1d": Conv1d, "Conv2d": Conv2d, "Conv3d": LoHaLayer, "Embedding": Embedding}

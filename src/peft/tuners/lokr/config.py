@@ -14,7 +14,7 @@ from ..lycoris_utils import LycorisConfig
 @dataclass
 class LoKrConfig(LycorisConfig):
     """LoKr: the delta is a Kronecker product of a small and a larger matrix, the larger one of rank `r` (arXiv
-    2309.14859, section 3.2).
+    2309.14859).
 
     Raises:
         TypeError, ValueError: a value of another type or outside its range; it is named with the rule.

@@ -1,4 +1,4 @@
-"""LoKr layers: `W + scaling * kron(w1, w2)` (arXiv 2309.14859, section 3.2).
+"""LoKr layers: `W + scaling * kron(w1, w2)` (arXiv 2309.14859).
 
 With `O = O1 O2` outputs and `I = I1 I2` inputs, w1 is (O1, I1) and w2 (O2, I2, *K); each may be a product of rank r.
 """
@@ -84,10 +84,6 @@ class Conv1d(LoKrLayer):
 
 
 class Conv2d(LoKrLayer):
-    pass
-
-
-class Conv3d(LoKrLayer):
     pass
 
 

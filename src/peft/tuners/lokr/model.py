@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING
 from ..lycoris_utils import LycorisTuner
-from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoKrLayer
+from .layer import Conv1d, Conv2d, Embedding, Linear, LoKrLayer
 
 
 class LoKrModel(LycorisTuner):
@@ -13,4 +13,4 @@ class LoKrModel(LycorisTuner):
     prefix = "lokr_"
     tuner_layer_cls = LoKrLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING
-    layer_classes = {"Linear": Linear, "Conv1d": Conv1d, "Conv2d": Conv2d, "Conv3d": Conv3d, "Embedding": Embedding}
+    layer_classes = {"Linear": Linear, "Conv1d": Conv1d, "Conv2d": Conv2d, "Conv3d": LoKrLayer, "Embedding": Embedding}

@@ -9,7 +9,7 @@ from typing import Literal
 from ..._lazy import explain_missing
 from ...config import documented
 from ...utils.peft_types import PeftType
-from ..common_config import TargetedConfig, check_probability, check_rank_and_alpha
+from ..common_config import TargetedConfig, check_probability, check_rank_and_alpha, check_tokens
 
 INIT_NAMES = ("gaussian", "orthogonal", "loftq")
 # Initialisations of upstream's that are not in this version. An adapter's file brings its tensors, whatever they were
@@ -20,7 +20,6 @@ INIT_FIELDS = ("eva_config", "corda_config", "lora_ga_config")  # how to initial
 # Switches of upstream's whose method is not in this version: field -> what it would be.
 NOT_YET = {
     "megatron_config": "Megatron parallel layers",
-    "trainable_token_indices": "trainable tokens",
     "eva_config": "EVA initialisation",
     "corda_config": "CorDA initialisation",
     "lora_ga_config": "LoRA-GA initialisation",
@@ -103,7 +102,8 @@ class LoraConfig(TargetedConfig):
     megatron_core: str | None = "megatron.core"
     """Import path of Megatron; without effect while megatron_config is None."""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    """Not in this version."""
+    """Tokens whose embeddings are trained and saved beside the adapter: ids of the input embeddings', or {end of a
+    module's name: ids}. What is tied to a module is trained along."""
     loftq_config: LoftQConfig | dict | None = field(default_factory=dict)
     """Bits and turns of init_lora_weights="loftq": a LoftQConfig, or its fields as a dict."""
     eva_config: dict | None = None
@@ -146,6 +146,9 @@ class LoraConfig(TargetedConfig):
         self.peft_type = PeftType.LORA
         self._check_loftq()
         self._check_numbers()
+        tokens = self.trainable_token_indices or {}
+        for name, ids in (tokens if isinstance(tokens, dict) else {"input embeddings": tokens}).items():
+            check_tokens(f"trainable_token_indices ({name})", ids)
         for name, what in NOT_YET.items():
             if getattr(self, name) and not (self.inference_mode and name in INIT_FIELDS):
                 raise NotImplementedError(f"{name}={getattr(self, name)!r}: {what} is not in this version of peft")

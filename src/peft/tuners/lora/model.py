@@ -37,6 +37,12 @@ class LoraModel(BaseTuner):
                 "adapter_config.json (or give config=PeftConfig.from_pretrained(folder, init_lora_weights=True))"
             )
 
+    def add_parts(self, config, adapter_name):
+        if getattr(config, "trainable_token_indices", None):
+            from ..trainable_tokens.wrapper import wrap_trainable_tokens
+
+            wrap_trainable_tokens(self, config.trainable_token_indices, adapter_name)
+
     def layer_kwargs(self, config, key):
         """Rank and alpha of this layer, from the patterns or the configuration."""
         return {
@@ -45,9 +51,9 @@ class LoraModel(BaseTuner):
         }
 
     def layer_class(self, target, key):
-        backend = find_backend(target)
-        packed = self.packed_linear_classes.get(backend.name) if backend else None
-        return packed or super().layer_class(target, key)
+        own = super().layer_class(target, key)
+        backend = find_backend(target) if own is Linear else None
+        return self.packed_linear_classes.get(backend.name, own) if backend else own
 
 
 explain_missing(__name__)

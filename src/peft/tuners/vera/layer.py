@@ -52,19 +52,3 @@ class VeraLayer(LowRankLayer, nn.Module):
 
 class Linear(VeraLayer):
     pass
-
-
-class Conv1d(VeraLayer):
-    pass
-
-
-class Conv2d(VeraLayer):
-    pass
-
-
-class Conv3d(VeraLayer):
-    pass
-
-
-class Embedding(VeraLayer):
-    pass

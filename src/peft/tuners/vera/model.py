@@ -9,8 +9,8 @@ from ...utils.constants import TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPIN
 from ...utils.placement import home_device
 from .._buffer_dict import BufferDict
 from ..base import BaseTuner
-from ..ops import make_op
-from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, VeraLayer
+from ..ops import MATRIX_KINDS, make_op
+from .layer import Linear, VeraLayer
 
 
 def draw_projections(
@@ -35,7 +35,7 @@ class VeraModel(BaseTuner):
     adapter_layer_names = ("vera_A", "vera_B")
     tuner_layer_cls = VeraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING
-    layer_classes = {"Linear": Linear, "Conv1d": Conv1d, "Conv2d": Conv2d, "Conv3d": Conv3d, "Embedding": Embedding}
+    layer_classes = {**dict.fromkeys(MATRIX_KINDS, VeraLayer), "Linear": Linear}
 
     def shared_state(self, config, targets, adapter_name):
         """Draw the shared matrices. Adapters that are to have the same ones hold the same memory."""

@@ -1,0 +1,95 @@
+"""AdaLoRA layers: `W + scaling / ranknum * B diag(E) A` (arXiv 2303.10512, section 3.1).
+
+A (r, I K), B (O, r) and E (r, 1) are bare parameters. A rank is taken away by setting its number in E to zero, so that
+it may come back; files leave out the ranks that are lost according to the configuration's `rank_pattern`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ...utils.placement import home_device
+from ..lora.layer import LoraLayer
+from ..tuners_utils import LowRankLayer
+from .allocator import RankAllocator
+
+__all__ = ["AdaLoraLayer", "RankAllocator", "SVDConv2d", "SVDLinear"]
+
+
+class AdaLoraLayer(LowRankLayer, LoraLayer, nn.Module):
+    """AdaLoRA on a layer of any kind that has a matrix or a kernel as its weight."""
+
+    adapter_layer_names = ("lora_A", "lora_B", "lora_E")
+    other_param_names = (*LoraLayer.other_param_names, "ranknum", "configs")
+
+    def __init__(self, base_layer: nn.Module):
+        nn.Module.__init__(self)
+        super().__init__(base_layer)
+        self.lora_A, self.lora_B, self.lora_E = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.ranknum = nn.ParameterDict()  # the rank at the start, by which the delta is divided whatever is left of it
+        self.configs: dict[str, object] = {}  # the adapters' configurations, which hold what is left of their ranks
+
+    def update_layer(self, name, config, *, key: str, r: int):
+        self.pattern_key = f"{key}.lora_E"
+        self.configs[name] = config
+        self.lora_alpha[name], self.use_rslora[name], self.lora_bias[name] = config.lora_alpha, False, False
+        self.scaling[name] = self._initial_scaling(name)
+        self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        device = home_device(self.get_base_layer())  # never empty, and no tensor of a file
+        self.ranknum[name] = nn.Parameter(torch.full((1,), float(config.init_r), device=device), requires_grad=False)
+        self._create_factors(name, r)
+        std = 0.02 if config.init_lora_weights is not False else 1.0
+        for factor in (self.lora_A[name], self.lora_B[name], self.lora_E[name]):
+            nn.init.normal_(factor, std=std)
+        if config.init_lora_weights is not False:
+            nn.init.zeros_(self.lora_E[name])
+
+    def _create_factors(self, name: str, r: int) -> None:
+        outputs, inputs = self.op.weight_shape[0], self.op.weight_shape[1:].numel()
+        self.r[name] = r
+        self.lora_A[name] = nn.Parameter(torch.empty(r, inputs))
+        self.lora_B[name] = nn.Parameter(torch.empty(outputs, r))
+        self.lora_E[name] = nn.Parameter(torch.empty(r, 1))
+
+    def _initial_scaling(self, name):
+        return self.lora_alpha[name]
+
+    def factors(self, name):
+        E = self.lora_E[name]
+        scaling = self.scaling[name] / (self.ranknum[name].to(E) + 1e-5)
+        return self.lora_A[name] * (E * scaling), self.lora_B[name]
+
+    def dropped(self, name, x):
+        return self.lora_dropout[name](x)
+
+    def before_load(self, name, path, tensors):
+        """Take over the number of ranks that the file has."""
+        incoming = tensors.get(f"{path}.lora_E.{name}")
+        if incoming is None or len(incoming) == self.r[name]:
+            return
+        old = dict(self.adapter_tensors(name))
+        with torch.device("meta") if old["lora_E"].is_meta else old["lora_E"].device:
+            self._create_factors(name, len(incoming))
+        for attribute, factor in self.adapter_tensors(name):
+            factor.data = torch.zeros_like(factor, dtype=old[attribute].dtype)
+            factor.requires_grad_(old[attribute].requires_grad)
+        config = self.configs[name]
+        config.rank_pattern = {**(config.rank_pattern or {}), self.pattern_key: [True] * len(incoming)}
+
+    def before_save(self, name, path, tensors):
+        """Leave out the ranks that are lost."""
+        pattern = (self.configs[name].rank_pattern or {}).get(self.pattern_key, ())
+        if len(pattern) == self.r[name]:  # else the layer was made without them
+            keep = torch.tensor(pattern, dtype=torch.bool).nonzero().squeeze(1)
+            for attribute, dim in (("lora_A", 0), ("lora_B", 1), ("lora_E", 0)):
+                key = f"{path}.{attribute}.{name}"
+                tensors[key] = tensors[key].index_select(dim, keep.to(tensors[key].device))
+
+
+class SVDLinear(AdaLoraLayer):
+    pass
+
+
+class SVDConv2d(AdaLoraLayer):
+    pass

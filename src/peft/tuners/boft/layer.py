@@ -1,0 +1,129 @@
+"""The BOFT layer: `y = s * W (R^T x) + bias`, with R a product of sparse rotations and s one scale per output channel.
+
+arXiv 2311.06243, section 4: each factor rotates blocks of b features, and in factor i the blocks are made of half
+blocks that lie 2^i half blocks apart, as in a fast Fourier transform; the first is block-diagonal. (The paper's
+compiled kernel for block-diagonal matrices is not needed: a batched product does it.)
+
+Shape letters: m factors, r blocks of b features, O output channels, I input channels, K kernel.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from ...utils.placement import onloaded, whole_tensor
+from ..tuners_utils import BaseTunerLayer
+
+
+class BOFTLayer(BaseTunerLayer, nn.Module):
+    """BOFT on linear layers and convolutions."""
+
+    adapter_layer_names = ("boft_R", "boft_s")
+    other_param_names = ("boft_block_size", "boft_block_num", "boft_dropout")
+
+    def __init__(self, base_layer: nn.Module):
+        nn.Module.__init__(self)
+        BaseTunerLayer.__init__(self, base_layer)
+        self.boft_R = nn.ParameterDict()
+        self.boft_s = nn.ParameterDict()
+        self.boft_block_size: dict[str, int] = {}
+        self.boft_block_num: dict[str, int] = {}
+        self.boft_dropout: dict[str, float] = {}
+
+    def update_layer(self, name, config):
+        if getattr(self.op, "groups", 1) > 1:
+            raise ValueError(
+                f"BOFT rotates all input features together, which a grouped convolution (groups={self.op.groups}) does "
+                "not see together: leave it out of target_modules"
+            )
+        features = math.prod(self.op.weight_shape[1:])
+        for what in ("boft_block_size", "boft_block_num"):
+            if getattr(config, what) and features % getattr(config, what):
+                raise ValueError(f"{what}={getattr(config, what)} must divide the layer's {features} input features")
+        b = config.boft_block_size or features // config.boft_block_num
+        r, m = features // b, config.boft_n_butterfly_factor
+        if m > 1 and (b % 2 or r % 2 ** (m - 1)):
+            raise ValueError(
+                f"boft_n_butterfly_factor={m} needs blocks of an even size and a number of them that 2^{m - 1} "
+                f"divides; {features} features make {r} blocks of {b}"
+            )
+        self.boft_block_size[name], self.boft_block_num[name] = b, r
+        self.boft_dropout[name] = config.boft_dropout
+        self.boft_R[name] = nn.Parameter(torch.zeros(m, r, b, b))
+        self.boft_s[name] = nn.Parameter(
+            torch.ones((self.out_features, 1) if self.op.channel_dim == -1 else (1, self.out_features))
+        )
+        if not config.init_weights and not self.boft_R[name].is_meta:
+            nn.init.normal_(self.boft_R[name], std=0.1)
+            nn.init.normal_(self.boft_s[name], mean=1.0, std=0.1)
+
+    def before_load(self, name, path, tensors):
+        """Take the number of factors from the file: upstream 0.21.2 makes one, whatever its configuration says."""
+        value = tensors.get(f"{path}.boft_R.{name}")
+        own = self.boft_R[name]
+        if value is not None and value.shape[1:] == own.shape[1:] and len(value) != len(own):
+            self.boft_R[name] = nn.Parameter(own.new_zeros(value.shape), own.requires_grad)
+
+    def rotations(self, name: str, training: bool = False) -> torch.Tensor:
+        """The blocks of all factors, (m, r, b, b): Cayley's transform of the parameters' skew-symmetric part."""
+        A = self.boft_R[name]
+        A = A.to(torch.promote_types(A.dtype, torch.float32))
+        S, eye = (A - A.mT) / 2, torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+        R = torch.linalg.solve(eye + S, eye - S)
+        if training and self.boft_dropout[name]:
+            dropped = torch.rand(*R.shape[:2], 1, 1, device=R.device) < self.boft_dropout[name]
+            R = torch.where(dropped, eye, R)
+        return R
+
+    def _turned(self, t: torch.Tensor, R: torch.Tensor, inverse: bool) -> torch.Tensor:
+        """Rows of features (..., r b) times the product of the factors `R`, or times its transpose."""
+        factors = list(enumerate(R.to(t.dtype)))
+        for i, blocks in reversed(factors) if inverse else factors:
+            order = butterfly_order(t.shape[-1], R.shape[-1], i).to(t.device)
+            rows = t[..., order].unflatten(-1, R.shape[1:3])
+            product = torch.einsum("...rb,rcb->...rc" if inverse else "...rb,rbc->...rc", rows, blocks)
+            t = product.flatten(-2)[..., order.argsort()].to(t.dtype)
+        return t
+
+    def pre(self, name, x):
+        return self._turned(x, self.rotations(name, self.training), inverse=False)
+
+    def post(self, name, x, y, before=()):
+        s = self.boft_s[name].flatten()
+        scaled, base = y * s, self.get_base_layer()
+        if getattr(base, "bias", None) is not None:  # it is not scaled
+            with onloaded(base):
+                scaled = scaled + (1 - s) * whole_tensor(base.bias)
+        return scaled.to(y.dtype)
+
+    def _apply_adapters(self, names, x, *args, **kwargs):
+        if not self.op.kind.startswith("Conv"):
+            return super()._apply_adapters(names, x, *args, **kwargs)
+        W, b = self.op.load()
+        for name in names:
+            W = self._folded(name, W, self.training)
+        return self.op.op(x, W.to(x.dtype), b)
+
+    def _folded(self, name: str, W: torch.Tensor, training: bool = False) -> torch.Tensor:
+        turned = self._turned(W.flatten(1), self.rotations(name, training), inverse=True).reshape(W.shape)
+        return self.op.scale_channels(turned, self.boft_s[name].flatten().to(W))
+
+    def fold(self, name, W, b):
+        return self._folded(name, W), b
+
+
+def butterfly_order(features: int, block_size: int, factor: int) -> torch.Tensor:
+    """The features in the order in which factor `factor` takes them for its blocks, (r b).
+
+    A block is made of half blocks number u and u + 2^factor, where u has no such bit; factor 0 takes them in order.
+    """
+    if factor == 0:
+        return torch.arange(features)
+    halves = torch.arange(features).view(-1, block_size // 2)  # (2 r, b / 2)
+    return halves.view(-1, 2, 2**factor, block_size // 2).transpose(1, 2).flatten()
+
+
+Linear = Conv2d = BOFTLayer  # one class does them all

@@ -1,0 +1,93 @@
+"""`TrainableTokensModel`: layers of trainable tokens in a model."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from torch import nn
+
+from ...utils.other import AuxiliaryTrainingWrapper, id_tensor_storage
+from ...utils.quantization_utils import stored_weight
+from ..base import BaseTuner
+from ..ops import make_op
+from ..tuners_utils import BaseTunerLayer
+from .layer import TrainableTokensLayer
+
+
+class TrainableTokensModel(BaseTuner):
+    """A model some of whose tokens are trained; see `BaseTuner`."""
+
+    prefix = "trainable_tokens_"
+    tuner_layer_cls = TrainableTokensLayer
+    layer_classes = dict.fromkeys(("Linear", "Embedding"), TrainableTokensLayer)
+
+    def prepare_config(self, config):
+        if config.target_modules is None:
+            config.target_modules = input_embeddings_name(self.model) or "embed_tokens"
+        return super().prepare_config(config)
+
+    def _find_targets(self, config, state_dict):
+        """The named modules, each followed by those that share its weight."""
+        found = super()._find_targets(config, state_dict)
+        self._partners = {
+            other: key for key, base in found.items() for other in tied_modules(self.model, base) if other not in found
+        }
+        targets = {}
+        for key, base in found.items():
+            others = [other for other, partner in self._partners.items() if partner == key]
+            targets |= {key: base, **{other: base_of(self.model, other) for other in others}}
+        return targets
+
+    def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key):
+        if current_key in self._partners and not isinstance(target, BaseTunerLayer):
+            partner = self.model.get_submodule(self._partners[current_key])
+            setattr(parent, target_name, TrainableTokensLayer(target, partner).train(target.training))
+            return
+        super()._create_and_replace(config, adapter_name, target, target_name, parent, current_key)
+
+
+def input_embeddings_name(model: nn.Module) -> str | None:
+    """What the model calls the module of its input embeddings, without what adapters have made of it."""
+    getter = getattr(model, "get_input_embeddings", None)
+    embeddings = getter() if callable(getter) else None
+    return next((name for name, module in model.named_modules() if module is embeddings), None)
+
+
+def base_of(model: nn.Module, key: str) -> nn.Module:
+    module = model.get_submodule(key)
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def tied_modules(model: nn.Module, base: nn.Module) -> list[str]:
+    """Names of the other modules that hold the same weight as `base`, without what adapters have made of them.
+
+    Raises:
+        ValueError: one of them is trained whole, or is adapted in another way.
+    """
+    memory, found, inside = _memory(base), [], ()
+    for key, module in model.named_modules():
+        if inside and key.startswith(inside) or not getattr(module, "adapter_layer_names", True):
+            continue  # a wrapper of trainable tokens stands for the layer in it
+        bare = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            inside = (*inside, key + ".")
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            bare = module.unload([])
+        if bare is base or memory is None or _memory(bare) != memory:
+            continue
+        if bare is not module and not isinstance(module, TrainableTokensLayer):
+            raise ValueError(
+                f"{key} shares its weight with the trained tokens' embeddings, and has an adapter or is trained whole: "
+                "leave it out of target_modules and modules_to_save, or untie it"
+            )
+        found.append(key)
+    return found
+
+
+def _memory(module: nn.Module) -> Hashable | None:
+    """What is equal for layers that hold the same weight, packed or not; None: it is no layer, or not known."""
+    if make_op(module) is None:
+        return None
+    weight = stored_weight(module)
+    has_memory = not (weight.is_meta or hasattr(weight, "__tensor_flatten__"))
+    return id_tensor_storage(weight) if has_memory else id(weight)
