@@ -476,7 +476,7 @@ def test_switching_freezing_and_deleting(method):
     for parameter in model.prompt_encoder.parameters():
         parameter.data.zero_()
     assert any(parameter.any() for parameter in twin._tuner.prompt_encoder["a"].parameters())
-    assert twin._tuner.prompt_encoder is twin.prompt_encoder
+    assert twin._tuner.prompt_encoder is twin.prompt_encoder and twin._tuner.model is twin.base_model
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
@@ -719,6 +719,9 @@ def run(method: str, **kw):
         (lambda: run("multitask"), r"needs task_ids, the task of each row \(0 to 2\)"),
         (lambda: run("multitask", task_ids=torch.tensor([0, 3])), r"from 0 to 2, got \[0, 3\]"),
         (lambda: run("prompt", task_ids=torch.tensor([0, 0])), "has one prompt for all"),
+        (lambda: run("multitask", task_ids=[0]), "one task per row: got 1 for 2 rows"),
+        (lambda: run("prompt", adapter_names=["default"]), "one adapter per row: got 1 for 2 rows"),
+        (lambda: run("prompt", adapter_names=[]), "got 0 names"),
         (lambda: run("prompt", input_type_mask=tokens()), "input_type_mask is for CPT"),
         (lambda: prompted(llama(), "prompt").add_adapter("b", METHODS["prefix"]()), "of one method"),
     ],
@@ -726,6 +729,22 @@ def run(method: str, **kw):
 def test_refused(config, message):
     with pytest.raises(ValueError, match=message):
         config()
+
+
+def test_a_refused_configuration_leaves_no_trace():
+    base = llama()
+    before = set(vars(base))
+    with pytest.raises(ValueError, match="cpt_token_ids must be tokens from 0 to 49"):
+        get_peft_model(base, METHODS["cpt"](cpt_token_ids=[1, 2, 3, 50]))
+    assert set(vars(base)) == before
+
+
+def test_memory_is_told_beforehand():
+    for method, trained in (("prompt", T * 16), ("prefix", T * 2 * 2 * 8)):  # one key-value head of two
+        config = METHODS[method](task_type="CAUSAL_LM")
+        for padding in (False, True):
+            estimate = peft.estimate_memory(llama().config, config, batch_size=2, sequence_length=8, padding=padding)
+            assert estimate.trained == trained and estimate.gpu["activations"] > 0
 
 
 def test_methods_with_layers_have_no_prompt():

@@ -20,7 +20,8 @@ from ._lazy import explain_missing
 from .config import PeftConfig, split_hub_kwargs
 from .mapping import PEFT_TYPE_TO_TUNER_MAPPING, config_class
 from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
-from .tuners.base import BASE_ADAPTER, check_adapter_name
+from .tuners.base import BASE_ADAPTER, BaseTuner, check_adapter_name
+from .tuners.parts import modules_with_adapters
 from .tuners.prompt_learning import PromptTuner
 from .tuners.tuners_utils import BaseTunerLayer
 from .utils.other import AuxiliaryTrainingWrapper
@@ -71,13 +72,13 @@ class PeftModel(nn.Module):
         has_prompts = peft_config.is_prompt_learning
         make = PromptTuner if has_prompts else PEFT_TYPE_TO_TUNER_MAPPING[peft_config.peft_type]
         tuner = make(model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-        vars(self)["_tuner"] = tuner  # of a model with prompts it is not a part
         self.base_model: nn.Module = model if has_prompts else tuner
         if has_prompts:
+            vars(self)["_prompt_tuner"] = tuner  # not a part of this module: the base model is, and the encoders are
             self.prompt_encoder = tuner.prompt_encoder
         tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         self.prepare_model_for_gradient_checkpointing(model)
-        self.special_peft_forward_args = {"adapter_names", "task_ids"}
+        self.special_peft_forward_args = {"adapter_names"}
         if getattr(getattr(self.base_model, "config", None), "pretraining_tp", 1) > 1:
             self.base_model.config.pretraining_tp = 1  # slices base weights in forward, past the adapters
 
@@ -143,13 +144,21 @@ class PeftModel(nn.Module):
 
     def get_base_model(self) -> nn.Module:
         """The base model (with the adapters in it)."""
-        return self._tuner.model
+        return self.base_model if self._has_prompts else self.base_model.model
+
+    @property
+    def _has_prompts(self) -> bool:
+        return "_prompt_tuner" in vars(self)
+
+    @property
+    def _tuner(self) -> BaseTuner:
+        return vars(self)["_prompt_tuner"] if self._has_prompts else self.base_model
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("base_model", "_tuner"):  # not there yet, or unpickling
+            if name == "base_model":  # not there yet, or unpickling
                 raise
         # The adapters' methods first: transformers has some of the same names.
         return getattr(self._tuner, name)
@@ -254,11 +263,11 @@ class PeftModel(nn.Module):
 
     def _prompts(self, names: Sequence[str] | None, kwargs: dict, generating: bool = False):
         """Within this context calls of the base model have the adapters' prompts, if they are of such a method."""
-        if not isinstance(self._tuner, PromptTuner):
+        if not self._has_prompts:
             return contextlib.nullcontext()
         from .tuners.prompt_insertion import inserted
 
-        return inserted(self._tuner, names, kwargs, generating)
+        return inserted(self.get_base_model(), self.prompt_encoder, self.peft_config, names, kwargs, generating)
 
     def get_prompt(self, batch_size: int, task_ids: torch.Tensor | None = None) -> Any:
         """The active adapter's prompt for `batch_size` rows: embeddings (rows, tokens, width), or a cache (prefix).
@@ -266,7 +275,8 @@ class PeftModel(nn.Module):
         Raises:
             TypeError: the adapters are not of a prompt method.
         """
-        return self._prompt_tuner().get_prompt(self.active_adapter, batch_size, task_ids)
+        self._refuse_without_prompts()
+        return self._tuner.get_prompt(self.active_adapter, batch_size, task_ids)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
         """An adapter's prompt as files have it, (tokens, width).
@@ -274,13 +284,13 @@ class PeftModel(nn.Module):
         Raises:
             TypeError: the adapters are not of a prompt method.
         """
-        encoder = self._prompt_tuner().prompt_encoder[adapter_name]
+        self._refuse_without_prompts()
+        encoder = self.prompt_encoder[adapter_name]
         return encoder.finished(encoder.state_dict())
 
-    def _prompt_tuner(self) -> PromptTuner:
-        if not isinstance(self._tuner, PromptTuner):
+    def _refuse_without_prompts(self) -> None:
+        if not self._has_prompts:
             raise TypeError(f"{self.peft_type} has no prompt: its adapters are in the layers")
-        return self._tuner
 
     @contextlib.contextmanager
     def _mixed_batch(self, adapter_names: Sequence[str] | None, generating: bool = False):
@@ -530,8 +540,8 @@ class PeftModel(nn.Module):
 
     def _refuse_empty(self, adapter_name: str, missing: Sequence[str]) -> None:
         """Refuse an adapter that was created on the meta device and that its file did not fill."""
-        for layer in self._tuner.layers():
-            if any(tensor.is_meta for _, tensor in layer.adapter_tensors(adapter_name)):
+        for part in modules_with_adapters(self.get_base_model()):
+            if any(tensor.is_meta for _, tensor in part.adapter_tensors(adapter_name)):
                 raise ValueError(
                     f"With low_cpu_mem_usage the file must hold every tensor of adapter {adapter_name!r}, but it lacks "
                     f"{len(missing)}, such as {list(missing[:3])}: load it without, and they keep their initial values"

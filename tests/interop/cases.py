@@ -108,7 +108,7 @@ class Case:
         upstream_merges: whether upstream's merged model gives what it gave before merging.
         is_prompt: whether the adapters are prompts, which cannot be merged, and of which upstream has no status and
             none to train on.
-        extra: further inputs, one entry per row.
+        extra: further inputs for the adapters, one entry per row.
         upstream_mixes: whether upstream's model heeds the names of a mixed batch.
     """
 
@@ -120,7 +120,7 @@ class Case:
     upstream_merges: bool = True
     config: str = "LoraConfig"
     is_prompt: bool = False
-    extra: dict[str, list[int]] = field(default_factory=dict)
+    extra: dict[str, list] = field(default_factory=dict)
     upstream_mixes: bool = True
 
 
@@ -169,6 +169,8 @@ _tasks = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert-sequences": "SEQ_CLS"
 def _prompt_case(base: str, config: str, name: str, **fields) -> Case:
     own = {"num_virtual_tokens": 5, "task_type": _tasks[base], **_prompts.get(config, {}), **fields}
     extra = {"task_ids": [0, 2, 1]} if config.startswith("Multitask") else {}
+    if extra and base == "t5":
+        extra["labels"] = [[5] * LENGTH] * BATCH  # without which upstream fails
     return Case(name, base, {"default": own}, config=config, is_prompt=True, extra=extra)
 
 

@@ -67,8 +67,11 @@ def compute(model: nn.Module, inputs: dict[str, torch.Tensor], case: Case) -> di
         for name in case.adapters:
             model.set_adapter(name)
             results[name] = outputs(model(**inputs, **extra))
-        with model.disable_adapter():
-            results["(disabled)"] = outputs(model(**inputs))
+        if case.is_prompt and not hasattr(model.get_base_model(), "prepare_inputs_for_generation"):
+            results["(disabled)"] = outputs(model.get_base_model()(**inputs))  # upstream cannot disable such prompts
+        else:
+            with model.disable_adapter():
+                results["(disabled)"] = outputs(model(**inputs))
         if len(case.adapters) > 1:
             results["(mixed)"] = outputs(model(**inputs, adapter_names=[*case.adapters, "__base__"]))
         model.set_adapter(next(iter(case.adapters)))

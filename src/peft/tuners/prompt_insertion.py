@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -31,24 +32,29 @@ _DECODER_INPUTS = {key: f"decoder_{key}" for key in _INPUTS}
 
 
 @contextlib.contextmanager
-def inserted(tuner, adapter_names: Sequence[str] | None, kwargs: dict[str, Any], generating: bool) -> Iterator[None]:
+def inserted(
+    model: nn.Module, encoders, configs: dict, adapter_names: Sequence[str] | None, kwargs: dict, generating: bool
+) -> Iterator[None]:
     """Within this context calls of the base model have the prompts of the active adapter, or those of each row.
 
     Args:
-        tuner: a `PromptTuner`.
+        model: the base model.
+        encoders: the `PromptEncoders` of its adapters, and `configs` their configurations.
         adapter_names: of each row of the batch; None: the active one for all.
         kwargs: of the call; what is meant for the prompts (`task_ids`, `input_type_mask`) is taken out.
         generating: whether the model's `generate` is called.
     """
     own = {key: kwargs.pop(key) for key in ("task_ids", "input_type_mask") if key in kwargs}
-    names = list(tuner.active_adapters if adapter_names is None else adapter_names)
-    encoders = tuner.prompt_encoder.of(names)
-    if tuner.prompt_encoder.disable_adapters or not encoders:
+    names = list(encoders.active_adapters if adapter_names is None else adapter_names)
+    if adapter_names is not None and not names:
+        raise ValueError("adapter_names must name one adapter per row, got 0 names")
+    if encoders.disable_adapters or not encoders.of(names):
         yield
         return
     if generating:
         _check_generation(kwargs)
-    insertion = Insertion(tuner.model, encoders, tuner.peft_config, names, **own)
+    repeats = generating or adapter_names is None  # rows that share a name need not be named one by one
+    insertion = Insertion(model, encoders.of(names), configs, names, repeats, generating, **own)
     with contextlib.ExitStack() as stack:
         for handle in insertion.handles():
             stack.callback(handle.remove)
@@ -75,8 +81,9 @@ def _check_generation(kwargs: dict[str, Any]) -> None:
 class Insertion:
     """What is inserted during one call of a model, and the hooks that do it."""
 
-    def __init__(self, model, encoders, configs, names, task_ids=None, input_type_mask=None):
+    def __init__(self, model, encoders, configs, names, repeats, generating, task_ids=None, input_type_mask=None):
         self.model, self.encoders, self.names = model, encoders, names
+        self.repeats, self.generating = repeats, generating
         self.task_ids, self.input_type_mask = task_ids, input_type_mask
         first = next(iter(encoders))
         self.config, self.kind = configs[first], encoders[first].kind
@@ -94,15 +101,20 @@ class Insertion:
             raise ValueError(f"input_type_mask is for CPT; {self.config.peft_type} has no use for it")
 
     def handles(self) -> Iterator:
-        """Put the hooks on."""
-        yield self.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
-        yield self.model.register_forward_hook(self._after_model)
+        """Put the hooks on, for this thread: replicas of `nn.DataParallel` have them in common."""
+        thread = threading.get_ident()
+
+        def own(hook):
+            return lambda *args: hook(*args) if threading.get_ident() == thread else None
+
+        yield self.model.register_forward_pre_hook(own(self._before_model), with_kwargs=True)
+        yield self.model.register_forward_hook(own(self._after_model))
         if self.kind == "embeddings":
             if self.is_seq2seq:
-                yield self.model.get_encoder().register_forward_pre_hook(self._before_encoder, with_kwargs=True)
+                yield self.model.get_encoder().register_forward_pre_hook(own(self._before_encoder), with_kwargs=True)
             stacks = [self.model.get_encoder(), self.model.get_decoder()] if self.is_seq2seq else [self.model]
             for module in {stack.get_input_embeddings(): None for stack in stacks}:
-                yield module.register_forward_hook(self._after_embedding)
+                yield module.register_forward_hook(own(self._after_embedding))
 
     # The prompts of the rows
 
@@ -116,7 +128,7 @@ class Insertion:
         return self._made[batch]
 
     def _make_rows(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if batch % len(self.names):
+        if batch % len(self.names) or (batch != len(self.names) and not self.repeats):
             raise ValueError(f"adapter_names must name one adapter per row: got {len(self.names)} for {batch} rows")
         groups: dict[str, list[int]] = {}
         for row in range(batch):
@@ -144,9 +156,9 @@ class Insertion:
     def _tasks(self, rows: list[int], batch: int) -> torch.Tensor | None:
         if self.task_ids is None:
             return None
-        if batch % len(self.task_ids):
+        if batch % len(self.task_ids) or (batch != len(self.task_ids) and not self.generating):
             raise ValueError(f"task_ids must name one task per row: got {len(self.task_ids)} for {batch} rows")
-        return self.task_ids[[row * len(self.task_ids) // batch for row in rows]]
+        return torch.as_tensor(self.task_ids)[[row * len(self.task_ids) // batch for row in rows]]
 
     # The hooks
 

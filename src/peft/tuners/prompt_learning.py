@@ -179,7 +179,11 @@ class PromptTuner(BaseTuner):
             )
         encoders = vars(model).setdefault(PROMPTS, PromptEncoders(model.get_input_embeddings()))
         vars(self)["prompt_encoder"] = encoders  # before nn.Module's __init__, which starts the injection
-        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+        try:
+            super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+        finally:
+            if not encoders:
+                del vars(model)[PROMPTS]  # it has failed: no trace is left
 
     def inject_adapter(
         self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None
