@@ -10,6 +10,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -411,6 +412,7 @@ class PeftModel(nn.Module):
         if config is None:
             config = PeftConfig.from_pretrained(model_id, **hub)
         config.inference_mode = not is_trainable
+        _set_runtime(config, ephemeral_gpu_offload)
         from .mapping_func import task_class
 
         kind = task_class(config) if cls is PeftModel else cls
@@ -421,7 +423,6 @@ class PeftModel(nn.Module):
                 adapter_name,
                 is_trainable=is_trainable,
                 autocast_adapter_dtype=autocast_adapter_dtype,
-                ephemeral_gpu_offload=ephemeral_gpu_offload,
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 key_mapping=key_mapping,
                 **kwargs,
@@ -447,6 +448,7 @@ class PeftModel(nn.Module):
 
         Args:
             torch_device: where to read the tensors to; None: an accelerator if there is one.
+            ephemeral_gpu_offload: as in `LoraRuntimeConfig`; for a new LoRA, and without effect otherwise.
             kwargs: arguments of `hf_hub_download` (`subfolder`, `revision`, `token`, ...), and
                 `ignore_mismatched_sizes`. Others are named in a warning.
 
@@ -465,13 +467,12 @@ class PeftModel(nn.Module):
                 f"Loading an adapter has no use for {sorted(rest)}: its tensors go where their base layers are, and "
                 "autocast_adapter_dtype decides about their type",
             )
-        if ephemeral_gpu_offload:
-            raise NotImplementedError("ephemeral_gpu_offload is not in this version of peft")
         tensors = load_peft_weights(model_id, device=torch_device, key_mapping=key_mapping, **hub)
         is_new = adapter_name not in self.peft_config
         if is_new:
             config = PeftConfig.from_pretrained(model_id, **hub)
             config.inference_mode = not is_trainable
+            _set_runtime(config, ephemeral_gpu_offload)
             self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
         try:
             result = set_peft_model_state_dict(
@@ -514,6 +515,11 @@ def _removing(handle):
         yield handle
     finally:
         handle.remove()
+
+
+def _set_runtime(config: PeftConfig, ephemeral_gpu_offload: bool) -> None:
+    if ephemeral_gpu_offload and hasattr(config, "runtime_config"):
+        config.runtime_config = replace(config.runtime_config, ephemeral_gpu_offload=True)
 
 
 def _refuse_prompts(peft_config: PeftConfig) -> None:

@@ -147,6 +147,8 @@ CASES = [
     _llama_case("Llama, embeddings and head", target_modules=["embed_tokens", "lm_head", "k_proj"]),
     _llama_case("Llama, modules_to_save", target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"]),
     _llama_case("Llama, init orthogonal", target_modules=["o_proj"], init_lora_weights="orthogonal"),
+    _llama_case("Llama, DoRA", target_modules="all-linear", use_dora=True),
+    _llama_case("Llama, DoRA, embeddings", target_modules=["embed_tokens", "q_proj"], use_dora=True),
     _llama_case("Llama, no task type", target_modules=["o_proj"], task_type=None),
     # Upstream merges the embedding's delta into the weight that the head shares.
     Case("Llama, tied embeddings", "llama-tied",
@@ -171,5 +173,7 @@ CASES = [
     _Family("t5")("T5, defaults", task_type="SEQ_2_SEQ_LM"),
     _Family("t5")("T5, all-linear", task_type="SEQ_2_SEQ_LM", target_modules="all-linear"),
     _Family("conv")("Convolutions", target_modules=["line.0", "plane.0", "space.0", "head"], r=2),
+    _Family("conv")("Convolutions, DoRA", target_modules=["line.0", "plane.0", "space.0", "head"], r=2, use_dora=True),
+    _gpt2_case("GPT-2 (Conv1D), DoRA", use_dora=True),
     _Family("conv")("Convolutions, modules_to_save", target_modules=["plane.0"], modules_to_save=["head"]),
 ]  # fmt: skip

@@ -25,7 +25,6 @@ NOT_YET = {
     "eva_config": "EVA initialisation",
     "corda_config": "CorDA initialisation",
     "lora_ga_config": "LoRA-GA initialisation",
-    "use_dora": "DoRA",
     "velora_config": "VeLoRA",
     "alora_invocation_tokens": "activated LoRA",
     "use_qalora": "QA-LoRA",
@@ -65,7 +64,7 @@ class LoraRuntimeConfig:
     """How to run, as against what to compute; never saved."""
 
     ephemeral_gpu_offload: bool = False
-    """Move off-loaded weights to the accelerator while they are worked on. (Not in this version.)"""
+    """Work on weights that are in main memory on the accelerator when an adapter starts from them (DoRA, PiSSA, ...)."""
 
 
 @documented
@@ -114,7 +113,8 @@ class LoraConfig(TargetedConfig):
     lora_ga_config: dict | None = None
     """Not in this version."""
     use_dora: bool = False
-    """Not in this version."""
+    """Train the weight's magnitude, one number per output channel, apart from its direction, to which LoRA is applied
+    (arXiv 2402.09353)."""
     velora_config: dict | None = None
     """Not in this version."""
     alora_invocation_tokens: list[int] | None = None
@@ -127,7 +127,7 @@ class LoraConfig(TargetedConfig):
     """Not in this version."""
     layer_replication: list[tuple[int, int]] | None = None
     """Not in this version."""
-    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    runtime_config: LoraRuntimeConfig | dict = field(default_factory=LoraRuntimeConfig)
     """How to run; not saved."""
     lora_bias: bool = False
     """Give B a bias of its own; it goes into the layer's bias on merging."""
@@ -152,8 +152,10 @@ class LoraConfig(TargetedConfig):
         for name, what in NOT_YET.items():
             if getattr(self, name) and not (self.inference_mode and name in INIT_FIELDS):
                 raise NotImplementedError(f"{name}={getattr(self, name)!r}: {what} is not in this version of peft")
-        if getattr(self.runtime_config, "ephemeral_gpu_offload", False):
-            raise NotImplementedError("runtime_config.ephemeral_gpu_offload is not in this version of peft")
+        if isinstance(self.runtime_config, dict):
+            self.runtime_config = LoraRuntimeConfig(**self.runtime_config)
+        if self.use_dora and self.lora_bias:
+            raise ValueError("lora_bias=True has no place in DoRA, which rescales the weight: leave one of them out")
 
     def _check_numbers(self):
         ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}

@@ -8,6 +8,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from ...utils.other import infer_device
+
+
+def at_work(W: torch.Tensor, config) -> torch.Tensor:
+    """The weight where it is to be worked on: with `ephemeral_gpu_offload` on an accelerator, if there is one."""
+    runtime = getattr(config, "runtime_config", None)
+    return W.to(infer_device()) if runtime is not None and runtime.ephemeral_gpu_offload else W
+
 
 def kaiming(A: torch.Tensor, B: torch.Tensor, r: int) -> None:
     """Microsoft's: A as `nn.Linear` draws its weight, B zero."""

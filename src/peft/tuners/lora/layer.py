@@ -7,6 +7,7 @@ bare parameters (`lora_embedding_A`). Letters: O out, I in, r rank, K kernel.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -18,11 +19,12 @@ from ...utils.loftq_utils import loftq_init
 from ...utils.placement import offload_hook
 from ...utils.quantization_utils import is_quantized
 from ..ops import is_plain, no_global_hooks
-from ..tuners_utils import AdditiveLayer
+from ..tuners_utils import AdditiveLayer, BaseTunerLayer
 from .fused import fused_lora, lora_product
 from .init import init_function
+from .variants import Variant, variant_of
 
-# Names under which callers find arguments that variants take; there are no variants yet.
+# Names under which callers find arguments that variants take; none of ours takes any.
 VARIANT_KWARG_KEYS: list[str] = []
 
 
@@ -30,7 +32,8 @@ class LoraLayer(AdditiveLayer):
     """What LoRA layers of all kinds share. A mixin: concrete layers inherit `nn.Module` too."""
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "lora_bias")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "lora_bias", "lora_variant")
+    bare_in_files = ("lora_magnitude_vector",)
 
     def __init__(self, base_layer: nn.Module):
         super().__init__(base_layer)
@@ -39,6 +42,7 @@ class LoraLayer(AdditiveLayer):
         self.scaling: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
         self.lora_bias: dict[str, bool] = {}
+        self.lora_variant: dict[str, Variant] = {}
         self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
@@ -55,6 +59,13 @@ class LoraLayer(AdditiveLayer):
         self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.create_factors(name, r, config.lora_bias)
         self.reset_lora_parameters(name, config.init_lora_weights)
+        if (variant := variant_of(config)) is not None:
+            self.lora_variant[name] = variant
+            variant.create(self, name)
+
+    @property
+    def use_dora(self) -> dict[str, bool]:
+        return {name: name in self.lora_magnitude_vector for name in self.r}
 
     def _initial_scaling(self, name: str) -> float:
         r = self.r[name]
@@ -82,6 +93,18 @@ class LoraLayer(AdditiveLayer):
             factor.data.copy_(value)
 
     def base_change(self, name, config):
+        change, variant = self._init_change(name, config), self.lora_variant.get(name)
+        if variant is None:
+            return change
+
+        def change_and_start():
+            if change is not None:
+                change()
+            variant.start(self, name, config)
+
+        return change_and_start
+
+    def _init_change(self, name: str, config) -> Callable[[], None] | None:
         """LoftQ: quantise the base weight, and let the adapter make up for the error (see `utils.loftq_utils`).
 
         For an adapter from a file this repeats what was done for it; a weight that is quantised already stays as it is.
@@ -127,7 +150,13 @@ class LoraLayer(AdditiveLayer):
     def _delta_bias(self, name: str) -> torch.Tensor | None:
         return self.lora_B[name].bias * self.scaling[name] if self.lora_bias[name] else None
 
+    def post(self, name, x, y, before=()):
+        variant = self.lora_variant.get(name)
+        return super().post(name, x, y, before) if variant is None else variant.post(self, name, x, y, before)
+
     def fold(self, name, W, b):
+        if (variant := self.lora_variant.get(name)) is not None:
+            return variant.fold(self, name, W, b)
         W, b = super().fold(name, W, b)
         bias = self._delta_bias(name)
         if bias is None:
@@ -135,10 +164,14 @@ class LoraLayer(AdditiveLayer):
         return W, bias.detach() if b is None else b + bias.to(b)
 
     def remember(self, name, W, b):
-        """The scaling as it is merged with (it may be set anew before unmerging), and the bias."""
+        """The scaling as it is merged with (it may be set anew before unmerging), and the bias; of variants all."""
+        if name in self.lora_variant:
+            return BaseTunerLayer.remember(self, name, W, b)
         return self.scaling[name], None if b is None else b.detach()
 
     def unfold(self, name, W, b, memory):
+        if name in self.lora_variant:
+            return memory
         scaling, bias = memory
         wide = torch.promote_types(W.dtype, torch.float32)
         return W.to(wide) - self.product(name).to(W.device, wide) * scaling, bias if self.lora_bias[name] else b
@@ -190,7 +223,8 @@ class Linear(LoraLayer, nn.Module):
         first = names[0]
         A, B, base, s = self.lora_A[first], self.lora_B[first], self.base_layer, self.scaling[first]
         plain = (
-            type(base) is nn.Linear
+            first not in self.lora_variant
+            and type(base) is nn.Linear
             and is_plain(base)
             and is_plain(A)
             and is_plain(B)
@@ -294,14 +328,11 @@ class Embedding(LoraLayer, nn.Module):
             return super()._apply_adapters(names, x, *args, **kwargs)
         return self.op.op(x, *self.folded(names), *args, **kwargs)  # which rows are taken only its forward knows
 
-    def post(self, name, x, y, before=()):
+    def delta(self, name, x):
         A, B = self.factors(name)
         delta = F.linear(F.embedding(x, A.T), B) * self.scaling[name]
         scale = self.op.embed_scale
-        return y + (delta if scale is None else delta * scale.to(delta)).to(y.dtype)
-
-    def delta(self, name, x):
-        return self.post(name, x, torch.zeros((), dtype=self.lora_embedding_B[name].dtype, device=x.device))
+        return delta if scale is None else delta * scale.to(delta)
 
 
 explain_missing(__name__, dict.fromkeys(["dequantize_module_weight", "gather_params_ctx"], "peft.utils.integrations"))
