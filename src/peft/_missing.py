@@ -47,7 +47,6 @@ MODULES: dict[str, str] = {
     "peft.tuners.lora.te": "LoRA on Transformer Engine layers",
     "peft.tuners.lora.torchao": "LoRA on torchao layers",
     "peft.tuners.lora.tp_layer": "LoRA on Megatron parallel layers",
-    "peft.tuners.lora.variants": "Variants of LoRA (DoRA and others)",
     "peft.tuners.lora.velora": "VeLoRA",
     "peft.tuners.lycoris_utils": "LoHa and LoKr",
     "peft.tuners.miss": "MiSS",
@@ -76,7 +75,6 @@ MODULES: dict[str, str] = {
     "peft.tuners.xlora": "X-LoRA",
     "peft.utils.hotswap": "Hot-swapping of adapters",
     "peft.utils.incremental_pca": "EVA initialisation of LoRA",
-    "peft.utils.merge_utils": "Weighted combinations of adapters",
 }
 """Module -> what it is for; its own sub-modules are missing along with it."""
 
@@ -132,13 +130,6 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
             "dispatch_megatron",
             "dispatch_torchao",
             "dispatch_transformer_engine",
-        ),
-        "Weighted combinations of adapters": (
-            "dare_linear",
-            "dare_ties",
-            "magnitude_prune",
-            "task_arithmetic",
-            "ties",
         ),
     },
     "peft.tuners.tuners_utils": {
@@ -262,7 +253,6 @@ MODEL_METHODS: dict[str, tuple[str, ...]] = {
     "AdaLoRA": ("update_and_allocate",),
     "Initialisations of LoRA that change the base model": ("subtract_mutated_init",),
     "Prompt learning": ("get_prompt", "get_prompt_embedding_to_save"),
-    "Weighted combinations of adapters": ("add_weighted_adapter",),
 }
 """What methods of a `PeftModel` and its tuner belong to -> their names."""
 

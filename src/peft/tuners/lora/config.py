@@ -64,7 +64,7 @@ class LoraRuntimeConfig:
     """How to run, as against what to compute; never saved."""
 
     ephemeral_gpu_offload: bool = False
-    """Work on weights that are in main memory on the accelerator when an adapter starts from them (DoRA, PiSSA, ...)."""
+    """When an adapter starts from weights that lie in main memory (DoRA, PiSSA, ...), work on the accelerator."""
 
 
 @documented
