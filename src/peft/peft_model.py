@@ -306,21 +306,20 @@ class PeftModel(nn.Module):
             selected_adapters: which ones; None: all.
             save_embedding_layers: see `get_peft_model_state_dict`.
             is_main_process: other processes of a distributed run write nothing.
-            path_initial_model_for_weight_conversion: for initialisations that change the base model; not in this
-                version.
+            path_initial_model_for_weight_conversion: where the same adapter was saved before its training, for
+                initialisations that change the base weights (PiSSA, OLoRA, ...): what is written is a plain LoRA of
+                twice the rank for the original weights.
             state_dict: the model's state dict where it had to be gathered.
             kwargs: `push_to_hub=True` (with `repo_id`, `token`, ...) uploads the folder afterwards.
                 `save_function` has no effect, since every file is written beside and renamed. Others are named in a
                 warning.
 
         Raises:
-            ValueError: a file in place of the folder, an unknown adapter, or none at all.
-            NotImplementedError: `path_initial_model_for_weight_conversion`.
+            ValueError: a file in place of the folder, an unknown adapter, or none at all; with
+                `path_initial_model_for_weight_conversion`, another initialisation, or another adapter's folder.
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"save_directory must be a folder, but {save_directory!r} is a file")
-        if path_initial_model_for_weight_conversion is not None:
-            raise NotImplementedError("path_initial_model_for_weight_conversion is not in this version of peft")
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
@@ -340,6 +339,13 @@ class PeftModel(nn.Module):
             )
             for name in names
         }
+        configs = {name: self._config_to_save(name) for name in names}
+        if path_initial_model_for_weight_conversion is not None:
+            from .tuners.lora.init import without_initial
+
+            initial = load_peft_weights(path_initial_model_for_weight_conversion, device="cpu")
+            for name in names:
+                configs[name], tensors[name] = without_initial(configs[name], tensors[name], initial)
         if not is_main_process:
             return
         os.makedirs(save_directory, exist_ok=True)
@@ -348,7 +354,7 @@ class PeftModel(nn.Module):
             folder = os.path.join(save_directory, name) if name != "default" else save_directory
             os.makedirs(folder, exist_ok=True)
             write_adapter(tensors[name], folder, safe_serialization)
-            self._config_to_save(name).save_pretrained(folder)
+            configs[name].save_pretrained(folder)
         if push:
             from .utils.hub import upload_folder
 

@@ -147,6 +147,8 @@ CASES = [
     _llama_case("Llama, embeddings and head", target_modules=["embed_tokens", "lm_head", "k_proj"]),
     _llama_case("Llama, modules_to_save", target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"]),
     _llama_case("Llama, init orthogonal", target_modules=["o_proj"], init_lora_weights="orthogonal"),
+    _llama_case("Llama, init PiSSA", target_modules=["q_proj", "up_proj"], init_lora_weights="pissa"),
+    _llama_case("Llama, init OLoRA", target_modules=["q_proj", "up_proj"], init_lora_weights="olora", use_rslora=True),
     _llama_case("Llama, DoRA", target_modules="all-linear", use_dora=True),
     _llama_case("Llama, DoRA, embeddings", target_modules=["embed_tokens", "q_proj"], use_dora=True),
     _llama_case("Llama, no task type", target_modules=["o_proj"], task_type=None),

@@ -15,15 +15,15 @@ from functools import partial
 
 import torch
 
-from ...utils import merge_utils
+from ...utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
 from .layer import LoraLayer
 
 _MERGES = {
-    "linear": merge_utils.task_arithmetic,
-    "magnitude_prune": merge_utils.magnitude_prune,
-    "ties": merge_utils.ties,
-    "dare_linear": merge_utils.dare_linear,
-    "dare_ties": merge_utils.dare_ties,
+    "linear": task_arithmetic,
+    "magnitude_prune": magnitude_prune,
+    "ties": ties,
+    "dare_linear": dare_linear,
+    "dare_ties": dare_ties,
 }
 COMBINATIONS = ("svd", "cat", *_MERGES, *(f"{name}_svd" for name in _MERGES if name != "linear"))
 

@@ -12,11 +12,11 @@ from ...config import documented
 from ...utils.peft_types import PeftType
 from ..common_config import TargetedConfig, check_pattern
 
-INIT_NAMES = ("gaussian", "orthogonal", "loftq")
+INIT_NAMES = ("gaussian", "orthogonal", "loftq", "pissa", "pissa_niter_<number>", "olora")
 # Initialisations of upstream's that are not in this version. An adapter's file brings its tensors, whatever they were
 # initialised with; but some of the methods take the initial delta out of the base weights, and the file is for those.
 INITS_NOT_YET = ("eva", "mica")
-INITS_NOT_YET_THAT_CHANGE_THE_BASE = ("corda", "lora_ga", "olora", "pissa")  # and pissa_niter_<number>
+INITS_NOT_YET_THAT_CHANGE_THE_BASE = ("corda", "lora_ga")
 INIT_FIELDS = ("eva_config", "corda_config", "lora_ga_config")  # how to initialise, and nothing else
 # Switches of upstream's whose method is not in this version: field -> what it would be.
 NOT_YET = {
@@ -89,10 +89,12 @@ class LoraConfig(TargetedConfig):
     """Which biases of the base model train: none, all, or those of adapted layers."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) (rank-stabilised LoRA, arXiv 2312.03732, eq. 4)."""
-    init_lora_weights: bool | Literal["gaussian", "orthogonal", "loftq"] = True
+    init_lora_weights: bool | str = True
     """True: A Kaiming-uniform, B zero. "gaussian": A normal with deviation 1/r, B zero. "orthogonal": A and B with
     orthogonal factors whose product is zero. "loftq": the base weights are quantised, and A and B make up for the error
-    (arXiv 2310.08659). False: both random, so that the delta is not zero (for tests).
+    (arXiv 2310.08659). "pissa" (arXiv 2404.02948), "pissa_niter_<number>" (the same, with a fast decomposition) and
+    "olora" (arXiv 2406.01775): A and B are a main part of the base weights, which lose it. False: both random, so that
+    the delta is not zero (for tests).
     Files of adapters that were initialised in another way are read; see the compatibility page."""
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
     """Ranks of single layers: {regular expression for the end of a module's name: rank}."""
@@ -180,9 +182,9 @@ class LoraConfig(TargetedConfig):
 
     def _check_init(self):
         init = self.init_lora_weights
-        if isinstance(init, bool) or init in INIT_NAMES:
+        if isinstance(init, bool) or init in INIT_NAMES or re.fullmatch(r"pissa_niter_\d+", str(init)):
             return
-        if init not in INITS_NOT_YET and not self.init_changes_base:
+        if init not in INITS_NOT_YET and init not in INITS_NOT_YET_THAT_CHANGE_THE_BASE:
             raise ValueError(f"init_lora_weights must be True, False or one of {INIT_NAMES}, got {init!r}")
         if not self.inference_mode:
             raise NotImplementedError(
@@ -206,9 +208,9 @@ class LoraConfig(TargetedConfig):
 
     @property
     def init_changes_base(self) -> bool:
-        """Whether the adapter's tensors fit only base weights that its initialisation has changed, and we cannot."""
+        """Whether the adapter's tensors fit only base weights that its initialisation has changed."""
         init = str(self.init_lora_weights)
-        return init in INITS_NOT_YET_THAT_CHANGE_THE_BASE or re.fullmatch(r"pissa_niter_\d+", init) is not None
+        return init in ("olora", *INITS_NOT_YET_THAT_CHANGE_THE_BASE) or init.startswith("pissa")
 
     def to_dict(self):
         content = super().to_dict()

@@ -16,12 +16,12 @@ from torch import nn
 
 from ..._lazy import explain_missing
 from ...utils.loftq_utils import loftq_init
-from ...utils.placement import offload_hook
+from ...utils.placement import home_device, offload_hook
 from ...utils.quantization_utils import is_quantized
 from ..ops import is_plain, no_global_hooks
 from ..tuners_utils import AdditiveLayer, BaseTunerLayer
 from .fused import fused_lora, lora_product
-from .init import init_function
+from .init import at_work, check_start, factors_out_of, init_function
 from .variants import Variant, variant_of
 
 # Names under which callers find arguments that variants take; none of ours takes any.
@@ -87,11 +87,6 @@ class LoraLayer(AdditiveLayer):
         if self.lora_bias[name]:
             nn.init.zeros_(self.lora_B[name].bias)
 
-    def set_factors(self, name: str, A: torch.Tensor, B: torch.Tensor) -> None:
-        """Start from the delta `B A`, scaling included."""
-        for factor, value in zip(self.factors(name), (A, B / self.scaling[name])):
-            factor.data.copy_(value)
-
     def base_change(self, name, config):
         change, variant = self._init_change(name, config), self.lora_variant.get(name)
         if variant is None:
@@ -105,40 +100,70 @@ class LoraLayer(AdditiveLayer):
         return change_and_start
 
     def _init_change(self, name: str, config) -> Callable[[], None] | None:
-        """LoftQ: quantise the base weight, and let the adapter make up for the error (see `utils.loftq_utils`).
+        """What changes the base weight and fills the factors, for initialisations that do so.
 
-        For an adapter from a file this repeats what was done for it; a weight that is quantised already stays as it is.
+        For an adapter from a file this repeats what was done for it; its own factors come from the file.
 
         Raises:
             ValueError: the layer is not a plain linear one of its own, or has other adapters.
         """
         base = self.get_base_layer()
-        init = getattr(config, "init_lora_weights", True)  # finetuna's adapters have none
-        if init != "loftq" or (config.from_file and is_quantized(base)):
+        init = config.init_lora_weights
+        out_of = factors_out_of(config)
+        is_loftq = init == "loftq"
+        if not is_loftq and out_of is None:
+            return None
+        if config.from_file and (is_quantized(base) if is_loftq else self.op.kind == "Embedding"):
+            return None  # quantised already; upstream never changes tables
+        if home_device(base).type == "meta":
             return None
         if is_quantized(base):
             raise ValueError(
-                "init_lora_weights='loftq' quantises plain weights, and these are packed already: leave it out and "
-                "call replace_lora_weights_loftq(model) on the finished model"
+                f"init_lora_weights={init!r} changes plain weights, and these are packed already: "
+                + (
+                    "leave it out and call replace_lora_weights_loftq(model) on the finished model"
+                    if is_loftq
+                    else "save the changed model in plain form first, and pack that"
+                )
             )
         if self.op.kind != "Linear" or self.op.shared or offload_hook(base) is not None:
             raise ValueError(
-                "init_lora_weights='loftq' is for linear layers whose weight is not tied to another module's and not "
+                f"init_lora_weights={init!r} is for linear layers whose weight is not tied to another module's and not "
                 f"off-loaded, and this {type(base).__name__} is not one: leave it out of target_modules"
             )
-        if len(self._available_adapters) > 1 and not config.from_file:
+        if len(self._available_adapters) > 1 and not (is_loftq and config.from_file):
             raise ValueError(
-                "init_lora_weights='loftq' changes the base weights, which other adapters of the model were made for: "
-                "only a model's first adapter can be initialised so"
+                f"init_lora_weights={init!r} changes the base weights, which other adapters of the model were made "
+                "for: only a model's first adapter can be initialised so. To use it beside others, convert it to a "
+                "plain one (save_pretrained with path_initial_model_for_weight_conversion)"
             )
-        return partial(self._apply_loftq, name, config.loftq_config["loftq_bits"], config.loftq_config["loftq_iter"])
+        if is_loftq:
+            bits, turns = (config.loftq_config[field] for field in ("loftq_bits", "loftq_iter"))
+            return partial(self._apply_loftq, name, bits, turns)
+        check_start(init, self.op.weight_shape, self.r[name], self.scaling[name])
+        return partial(self._take_out, name, config, out_of)
 
     def _apply_loftq(self, name: str, bits: int, turns: int) -> None:
+        """Quantise the base weight, and let the adapter make up for the error (see `utils.loftq_utils`)."""
         W, b = self.op.load()
         Q, A, B = loftq_init(W.detach(), bits, self.r[name], turns)
         self.op.store(Q, b)
-        if not self.factors(name)[0].is_meta:
-            self.set_factors(name, A, B)
+        self.set_factors(name, A, B)
+
+    @torch.no_grad()
+    def _take_out(self, name: str, config, out_of: Callable) -> None:
+        """Move a part of the base weight into the factors."""
+        W, b = self.op.load()
+        wide = at_work(W, config).to(torch.promote_types(W.dtype, torch.float32))
+        A, B = out_of(wide, self.r[name], self.scaling[name])
+        self.op.store((wide - self.scaling[name] * (B @ A)).to(W.device), b)
+        self.set_factors(name, A, B * self.scaling[name])
+
+    def set_factors(self, name: str, A: torch.Tensor, B: torch.Tensor) -> None:
+        """Start from the delta `B A`, scaling included."""
+        for factor, value in zip(self.factors(name), (A, B / self.scaling[name])):
+            if not factor.is_meta:
+                factor.data.copy_(value)
 
     def product(self, name: str) -> torch.Tensor:
         """`B A` as a change of the weight, (O, I, *K), without the scaling."""

@@ -10,6 +10,7 @@ from ..base import BaseTuner
 from ..ops import make_op
 from ..targeting import get_pattern_key
 from .combine import Combination, combined_config, fill
+from .config import INITS_NOT_YET_THAT_CHANGE_THE_BASE
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 
 
@@ -28,7 +29,7 @@ class LoraModel(BaseTuner):
             NotImplementedError: the adapter's initialisation took its delta out of the base weights, too.
         """
         super().check_new_config(config)
-        if config.init_changes_base:
+        if config.init_lora_weights in INITS_NOT_YET_THAT_CHANGE_THE_BASE:
             init = config.init_lora_weights
             raise NotImplementedError(
                 f"The adapter was saved with init_lora_weights={init!r}: {init} changed the base weights as well, and "
