@@ -7,7 +7,6 @@ somebody asks for a name that is not there, so that it costs nothing. What arriv
 from __future__ import annotations
 
 MODULES: dict[str, str] = {
-    "peft.optimizers": "Optimisers for adapters (LoRA+, LoRA-FA)",
     "peft.tuners.adalora": "AdaLoRA",
     "peft.tuners.adamss": "AdaMSS",
     "peft.tuners.adaption_prompt": "LLaMA-Adapter (adaption prompt)",
@@ -73,12 +72,12 @@ MODULES: dict[str, str] = {
     "peft.tuners.vera": "VeRA",
     "peft.tuners.waveft": "WaveFT",
     "peft.tuners.xlora": "X-LoRA",
-    "peft.utils.hotswap": "Hot-swapping of adapters",
     "peft.utils.incremental_pca": "EVA initialisation of LoRA",
 }
 """Module -> what it is for; its own sub-modules are missing along with it."""
 
 NAMES: dict[str, dict[str, tuple[str, ...]]] = {
+    "peft.optimizers": {"Riemannian preconditioning of LoRA": ("create_riemannian_optimizer",)},
     "peft.tuners.lora": {
         "Arrow routing of LoRA adapters": ("ArrowConfig", "create_arrow_model"),
         "BD-LoRA": ("BdLoraConfig",),

@@ -28,6 +28,10 @@ from .variants import Variant, variant_of
 VARIANT_KWARG_KEYS: list[str] = []
 
 
+def scaling_of(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
 class LoraLayer(AdditiveLayer):
     """What LoRA layers of all kinds share. A mixin: concrete layers inherit `nn.Module` too."""
 
@@ -68,8 +72,7 @@ class LoraLayer(AdditiveLayer):
         return {name: name in self.lora_magnitude_vector for name in self.r}
 
     def _initial_scaling(self, name: str) -> float:
-        r = self.r[name]
-        return self.lora_alpha[name] / (math.sqrt(r) if self.use_rslora[name] else r)
+        return scaling_of(self.r[name], self.lora_alpha[name], self.use_rslora[name])
 
     def create_factors(self, name: str, r: int, bias: bool) -> None:
         """Create `lora_A[name]` and `lora_B[name]`."""
@@ -192,7 +195,7 @@ class LoraLayer(AdditiveLayer):
         """The scaling as it is merged with (it may be set anew before unmerging), and the bias; of variants all."""
         if name in self.lora_variant:
             return BaseTunerLayer.remember(self, name, W, b)
-        return self.scaling[name], None if b is None else b.detach()
+        return float(self.scaling[name]), None if b is None else b.detach()
 
     def unfold(self, name, W, b, memory):
         if name in self.lora_variant:

@@ -14,6 +14,12 @@ from .config import INITS_NOT_YET_THAT_CHANGE_THE_BASE
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 
 
+def rank_and_alpha(config, key: str) -> tuple[int, float]:
+    """`(r, lora_alpha)` of the layer `key`, from the patterns or the configuration."""
+    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r)
+    return r, config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, key), config.lora_alpha)
+
+
 class LoraModel(BaseTuner):
     """A model with LoRA adapters (arXiv 2106.09685); see `BaseTuner`."""
 
@@ -40,11 +46,7 @@ class LoraModel(BaseTuner):
             )
 
     def layer_kwargs(self, config, key):
-        """Rank and alpha of this layer, from the patterns or the configuration."""
-        return {
-            "r": config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r),
-            "lora_alpha": config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, key), config.lora_alpha),
-        }
+        return dict(zip(("r", "lora_alpha"), rank_and_alpha(config, key)))
 
     def layer_class(self, target, key):
         op = make_op(target)
