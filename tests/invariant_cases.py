@@ -136,6 +136,19 @@ def lora_formula(op: OpCase, W, b, parameters, x, scaling=2.0):
     return op.function(x, W + (delta.T if op.stored_transposed else delta), b)
 
 
+def dora_formula(op: OpCase, W, b, parameters, x, scaling=2.0):
+    """arXiv 2402.09353, eq. 5, with the norm a constant (section 4.3)."""
+    if "lora_embedding_A" in parameters:
+        A, B = parameters["lora_embedding_A"], parameters["lora_embedding_B"]
+    else:
+        A, B = parameters["lora_A.weight"], parameters["lora_B.weight"]
+    view = W.T if op.stored_transposed else W
+    V = view + scaling * torch.tensordot(B.reshape(B.shape[0], B.shape[1]), A, dims=1)
+    norm = V.detach().square().sum(dim=tuple(range(1, V.dim())), keepdim=True).sqrt()
+    V = V * parameters["lora_magnitude_vector.weight"].reshape(norm.shape) / norm
+    return op.function(x, V.T if op.stored_transposed else V, b)
+
+
 def sft_formula(op: OpCase, W, b, parameters, x):
     """arXiv 2401.16405, section 3: `W` with the values added at the positions."""
     flat = torch.zeros(W.numel(), dtype=W.dtype).scatter_add(
@@ -351,6 +364,13 @@ METHODS: dict[str, MethodCase] = {
             ({"bias": "some"}, "bias must be 'none', 'all' or 'lora_only', got 'some'"),
             ({"init_lora_weights": "best"}, "init_lora_weights must be .* got 'best'"),
         ),
+    ),
+    "dora": MethodCase(
+        lambda **kw: LoraConfig(r=4, lora_alpha=8, use_dora=True, **kw),
+        dora_formula,
+        ops=MATRICES,
+        unmerges_exactly=True,
+        bad=(({"lora_bias": True}, "lora_bias=True has no place in DoRA"),),
     ),
     "loha": MethodCase(
         lambda **kw: LoHaConfig(**{"r": 3, "alpha": 6, "use_effective_conv2d": True, **kw}),

@@ -348,7 +348,6 @@ def test_config_files_that_cannot_be_read(content, error, message, tmp_path):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"use_dora": True},
         {"use_qalora": True},
         {"megatron_config": {"a": 1}},
         {"layer_replication": [(0, 1)]},

@@ -358,7 +358,7 @@ def test_files_of_other_initialisations_load(init, fields, tmp_path):
     assert torch.equal(logits(base, ids), expected)
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga"])
+@pytest.mark.parametrize("init", ["corda", "lora_ga"])
 def test_files_for_other_base_weights_are_refused(init, tmp_path):
     base, ids = llama(), tokens()
     expected = logits(saved_with(init, base, tmp_path), ids)
@@ -373,7 +373,7 @@ def test_files_for_other_base_weights_are_refused(init, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path, config=config), ids), expected)
 
 
-@pytest.mark.parametrize("init", ["eva", "mica", "pissa", "pissa_niter_4", "olora", "corda", "lora_ga"])
+@pytest.mark.parametrize("init", ["eva", "mica", "corda", "lora_ga"])
 def test_new_adapters_of_other_initialisations_are_refused(init):
     with pytest.raises(NotImplementedError, match=f"init_lora_weights='{init}' is not in this version"):
         LoraConfig(init_lora_weights=init)
@@ -382,7 +382,7 @@ def test_new_adapters_of_other_initialisations_are_refused(init):
 @pytest.mark.parametrize("init", ["pissa_niter_", "pissa_niter_x", "xavier", None, 3])
 def test_unknown_initialisations_are_refused(init):
     for inference in (False, True):
-        with pytest.raises(ValueError, match="init_lora_weights must be True, False or one of"):
+        with pytest.raises((ValueError, TypeError), match="init_lora_weights must be (True|bool)"):
             LoraConfig(init_lora_weights=init, inference_mode=inference)
 
 

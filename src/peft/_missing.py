@@ -7,7 +7,6 @@ somebody asks for a name that is not there, so that it costs nothing. What arriv
 from __future__ import annotations
 
 MODULES: dict[str, str] = {
-    "peft.optimizers": "Optimisers for adapters (LoRA+, LoRA-FA)",
     "peft.tuners.adamss": "AdaMSS",
     "peft.tuners.beft": "BEFT",
     "peft.tuners.c3a": "C3A",
@@ -38,7 +37,6 @@ MODULES: dict[str, str] = {
     "peft.tuners.lora.te": "LoRA on Transformer Engine layers",
     "peft.tuners.lora.torchao": "LoRA on torchao layers",
     "peft.tuners.lora.tp_layer": "LoRA on Megatron parallel layers",
-    "peft.tuners.lora.variants": "Variants of LoRA (DoRA and others)",
     "peft.tuners.lora.velora": "VeLoRA",
     "peft.tuners.miss": "MiSS",
     "peft.tuners.mixed": "Models of several methods",
@@ -57,13 +55,12 @@ MODULES: dict[str, str] = {
     "peft.tuners.vblora": "VB-LoRA",
     "peft.tuners.waveft": "WaveFT",
     "peft.tuners.xlora": "X-LoRA",
-    "peft.utils.hotswap": "Hot-swapping of adapters",
     "peft.utils.incremental_pca": "EVA initialisation of LoRA",
-    "peft.utils.merge_utils": "Weighted combinations of adapters",
 }
 """Module -> what it is for; its own sub-modules are missing along with it."""
 
 NAMES: dict[str, dict[str, tuple[str, ...]]] = {
+    "peft.optimizers": {"Riemannian preconditioning of LoRA": ("create_riemannian_optimizer",)},
     "peft.tuners.lora": {
         "Arrow routing of LoRA adapters": ("ArrowConfig", "create_arrow_model"),
         "BD-LoRA": ("BdLoraConfig",),
@@ -117,13 +114,6 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
             "dispatch_megatron",
             "dispatch_torchao",
             "dispatch_transformer_engine",
-        ),
-        "Weighted combinations of adapters": (
-            "dare_linear",
-            "dare_ties",
-            "magnitude_prune",
-            "task_arithmetic",
-            "ties",
         ),
     },
     "peft.tuners.tuners_utils": {
@@ -244,7 +234,6 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
 
 MODEL_METHODS: dict[str, tuple[str, ...]] = {
     "Initialisations of LoRA that change the base model": ("subtract_mutated_init",),
-    "Weighted combinations of adapters": ("add_weighted_adapter",),
 }
 """What methods of a `PeftModel` and its tuner belong to -> their names."""
 

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -350,21 +351,20 @@ class PeftModel(nn.Module):
             selected_adapters: which ones; None: all.
             save_embedding_layers: see `get_peft_model_state_dict`.
             is_main_process: other processes of a distributed run write nothing.
-            path_initial_model_for_weight_conversion: for initialisations that change the base model; not in this
-                version.
+            path_initial_model_for_weight_conversion: where the same adapter was saved before its training, for
+                initialisations that change the base weights (PiSSA, OLoRA, ...): what is written is a plain LoRA of
+                twice the rank for the original weights.
             state_dict: the model's state dict where it had to be gathered.
             kwargs: `push_to_hub=True` (with `repo_id`, `token`, ...) uploads the folder afterwards.
                 `save_function` has no effect, since every file is written beside and renamed. Others are named in a
                 warning.
 
         Raises:
-            ValueError: a file in place of the folder, an unknown adapter, or none at all.
-            NotImplementedError: `path_initial_model_for_weight_conversion`.
+            ValueError: a file in place of the folder, an unknown adapter, or none at all; with
+                `path_initial_model_for_weight_conversion`, another initialisation, or another adapter's folder.
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"save_directory must be a folder, but {save_directory!r} is a file")
-        if path_initial_model_for_weight_conversion is not None:
-            raise NotImplementedError("path_initial_model_for_weight_conversion is not in this version of peft")
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
@@ -384,6 +384,13 @@ class PeftModel(nn.Module):
             )
             for name in names
         }
+        configs = {name: self._config_to_save(name) for name in names}
+        if path_initial_model_for_weight_conversion is not None:
+            from .tuners.lora.init import without_initial
+
+            initial = load_peft_weights(path_initial_model_for_weight_conversion, device="cpu")
+            for name in names:
+                configs[name], tensors[name] = without_initial(configs[name], tensors[name], initial)
         if not is_main_process:
             return
         os.makedirs(save_directory, exist_ok=True)
@@ -392,7 +399,7 @@ class PeftModel(nn.Module):
             folder = os.path.join(save_directory, name) if name != "default" else save_directory
             os.makedirs(folder, exist_ok=True)
             write_adapter(tensors[name], folder, safe_serialization)
-            self._config_to_save(name).save_pretrained(folder)
+            configs[name].save_pretrained(folder)
         if push:
             from .utils.hub import upload_folder
 
@@ -456,6 +463,7 @@ class PeftModel(nn.Module):
         if config is None:
             config = PeftConfig.from_pretrained(model_id, **hub)
         config.inference_mode = not is_trainable
+        _set_runtime(config, ephemeral_gpu_offload)
         from .mapping_func import task_class
 
         kind = task_class(config) if cls is PeftModel else cls
@@ -466,7 +474,6 @@ class PeftModel(nn.Module):
                 adapter_name,
                 is_trainable=is_trainable,
                 autocast_adapter_dtype=autocast_adapter_dtype,
-                ephemeral_gpu_offload=ephemeral_gpu_offload,
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 key_mapping=key_mapping,
                 **kwargs,
@@ -492,6 +499,7 @@ class PeftModel(nn.Module):
 
         Args:
             torch_device: where to read the tensors to; None: an accelerator if there is one.
+            ephemeral_gpu_offload: as in `LoraRuntimeConfig`; for a new LoRA, and without effect otherwise.
             kwargs: arguments of `hf_hub_download` (`subfolder`, `revision`, `token`, ...), and
                 `ignore_mismatched_sizes`. Others are named in a warning.
 
@@ -510,13 +518,12 @@ class PeftModel(nn.Module):
                 f"Loading an adapter has no use for {sorted(rest)}: its tensors go where their base layers are, and "
                 "autocast_adapter_dtype decides about their type",
             )
-        if ephemeral_gpu_offload:
-            raise NotImplementedError("ephemeral_gpu_offload is not in this version of peft")
         tensors = load_peft_weights(model_id, device=torch_device, key_mapping=key_mapping, **hub)
         is_new = adapter_name not in self.peft_config
         if is_new:
             config = PeftConfig.from_pretrained(model_id, **hub)
             config.inference_mode = not is_trainable
+            _set_runtime(config, ephemeral_gpu_offload)
             self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
         try:
             result = set_peft_model_state_dict(
@@ -559,6 +566,11 @@ def _removing(handle):
         yield handle
     finally:
         handle.remove()
+
+
+def _set_runtime(config: PeftConfig, ephemeral_gpu_offload: bool) -> None:
+    if ephemeral_gpu_offload and hasattr(config, "runtime_config"):
+        config.runtime_config = replace(config.runtime_config, ephemeral_gpu_offload=True)
 
 
 class PeftModelForSequenceClassification(PeftModel):

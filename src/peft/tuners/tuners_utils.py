@@ -73,7 +73,10 @@ class BaseTunerLayer(AdapterParts):
     Class attributes of a method:
         adapter_layer_names: attributes that map an adapter's name to its module or parameter.
         other_param_names: attributes that map an adapter's name to anything else.
+        bare_in_files: of the former those whose modules' `weight` has no name of its own in files.
     """
+
+    bare_in_files: tuple[str, ...] = ()
 
     _disable_adapters: bool = False
     _active_adapter: str | list[str] = "default"

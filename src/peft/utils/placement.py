@@ -254,6 +254,8 @@ def refuse_flattened(layer: nn.Module) -> None:
     Raises:
         RuntimeError: it has.
     """
+    if torch.compiler.is_compiling():
+        return  # the memory of a tensor cannot be asked for there
     weight = getattr(layer, "weight", None)  # packed ones may be called otherwise, and are never flattened
     is_freed = type(weight) in (torch.Tensor, nn.Parameter) and not weight.is_meta and _memory(weight) < weight.nbytes
     if getattr(weight, "_fsdp_flattened", False) or is_freed:

@@ -66,7 +66,9 @@ def adapter_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
             # A module that is trained whole has its own place in the file.
             file = _plain_name(stored if isinstance(module, AuxiliaryTrainingWrapper) else f"{stored}.{attribute}")
             entry = container[adapter_name]
-            if isinstance(entry, nn.Module):
+            if attribute in getattr(module, "bare_in_files", ()):
+                keys[f"{memory}.weight"] = file
+            elif isinstance(entry, nn.Module):
                 keys.update({f"{memory}.{name}": f"{file}.{_plain_name(name)}" for name in entry.state_dict()})
             else:
                 keys[memory] = file

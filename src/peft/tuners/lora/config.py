@@ -11,11 +11,11 @@ from ...config import documented
 from ...utils.peft_types import PeftType
 from ..common_config import TargetedConfig, check_probability, check_rank_and_alpha, check_tokens
 
-INIT_NAMES = ("gaussian", "orthogonal", "loftq")
+INIT_NAMES = ("gaussian", "orthogonal", "loftq", "pissa", "pissa_niter_<number>", "olora")
 # Initialisations of upstream's that are not in this version. An adapter's file brings its tensors, whatever they were
 # initialised with; but some of the methods take the initial delta out of the base weights, and the file is for those.
 INITS_NOT_YET = ("eva", "mica")
-INITS_NOT_YET_THAT_CHANGE_THE_BASE = ("corda", "lora_ga", "olora", "pissa")  # and pissa_niter_<number>
+INITS_NOT_YET_THAT_CHANGE_THE_BASE = ("corda", "lora_ga")
 INIT_FIELDS = ("eva_config", "corda_config", "lora_ga_config")  # how to initialise, and nothing else
 # Switches of upstream's whose method is not in this version: field -> what it would be.
 NOT_YET = {
@@ -23,7 +23,6 @@ NOT_YET = {
     "eva_config": "EVA initialisation",
     "corda_config": "CorDA initialisation",
     "lora_ga_config": "LoRA-GA initialisation",
-    "use_dora": "DoRA",
     "velora_config": "VeLoRA",
     "alora_invocation_tokens": "activated LoRA",
     "use_qalora": "QA-LoRA",
@@ -63,7 +62,7 @@ class LoraRuntimeConfig:
     """How to run, as against what to compute; never saved."""
 
     ephemeral_gpu_offload: bool = False
-    """Move off-loaded weights to the accelerator while they are worked on. (Not in this version.)"""
+    """When an adapter starts from weights that lie in main memory (DoRA, PiSSA, ...), work on the accelerator."""
 
 
 @documented
@@ -88,10 +87,12 @@ class LoraConfig(TargetedConfig):
     """Which biases of the base model train: none, all, or those of adapted layers."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) (rank-stabilised LoRA, arXiv 2312.03732, eq. 4)."""
-    init_lora_weights: bool | Literal["gaussian", "orthogonal", "loftq"] = True
+    init_lora_weights: bool | str = True
     """True: A Kaiming-uniform, B zero. "gaussian": A normal with deviation 1/r, B zero. "orthogonal": A and B with
     orthogonal factors whose product is zero. "loftq": the base weights are quantised, and A and B make up for the error
-    (arXiv 2310.08659). False: both random, so that the delta is not zero (for tests).
+    (arXiv 2310.08659). "pissa" (arXiv 2404.02948), "pissa_niter_<number>" (the same, with a fast decomposition) and
+    "olora" (arXiv 2406.01775): A and B are a main part of the base weights, which lose it. False: both random, so that
+    the delta is not zero (for tests).
     Files of adapters that were initialised in another way are read; see the compatibility page."""
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
     """Ranks of single layers: {regular expression for the end of a module's name: rank}."""
@@ -113,7 +114,8 @@ class LoraConfig(TargetedConfig):
     lora_ga_config: dict | None = None
     """Not in this version."""
     use_dora: bool = False
-    """Not in this version."""
+    """Train the weight's magnitude, one number per output channel, apart from its direction, to which LoRA is applied
+    (arXiv 2402.09353)."""
     velora_config: dict | None = None
     """Not in this version."""
     alora_invocation_tokens: list[int] | None = None
@@ -126,7 +128,7 @@ class LoraConfig(TargetedConfig):
     """Not in this version."""
     layer_replication: list[tuple[int, int]] | None = None
     """Not in this version."""
-    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    runtime_config: LoraRuntimeConfig | dict = field(default_factory=LoraRuntimeConfig)
     """How to run; not saved."""
     lora_bias: bool = False
     """Give B a bias of its own; it goes into the layer's bias on merging."""
@@ -152,8 +154,10 @@ class LoraConfig(TargetedConfig):
         for name, what in NOT_YET.items():
             if getattr(self, name) and not (self.inference_mode and name in INIT_FIELDS):
                 raise NotImplementedError(f"{name}={getattr(self, name)!r}: {what} is not in this version of peft")
-        if getattr(self.runtime_config, "ephemeral_gpu_offload", False):
-            raise NotImplementedError("runtime_config.ephemeral_gpu_offload is not in this version of peft")
+        if isinstance(self.runtime_config, dict):
+            self.runtime_config = LoraRuntimeConfig(**self.runtime_config)
+        if self.use_dora and self.lora_bias:
+            raise ValueError("lora_bias=True has no place in DoRA, which rescales the weight: leave one of them out")
 
     def _check_numbers(self):
         check_rank_and_alpha(self, "lora_alpha")
@@ -164,9 +168,9 @@ class LoraConfig(TargetedConfig):
 
     def _check_init(self):
         init = self.init_lora_weights
-        if isinstance(init, bool) or init in INIT_NAMES:
+        if isinstance(init, bool) or init in INIT_NAMES or re.fullmatch(r"pissa_niter_\d+", str(init)):
             return
-        if init not in INITS_NOT_YET and not self.init_changes_base:
+        if init not in INITS_NOT_YET and init not in INITS_NOT_YET_THAT_CHANGE_THE_BASE:
             raise ValueError(f"init_lora_weights must be True, False or one of {INIT_NAMES}, got {init!r}")
         if not self.inference_mode:
             raise NotImplementedError(
@@ -190,9 +194,9 @@ class LoraConfig(TargetedConfig):
 
     @property
     def init_changes_base(self) -> bool:
-        """Whether the adapter's tensors fit only base weights that its initialisation has changed, and we cannot."""
+        """Whether the adapter's tensors fit only base weights that its initialisation has changed."""
         init = str(self.init_lora_weights)
-        return init in INITS_NOT_YET_THAT_CHANGE_THE_BASE or re.fullmatch(r"pissa_niter_\d+", init) is not None
+        return init in ("olora", *INITS_NOT_YET_THAT_CHANGE_THE_BASE) or init.startswith("pissa")
 
     def to_dict(self):
         content = super().to_dict()

@@ -7,6 +7,7 @@ bare parameters (`lora_embedding_A`). Letters: O out, I in, r rank, K kernel.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -15,28 +16,35 @@ from torch import nn
 
 from ..._lazy import explain_missing
 from ...utils.loftq_utils import loftq_init
-from ...utils.placement import offload_hook
+from ...utils.placement import home_device, offload_hook
 from ...utils.quantization_utils import is_quantized
 from ..ops import is_plain, no_global_hooks
-from ..tuners_utils import ScaledLayer
+from ..tuners_utils import BaseTunerLayer, ScaledLayer
 from .fused import fused_lora, lora_delta
-from .init import init_function
+from .init import at_work, check_start, factors_out_of, init_function
+from .variants import Variant, variant_of
 
-# Names under which callers find arguments that variants take; there are no variants yet.
+# Names under which callers find arguments that variants take; none of ours takes any.
 VARIANT_KWARG_KEYS: list[str] = []
+
+
+def scaling_of(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
 class LoraLayer(ScaledLayer):
     """What LoRA layers of all kinds share. A mixin: concrete layers inherit `nn.Module` too."""
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "lora_bias")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "lora_bias", "lora_variant")
+    bare_in_files = ("lora_magnitude_vector",)
 
     def __init__(self, base_layer: nn.Module):
         super().__init__(base_layer)
         self.lora_alpha: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
         self.lora_bias: dict[str, bool] = {}
+        self.lora_variant: dict[str, Variant] = {}
         self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
@@ -53,10 +61,16 @@ class LoraLayer(ScaledLayer):
         self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.create_factors(name, r, config.lora_bias)
         self.reset_lora_parameters(name, config.init_lora_weights)
+        if (variant := variant_of(config)) is not None:
+            self.lora_variant[name] = variant
+            variant.create(self, name)
+
+    @property
+    def use_dora(self) -> dict[str, bool]:
+        return {name: name in self.lora_magnitude_vector for name in self.r}
 
     def _initial_scaling(self, name: str) -> float:
-        r = self.r[name]
-        return self.lora_alpha[name] / (math.sqrt(r) if self.use_rslora[name] else r)
+        return scaling_of(self.r[name], self.lora_alpha[name], self.use_rslora[name])
 
     def create_factors(self, name: str, r: int, bias: bool) -> None:
         """Create `lora_A[name]` and `lora_B[name]`."""
@@ -74,51 +88,94 @@ class LoraLayer(ScaledLayer):
         if self.lora_bias[name]:
             nn.init.zeros_(self.lora_B[name].bias)
 
-    def set_factors(self, name: str, A: torch.Tensor, B: torch.Tensor) -> None:
-        """Start from the delta `B A`, scaling included."""
-        for factor, value in zip(self.factors(name), (A, B / self.scaling[name])):
-            factor.data.copy_(value)
-
     def base_change(self, name, config):
-        """LoftQ: quantise the base weight, and let the adapter make up for the error (see `utils.loftq_utils`).
+        change, variant = self._init_change(name, config), self.lora_variant.get(name)
+        if variant is None:
+            return change
 
-        For an adapter from a file this repeats what was done for it; a weight that is quantised already stays as it is.
+        def change_and_start():
+            if change is not None:
+                change()
+            variant.start(self, name, config)
+
+        return change_and_start
+
+    def _init_change(self, name: str, config) -> Callable[[], None] | None:
+        """What changes the base weight and fills the factors, for initialisations that do so.
+
+        For an adapter from a file this repeats what was done for it; its own factors come from the file.
 
         Raises:
             ValueError: the layer is not a plain linear one of its own, or has other adapters.
         """
         base = self.get_base_layer()
-        init = getattr(config, "init_lora_weights", True)  # finetuna's adapters have none
-        if init != "loftq" or (config.from_file and is_quantized(base)):
+        init = config.init_lora_weights
+        out_of = factors_out_of(config)
+        is_loftq = init == "loftq"
+        if not is_loftq and out_of is None:
+            return None
+        if config.from_file and (is_quantized(base) if is_loftq else self.op.kind == "Embedding"):
+            return None  # quantised already; upstream never changes tables
+        if home_device(base).type == "meta":
             return None
         if is_quantized(base):
             raise ValueError(
-                "init_lora_weights='loftq' quantises plain weights, and these are packed already: leave it out and "
-                "call replace_lora_weights_loftq(model) on the finished model"
+                f"init_lora_weights={init!r} changes plain weights, and these are packed already: "
+                + (
+                    "leave it out and call replace_lora_weights_loftq(model) on the finished model"
+                    if is_loftq
+                    else "save the changed model in plain form first, and pack that"
+                )
             )
         if self.op.kind != "Linear" or self.op.shared or offload_hook(base) is not None:
             raise ValueError(
-                "init_lora_weights='loftq' is for linear layers whose weight is not tied to another module's and not "
+                f"init_lora_weights={init!r} is for linear layers whose weight is not tied to another module's and not "
                 f"off-loaded, and this {type(base).__name__} is not one: leave it out of target_modules"
             )
-        if len(self._available_adapters) > 1 and not config.from_file:
+        if len(self._available_adapters) > 1 and not (is_loftq and config.from_file):
             raise ValueError(
-                "init_lora_weights='loftq' changes the base weights, which other adapters of the model were made for: "
-                "only a model's first adapter can be initialised so"
+                f"init_lora_weights={init!r} changes the base weights, which other adapters of the model were made "
+                "for: only a model's first adapter can be initialised so. To use it beside others, convert it to a "
+                "plain one (save_pretrained with path_initial_model_for_weight_conversion)"
             )
-        return partial(self._apply_loftq, name, config.loftq_config["loftq_bits"], config.loftq_config["loftq_iter"])
+        if is_loftq:
+            bits, turns = (config.loftq_config[field] for field in ("loftq_bits", "loftq_iter"))
+            return partial(self._apply_loftq, name, bits, turns)
+        check_start(init, self.op.weight_shape, self.r[name], self.scaling[name])
+        return partial(self._take_out, name, config, out_of)
 
     def _apply_loftq(self, name: str, bits: int, turns: int) -> None:
+        """Quantise the base weight, and let the adapter make up for the error (see `utils.loftq_utils`)."""
         W, b = self.op.load()
         Q, A, B = loftq_init(W.detach(), bits, self.r[name], turns)
         self.op.store(Q, b)
-        if not self.factors(name)[0].is_meta:
-            self.set_factors(name, A, B)
+        self.set_factors(name, A, B)
+
+    @torch.no_grad()
+    def _take_out(self, name: str, config, out_of: Callable) -> None:
+        """Move a part of the base weight into the factors."""
+        W, b = self.op.load()
+        wide = at_work(W, config).to(torch.promote_types(W.dtype, torch.float32))
+        A, B = out_of(wide, self.r[name], self.scaling[name])
+        self.op.store((wide - self.scaling[name] * (B @ A)).to(W.device), b)
+        self.set_factors(name, A, B * self.scaling[name])
+
+    def set_factors(self, name: str, A: torch.Tensor, B: torch.Tensor) -> None:
+        """Start from the delta `B A`, scaling included."""
+        for factor, value in zip(self.factors(name), (A, B / self.scaling[name])):
+            if not factor.is_meta:
+                factor.data.copy_(value)
 
     def _delta_bias(self, name: str) -> torch.Tensor | None:
         return self.lora_B[name].bias * self.scaling[name] if self.lora_bias[name] else None
 
+    def post(self, name, x, y, before=()):
+        variant = self.lora_variant.get(name)
+        return super().post(name, x, y, before) if variant is None else variant.post(self, name, x, y, before)
+
     def fold(self, name, W, b):
+        if (variant := self.lora_variant.get(name)) is not None:
+            return variant.fold(self, name, W, b)
         W, b = super().fold(name, W, b)
         bias = self._delta_bias(name)
         if bias is None:
@@ -126,9 +183,14 @@ class LoraLayer(ScaledLayer):
         return W, bias.detach() if b is None else b + bias.to(b)
 
     def remember(self, name, W, b):
-        return super().remember(name, W, b), None if b is None else b.detach()
+        """The scaling as it is merged with (it may be set anew before unmerging), and the bias; of variants all."""
+        if name in self.lora_variant:
+            return BaseTunerLayer.remember(self, name, W, b)
+        return float(super().remember(name, W, b)), None if b is None else b.detach()
 
     def unfold(self, name, W, b, memory):
+        if name in self.lora_variant:
+            return memory
         scaling, bias = memory
         W, b = super().unfold(name, W, b, scaling)
         return W, bias if self.lora_bias[name] else b
@@ -160,7 +222,8 @@ class Linear(LoraLayer, nn.Module):
         first = names[0]
         A, B, base, s = self.lora_A[first], self.lora_B[first], self.base_layer, self.scaling[first]
         plain = (
-            type(base) is nn.Linear
+            first not in self.lora_variant
+            and type(base) is nn.Linear
             and is_plain(base)
             and is_plain(A)
             and is_plain(B)

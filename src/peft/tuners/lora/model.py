@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from ..._lazy import explain_missing
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from ...utils.quantization_utils import find_backend
 from ..base import BaseTuner
 from ..targeting import for_module
 from .bnb import Linear4bit, Linear8bitLt
+from .combine import Combination, combined_config, fill
+from .config import INITS_NOT_YET_THAT_CHANGE_THE_BASE
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
+
+
+def rank_and_alpha(config, key: str) -> tuple[int, float]:
+    """`(r, lora_alpha)` of the layer `key`, from the patterns or the configuration."""
+    r = for_module(key, config.rank_pattern, config.r)
+    return r, for_module(key, config.alpha_pattern, config.lora_alpha)
 
 
 class LoraModel(BaseTuner):
@@ -27,7 +37,7 @@ class LoraModel(BaseTuner):
             NotImplementedError: the adapter's initialisation took its delta out of the base weights, too.
         """
         super().check_new_config(config)
-        if config.init_changes_base:
+        if config.init_lora_weights in INITS_NOT_YET_THAT_CHANGE_THE_BASE:
             init = config.init_lora_weights
             raise NotImplementedError(
                 f"The adapter was saved with init_lora_weights={init!r}: {init} changed the base weights as well, and "
@@ -44,16 +54,66 @@ class LoraModel(BaseTuner):
             wrap_trainable_tokens(self, config.trainable_token_indices, adapter_name)
 
     def layer_kwargs(self, config, key):
-        """Rank and alpha of this layer, from the patterns or the configuration."""
-        return {
-            "r": for_module(key, config.rank_pattern, config.r),
-            "lora_alpha": for_module(key, config.alpha_pattern, config.lora_alpha),
-        }
+        return dict(zip(("r", "lora_alpha"), rank_and_alpha(config, key)))
 
     def layer_class(self, target, key):
         own = super().layer_class(target, key)
         backend = find_backend(target) if own is Linear else None
         return self.packed_linear_classes.get(backend.name, own) if backend else own
 
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+    ) -> None:
+        """Add an adapter that combines others; it is not activated. Layers that an adapter lacks count as no change.
 
-explain_missing(__name__)
+        Args:
+            weights: one per adapter; negative ones take it away.
+            combination_type: "cat": the exact weighted sum, of the sum of the ranks. "svd": the sum, factorised anew to
+                `svd_rank`. "linear", "magnitude_prune", "ties", "dare_linear", "dare_ties": the factors are combined
+                one by one, at the adapters' common rank. "<one of the last four>_svd": the changes of the weight are
+                combined so, and factorised.
+            svd_rank: rank of what is factorised; None: the largest of the adapters.
+            svd_clamp: quantile of the factors' numbers at which they are clipped.
+            svd_full_matrices, svd_driver: as for `torch.linalg.svd`.
+            density: share of the numbers that is kept, in (0, 1]; for all but "cat", "svd" and "linear".
+            majority_sign_method: how TIES elects signs; see `merge_utils.calculate_majority_sign_mask`.
+
+        Raises:
+            ValueError: unknown or repeated adapters, as many weights, a name that is taken, ranks that must be equal
+                and are not, a DoRA, modules that are trained whole, or an argument outside its range.
+        """
+        combination = Combination(
+            combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method
+        )
+        self._check_known(adapters)
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(f"There must be one weight per adapter, and one at least, got {adapters} and {weights}")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"There is an adapter {adapter_name!r} already: delete it first, or take another name")
+        layers = [layer for layer in self.layers() if layer._available_adapters & set(adapters)]
+        rank = max(combination.rank([layer.r[name] for name in adapters if name in layer.r]) for layer in layers)
+        self.peft_config[adapter_name] = combined_config([self.peft_config[name] for name in adapters], rank)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        for layer in self.layers():
+            if adapter_name in layer._available_adapters:
+                fill(layer, adapter_name, dict(zip(adapters, weights)), combination)
+
+
+explain_missing(
+    __name__,
+    dict.fromkeys(["dare_linear", "dare_ties", "magnitude_prune", "task_arithmetic", "ties"], "peft.utils.merge_utils"),
+)
