@@ -161,7 +161,7 @@ def test_a_training_run():
 # ---- Files ----
 
 
-def with_lost_ranks(base: nn.Module, seed: int = 0) -> PeftModel:
+def with_lost_ranks(base: nn.Module) -> PeftModel:
     model = adalora(base)
     for step in range(10):
         draw_gradients(model)
@@ -209,6 +209,32 @@ def test_loading_into_an_adapter_of_another_size(tmp_path):
     }
 
 
+def test_loading_what_was_saved_before_ranks_were_lost(tmp_path):
+    base, ids = llama(), tokens()
+    early = adalora(copy.deepcopy(base))
+    early.save_pretrained(tmp_path / "early")
+    late = with_lost_ranks(copy.deepcopy(base))
+    allocator = late.base_model.rankallocator
+    late.load_adapter(tmp_path / "early", "default", is_trainable=True)
+    assert late.base_model.rankallocator is allocator  # of the same sizes
+    late.save_pretrained(tmp_path / "again")
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "again")
+    assert_close(logits(loaded, ids), logits(early, ids))
+
+
+def test_allocation_goes_on_after_loading_another_size(tmp_path):
+    model = with_lost_ranks(llama())
+    model.save_pretrained(tmp_path)
+    other = adalora(llama())
+    draw_gradients(other)
+    other.update_and_allocate(1)
+    other.load_adapter(tmp_path, "default", is_trainable=True)
+    for step in (3, 4):
+        draw_gradients(other)
+        other.update_and_allocate(step)
+    assert other.base_model.rankallocator.init_bgt == 8 and ranks_left(other) == 8  # as many as the goal
+
+
 def test_a_layer_that_lost_all_its_ranks(tmp_path):
     base, ids = llama(), tokens()
     model = adalora(copy.deepcopy(base))
@@ -216,8 +242,13 @@ def test_a_layer_that_lost_all_its_ranks(tmp_path):
     model.peft_config["default"].rank_pattern = {f"{key}.lora_E": [i > 0] * 4 for i, key in enumerate(keys)}
     model.base_model.rankallocator.mask_using_rank_pattern(model, model.peft_config["default"].rank_pattern)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
     assert_close(logits(loaded, ids), logits(model, ids))
+    assert next(iter(loaded.base_model.layers())).lora_A["default"].shape == (0, 16)
+    loss = loaded(input_ids=ids, labels=ids).loss
+    loss.backward()
+    loaded.update_and_allocate(4)
+    assert loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in loaded.parameters())
 
 
 # ---- The rest ----

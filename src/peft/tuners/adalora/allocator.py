@@ -27,9 +27,9 @@ class RankAllocator:
     def __init__(self, model: nn.Module, peft_config: AdaLoraConfig, adapter_name: str):
         self.peft_config = peft_config
         self.adapter_name = adapter_name
-        layers = self._layers(model)
-        self.init_bgt = sum(layer.r[adapter_name] for layer in layers)
-        self.target_bgt = peft_config.target_r * len(layers)
+        self.ranks = [layer.r[adapter_name] for layer in self._layers(model)]
+        self.init_bgt = sum(self.ranks)
+        self.target_bgt = peft_config.target_r * len(self.ranks)
         self.reset_ipt()
 
     def set_total_step(self, total_step: int) -> None:
@@ -102,7 +102,7 @@ class RankAllocator:
             E = layer.lora_E[self.adapter_name]
             stays = rank_pattern.get(layer.pattern_key, ())
             if len(stays) == len(E):  # else the ranks that do not are not there
-                E.masked_fill_(~torch.tensor(stays, device=E.device)[:, None], 0.0)
+                E.masked_fill_(~torch.tensor(stays, dtype=torch.bool, device=E.device)[:, None], 0.0)
 
     def update_and_allocate(
         self, model: nn.Module, global_step: int, force_mask: bool = False

@@ -14,13 +14,15 @@ from ..lora.layer import LoraLayer
 from ..tuners_utils import LowRankLayer
 from .allocator import RankAllocator
 
+RANK_DIM = {"lora_A": 0, "lora_B": 1, "lora_E": 0}  # where a factor has its ranks
+
 __all__ = ["AdaLoraLayer", "RankAllocator", "SVDConv2d", "SVDLinear"]
 
 
 class AdaLoraLayer(LowRankLayer, LoraLayer, nn.Module):
     """AdaLoRA on a layer of any kind that has a matrix or a kernel as its weight."""
 
-    adapter_layer_names = ("lora_A", "lora_B", "lora_E")
+    adapter_layer_names = tuple(RANK_DIM)
     other_param_names = (*LoraLayer.other_param_names, "ranknum", "configs")
 
     def __init__(self, base_layer: nn.Module):
@@ -38,19 +40,14 @@ class AdaLoraLayer(LowRankLayer, LoraLayer, nn.Module):
         self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         device = home_device(self.get_base_layer())  # never empty, and no tensor of a file
         self.ranknum[name] = nn.Parameter(torch.full((1,), float(config.init_r), device=device), requires_grad=False)
-        self._create_factors(name, r)
-        std = 0.02 if config.init_lora_weights is not False else 1.0
-        for factor in (self.lora_A[name], self.lora_B[name], self.lora_E[name]):
-            nn.init.normal_(factor, std=std)
-        if config.init_lora_weights is not False:
-            nn.init.zeros_(self.lora_E[name])
-
-    def _create_factors(self, name: str, r: int) -> None:
         outputs, inputs = self.op.weight_shape[0], self.op.weight_shape[1:].numel()
         self.r[name] = r
-        self.lora_A[name] = nn.Parameter(torch.empty(r, inputs))
-        self.lora_B[name] = nn.Parameter(torch.empty(outputs, r))
-        self.lora_E[name] = nn.Parameter(torch.empty(r, 1))
+        self.lora_A[name] = nn.Parameter(torch.randn(r, inputs))
+        self.lora_B[name] = nn.Parameter(torch.randn(outputs, r))
+        self.lora_E[name] = nn.Parameter(torch.randn(r, 1))
+        if config.init_lora_weights is not False:
+            for attribute, scale in (("lora_A", 0.02), ("lora_B", 0.02), ("lora_E", 0.0)):
+                getattr(self, attribute)[name].data.mul_(scale)
 
     def _initial_scaling(self, name):
         return self.lora_alpha[name]
@@ -64,25 +61,33 @@ class AdaLoraLayer(LowRankLayer, LoraLayer, nn.Module):
         return self.lora_dropout[name](x)
 
     def before_load(self, name, path, tensors):
-        """Take over the number of ranks that the file has."""
+        """Take over the number of ranks that the file has; none of those is lost."""
         incoming = tensors.get(f"{path}.lora_E.{name}")
-        if incoming is None or len(incoming) == self.r[name]:
+        if incoming is None:
             return
-        old = dict(self.adapter_tensors(name))
-        with torch.device("meta") if old["lora_E"].is_meta else old["lora_E"].device:
-            self._create_factors(name, len(incoming))
-        for attribute, factor in self.adapter_tensors(name):
-            factor.data = torch.zeros_like(factor, dtype=old[attribute].dtype)
-            factor.requires_grad_(old[attribute].requires_grad)
+        ranks = len(incoming)
+        if ranks != self.r[name]:
+            self.r[name] = ranks
+            for attribute, old in list(self.adapter_tensors(name)):
+                shape = list(old.shape)
+                shape[RANK_DIM[attribute]] = ranks
+                getattr(self, attribute)[name] = nn.Parameter(old.new_zeros(shape), old.requires_grad)
+        elif self._left(name) is None:
+            return
         config = self.configs[name]
-        config.rank_pattern = {**(config.rank_pattern or {}), self.pattern_key: [True] * len(incoming)}
+        config.rank_pattern = {**(config.rank_pattern or {}), self.pattern_key: [True] * ranks}
+
+    def _left(self, name: str) -> list[bool] | None:
+        """Which of the layer's ranks are left; None: all. (A pattern of another length is what it was made by.)"""
+        pattern = (self.configs[name].rank_pattern or {}).get(self.pattern_key, ())
+        return None if len(pattern) != self.r[name] or all(pattern) else pattern
 
     def before_save(self, name, path, tensors):
         """Leave out the ranks that are lost."""
-        pattern = (self.configs[name].rank_pattern or {}).get(self.pattern_key, ())
-        if len(pattern) == self.r[name]:  # else the layer was made without them
-            keep = torch.tensor(pattern, dtype=torch.bool).nonzero().squeeze(1)
-            for attribute, dim in (("lora_A", 0), ("lora_B", 1), ("lora_E", 0)):
+        pattern = self._left(name)
+        if pattern is not None:
+            keep = torch.tensor(pattern).nonzero().squeeze(1)
+            for attribute, dim in RANK_DIM.items():
                 key = f"{path}.{attribute}.{name}"
                 tensors[key] = tensors[key].index_select(dim, keep.to(tensors[key].device))
 

@@ -30,8 +30,6 @@ class AdaLoraModel(LoraModel):
         pattern = (config.rank_pattern or {}).get(f"{key}.lora_E")
         return {"key": key, "r": config.init_r if pattern is None else sum(pattern)}
 
-    # The loss
-
     def forward(self, *args, **kwargs):
         """The base model's forward. A loss that it returns includes the regularisation of the adapters that train."""
         output = super().forward(*args, **kwargs)
@@ -53,8 +51,6 @@ class AdaLoraModel(LoraModel):
         distances = [torch.linalg.norm(M @ M.T - torch.eye(len(M)).to(M)) for M in matrices]
         return weight * torch.stack([distance.to(distances[0]) for distance in distances]).mean()
 
-    # The ranks
-
     @property
     def trainable_adapter_name(self) -> str | None:
         """The (first) adapter that trains."""
@@ -66,9 +62,10 @@ class AdaLoraModel(LoraModel):
         return self._allocator(self.trainable_adapter_name)
 
     def _allocator(self, name: str) -> RankAllocator:
-        config = self.peft_config[name]
-        if name not in self._allocators or self._allocators[name].peft_config is not config:
-            self._allocators[name] = RankAllocator(self.model, config, name)
+        """The adapter's allocator; a new one for a new adapter, or where loading has changed its sizes."""
+        fresh, known = RankAllocator(self.model, self.peft_config[name], name), self._allocators.get(name)
+        if known is None or known.peft_config is not fresh.peft_config or known.ranks != fresh.ranks:
+            self._allocators[name] = fresh
         return self._allocators[name]
 
     def update_and_allocate(self, global_step: int) -> None:
