@@ -29,25 +29,25 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    PeftType.TRAINABLE_TOKENS: Method(
-        "peft.tuners.trainable_tokens:TrainableTokensConfig",
-        "peft.tuners.trainable_tokens:TrainableTokensModel",
-        "trainable_tokens_",
-    ),
-    PeftType.BOTTLENECK: Method(
-        "peft.tuners.bottleneck:BottleneckConfig", "peft.tuners.bottleneck:BottleneckModel", "bottleneck_"
-    ),
-    PeftType.BOFT: Method("peft.tuners.boft:BOFTConfig", "peft.tuners.boft:BOFTModel", "boft_"),
-    PeftType.OFT: Method("peft.tuners.oft:OFTConfig", "peft.tuners.oft:OFTModel", "oft_"),
-    PeftType.LN_TUNING: Method(
-        "peft.tuners.ln_tuning:LNTuningConfig", "peft.tuners.ln_tuning:LNTuningModel", "ln_tuning_"
-    ),
-    PeftType.IA3: Method("peft.tuners.ia3:IA3Config", "peft.tuners.ia3:IA3Model", "ia3_"),
     PeftType.LORA: Method("peft.tuners.lora:LoraConfig", "peft.tuners.lora:LoraModel", "lora_"),
     PeftType.SFT: Method("peft.tuners.sft:SftConfig", "peft.tuners.sft:SftModel", "sft_"),
     PeftType.SSF: Method("peft.tuners.ssf:SsfConfig", "peft.tuners.ssf:SsfModel", "ssf_"),
     PeftType.COMPACT_LORA: Method("peft.tuners.denas.config:CompactLoraConfig", "peft.tuners.lora:LoraModel", "lora_"),
     PeftType.FINETUNA: Method("peft.finetuna:FinetunaConfig", "peft.finetuna:FinetunaModel", "lora_"),
+    PeftType.BOFT: Method("peft.tuners.boft:BOFTConfig", "peft.tuners.boft:BOFTModel", "boft_"),
+    PeftType.BOTTLENECK: Method(
+        "peft.tuners.bottleneck:BottleneckConfig", "peft.tuners.bottleneck:BottleneckModel", "bottleneck_"
+    ),
+    PeftType.IA3: Method("peft.tuners.ia3:IA3Config", "peft.tuners.ia3:IA3Model", "ia3_"),
+    PeftType.LN_TUNING: Method(
+        "peft.tuners.ln_tuning:LNTuningConfig", "peft.tuners.ln_tuning:LNTuningModel", "ln_tuning_"
+    ),
+    PeftType.OFT: Method("peft.tuners.oft:OFTConfig", "peft.tuners.oft:OFTModel", "oft_"),
+    PeftType.TRAINABLE_TOKENS: Method(
+        "peft.tuners.trainable_tokens:TrainableTokensConfig",
+        "peft.tuners.trainable_tokens:TrainableTokensModel",
+        "trainable_tokens_",
+    ),
 }
 
 
