@@ -137,4 +137,4 @@ def test_commands_run(page, tiny_model, tmp_path, monkeypatch, loud_transformers
 def test_index_lists_every_page():
     index = (ROOT / "docs" / "source" / "index.md").read_text()
     pages = {page.name for page in (ROOT / "docs" / "source").glob("*.md")} - {"index.md"}
-    assert pages == set(re.findall(r"\]\(([a-z_]+\.md)\)", index))
+    assert pages == set(re.findall(r"\]\(([a-z0-9_]+\.md)\)", index))

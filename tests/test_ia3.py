@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from quantized_bases import BASES, WIDTH
 from tiny_models import bert, gpt2, llama, logits, tokens
 from torch import nn
 from torch.testing import assert_close
@@ -82,3 +83,21 @@ def test_scaling_the_input_of_an_embedding_is_refused():
     config = IA3Config(target_modules=["embed_tokens"], feedforward_modules=["embed_tokens"])
     with pytest.raises(ValueError, match="embed_tokens .Embedding. is not supported in feedforward_modules"):
         get_peft_model(llama(), config)
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+@pytest.mark.parametrize("feedforward", [[], ["0"]], ids=["output", "input"])
+def test_packed_weights(base, feedforward):
+    net, x = nn.Sequential(BASES[base].pack(nn.Linear(WIDTH, WIDTH))).train(), torch.randn(4, WIDTH)
+    model = get_peft_model(net, IA3Config(target_modules=["0"], feedforward_modules=feedforward)).train()
+    factors = net[0].ia3_l["default"].data.normal_().flatten()
+    expected = net[0].base_layer(x * factors) if feedforward else net[0].base_layer(x) * factors
+    y = model(x)
+    assert_close(y, expected)
+    y.sum().backward()
+    assert net[0].ia3_l["default"].grad.any()
+    with pytest.warns(PeftWarning, match="packed again"):
+        model.merge_adapter()
+    assert (model(x) - expected).norm() < 0.2 * expected.norm()
+    model.unmerge_adapter()
+    assert torch.equal(model(x), y)

@@ -163,6 +163,31 @@ def test_tied_modules_that_are_both_named_have_tokens_of_their_own():
     assert_close(logits(merged, IDS), expected)
 
 
+@pytest.mark.parametrize("order", [0, 1])
+def test_tied_modules_are_named_alike_in_all_adapters(order):
+    indices = [[3, 4], {"embed_tokens": [5], "lm_head": [8]}]
+    first, second = (
+        LoraConfig(target_modules=["q_proj"], trainable_token_indices=indices[i]) for i in (order, 1 - order)
+    )
+    model = get_peft_model(llama(tie_word_embeddings=True), first)
+    keys = set(model.state_dict())
+    with pytest.raises(ValueError, match="lm_head is tied to another module .* name the same modules"):
+        model.add_adapter("b", second)
+    assert set(model.state_dict()) == keys
+
+
+def test_tied_modules_that_are_both_targets_share_the_rows():
+    base = llama(tie_word_embeddings=True)
+    model = get_peft_model(base, KINDS["alone"](target_modules=["embed_tokens", "lm_head"]))
+    embedding, head = token_layers(model).values()
+    assert head.tied_to is embedding
+    train(model)
+    expected = logits(model, IDS)
+    merged = model.merge_and_unload()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert_close(logits(merged, IDS), expected)
+
+
 def test_tables_that_look_up_in_a_way_of_their_own():
     """OPT's table of positions has two rows before the first position."""
     base, ids = opt(), IDS

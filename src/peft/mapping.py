@@ -29,20 +29,6 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    PeftType.TRAINABLE_TOKENS: Method(
-        "peft.tuners.trainable_tokens:TrainableTokensConfig",
-        "peft.tuners.trainable_tokens:TrainableTokensModel",
-        "trainable_tokens_",
-    ),
-    PeftType.BOTTLENECK: Method(
-        "peft.tuners.bottleneck:BottleneckConfig", "peft.tuners.bottleneck:BottleneckModel", "bottleneck_"
-    ),
-    PeftType.BOFT: Method("peft.tuners.boft:BOFTConfig", "peft.tuners.boft:BOFTModel", "boft_"),
-    PeftType.OFT: Method("peft.tuners.oft:OFTConfig", "peft.tuners.oft:OFTModel", "oft_"),
-    PeftType.LN_TUNING: Method(
-        "peft.tuners.ln_tuning:LNTuningConfig", "peft.tuners.ln_tuning:LNTuningModel", "ln_tuning_"
-    ),
-    PeftType.IA3: Method("peft.tuners.ia3:IA3Config", "peft.tuners.ia3:IA3Model", "ia3_"),
     PeftType.LORA: Method("peft.tuners.lora:LoraConfig", "peft.tuners.lora:LoraModel", "lora_"),
     PeftType.ADALORA: Method("peft.tuners.adalora:AdaLoraConfig", "peft.tuners.adalora:AdaLoraModel", "lora_"),
     PeftType.LOHA: Method("peft.tuners.loha:LoHaConfig", "peft.tuners.loha:LoHaModel", "hada_"),
@@ -72,6 +58,20 @@ METHODS: dict[str, Method] = {
         "adaption_",
     ),
     PeftType.FINETUNA: Method("peft.finetuna:FinetunaConfig", "peft.finetuna:FinetunaModel", "lora_"),
+    PeftType.BOFT: Method("peft.tuners.boft:BOFTConfig", "peft.tuners.boft:BOFTModel", "boft_"),
+    PeftType.BOTTLENECK: Method(
+        "peft.tuners.bottleneck:BottleneckConfig", "peft.tuners.bottleneck:BottleneckModel", "bottleneck_"
+    ),
+    PeftType.IA3: Method("peft.tuners.ia3:IA3Config", "peft.tuners.ia3:IA3Model", "ia3_"),
+    PeftType.LN_TUNING: Method(
+        "peft.tuners.ln_tuning:LNTuningConfig", "peft.tuners.ln_tuning:LNTuningModel", "ln_tuning_"
+    ),
+    PeftType.OFT: Method("peft.tuners.oft:OFTConfig", "peft.tuners.oft:OFTModel", "oft_"),
+    PeftType.TRAINABLE_TOKENS: Method(
+        "peft.tuners.trainable_tokens:TrainableTokensConfig",
+        "peft.tuners.trainable_tokens:TrainableTokensModel",
+        "trainable_tokens_",
+    ),
 }
 
 

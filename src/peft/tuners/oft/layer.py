@@ -40,7 +40,8 @@ class OFTRotationModule(nn.Module):
         i, j = torch.triu_indices(b, b, 1, device=self.weight.device)
         values = self._constrained(training)
         eye = eye.to(values)
-        S = values.new_zeros(len(values), b, b).index_put((torch.arange(len(values))[:, None], i, j), values)
+        S = values.new_zeros(len(values), b, b)
+        S[:, i, j] = values
         S = S - S.mT
         R = torch.linalg.solve(eye + S, eye - S) if self.terms is None else self._neumann(eye, S)
         if training and self.dropout:

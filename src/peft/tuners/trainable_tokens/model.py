@@ -28,14 +28,13 @@ class TrainableTokensModel(BaseTuner):
 
     def _find_targets(self, config, state_dict):
         """The named modules, each followed by those that share its weight."""
-        found = super()._find_targets(config, state_dict)
-        self._partners = {
-            other: key for key, base in found.items() for other in tied_modules(self.model, base) if other not in found
-        }
-        targets = {}
+        found, targets = super()._find_targets(config, state_dict), {}
+        self._partners: dict[str, str] = {}  # module -> the one before it that has the same weight
         for key, base in found.items():
-            others = [other for other, partner in self._partners.items() if partner == key]
-            targets |= {key: base, **{other: base_of(self.model, other) for other in others}}
+            if key not in self._partners:
+                others = {other: base_of(self.model, other) for other in tied_modules(self.model, base)}
+                self._partners |= dict.fromkeys(others, key)
+                targets |= {key: base, **others}
         return targets
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key):

@@ -75,13 +75,23 @@ def wrap_trainable_tokens(
         wanted |= dict.fromkeys(keys, TrainableTokensConfig(token_indices=list(tokens)))
     for key, config in wanted.items():
         layer = _token_layer(tuner, key, adapter_name)
+        if layer.tied_to is not None:
+            raise _otherwise(key)
         layer.update_layer(adapter_name, config)
         tuner._move_to_base(layer, adapter_name)
         ties = [_bare(other) for other in tied_modules(model, layer.get_base_layer())]
         layer.keeps_ties = not any(other in wanted for other in ties)
         layer.op.shared |= bool(ties) and not layer.keeps_ties
         for other in ties if layer.keeps_ties else ():
-            _token_layer(tuner, other, adapter_name, layer)
+            if _token_layer(tuner, other, adapter_name, layer).tied_to is not layer:
+                raise _otherwise(other)
+
+
+def _otherwise(key: str) -> ValueError:
+    return ValueError(
+        f"{key} is tied to another module and shares its trained tokens in one adapter of the model, and not in "
+        "another: name the same modules in trainable_token_indices of all of them"
+    )
 
 
 def _bare(key: str) -> str:
