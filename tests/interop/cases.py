@@ -169,8 +169,6 @@ _tasks = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert-sequences": "SEQ_CLS"
 def _prompt_case(base: str, config: str, name: str, **fields) -> Case:
     own = {"num_virtual_tokens": 5, "task_type": _tasks[base], **_prompts.get(config, {}), **fields}
     extra = {"task_ids": [0, 2, 1]} if config.startswith("Multitask") else {}
-    if extra and base == "t5":
-        extra["labels"] = [[5] * LENGTH] * BATCH  # without which upstream fails
     return Case(name, base, {"default": own}, config=config, is_prompt=True, extra=extra)
 
 
@@ -280,7 +278,8 @@ CASES = [
     _Family("opt", _ranks, "AdaLoraConfig")("AdaLoRA, OPT, bias lora_only", bias="lora_only"),
     _Family("conv", {"total_step": 100}, "AdaLoraConfig")("AdaLoRA, convolutions",
                                                           target_modules=["plane.0", "head"]),
-    *(_prompt_case(base, config, f"{config.removesuffix('Config')}, {base}") for config in _prompts for base in _tasks),
+    *(_prompt_case(base, config, f"{config.removesuffix('Config')}, {base}") for config in _prompts for base in _tasks
+      if (config, base) != ("MultitaskPromptTuningConfig", "t5")),  # where upstream fails with decoder_input_ids
     _prompt_case("llama", "PromptEncoderConfig", "PromptEncoder, LSTM", encoder_reparameterization_type="LSTM"),
     _prompt_case("llama", "PrefixTuningConfig", "PrefixTuning, projection", prefix_projection=True),
     Case("CPT", "llama", {"default": {"cpt_token_ids": [5, 6, 7, 8], "cpt_tokens_type_mask": [1, 2, 3, 4],
