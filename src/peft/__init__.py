@@ -63,6 +63,8 @@ if TYPE_CHECKING:
         LoraConfig as LoraConfig,
         LoraModel as LoraModel,
         LoraRuntimeConfig as LoraRuntimeConfig,
+        convert_to_lora as convert_to_lora,
+        save_as_lora as save_as_lora,
     )
     from .tuners.sft.config import (
         SftArguments as SftArguments,
