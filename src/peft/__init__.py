@@ -98,6 +98,8 @@ if TYPE_CHECKING:
         LoraConfig as LoraConfig,
         LoraModel as LoraModel,
         LoraRuntimeConfig as LoraRuntimeConfig,
+        convert_to_lora as convert_to_lora,
+        save_as_lora as save_as_lora,
     )
     from .tuners.multitask_prompt_tuning import (
         MultitaskPromptTuningConfig as MultitaskPromptTuningConfig,

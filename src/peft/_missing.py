@@ -23,7 +23,6 @@ MODULES: dict[str, str] = {
     "peft.tuners.lora.aqlm": "LoRA on AQLM layers",
     "peft.tuners.lora.arrow": "Arrow routing of LoRA adapters",
     "peft.tuners.lora.awq": "LoRA on AWQ layers",
-    "peft.tuners.lora.conversion": "Conversion of other adapters to LoRA",
     "peft.tuners.lora.corda": "CorDA initialisation of LoRA",
     "peft.tuners.lora.dora": "DoRA",
     "peft.tuners.lora.eetq": "LoRA on EETQ layers",
@@ -64,7 +63,6 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "peft.tuners.lora": {
         "Arrow routing of LoRA adapters": ("ArrowConfig", "create_arrow_model"),
         "BD-LoRA": ("BdLoraConfig",),
-        "Conversion of other adapters to LoRA": ("convert_to_lora", "save_as_lora"),
         "EVA initialisation of LoRA": ("EvaConfig", "get_eva_state_dict", "initialize_lora_eva_weights"),
         "KaSA": ("KasaConfig",),
         "LoRA on EETQ layers": ("EetqLoraLinear",),

@@ -385,8 +385,9 @@ class BaseTunerLayer(AdapterParts):
             self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the adapter's change of the weight is one delta that a LoRA can approximate."""
-        return False
+        """Whether the adapter's change of the layer is one of a matrix, which a LoRA can approximate."""
+        folds = type(self).fold is not BaseTunerLayer.fold
+        return folds and self.op.kind != "Norm" and getattr(self.op, "groups", 1) == 1
 
 
 def _wide(t: torch.Tensor) -> torch.Tensor:
@@ -425,9 +426,6 @@ class AdditiveLayer(BaseTunerLayer):
 
     def unfold(self, name, W, b, memory):
         return _wide(W) - self.delta_weight(name).to(W.device, _wide(W).dtype), b
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
 
 
 class ScaledLayer(AdditiveLayer):

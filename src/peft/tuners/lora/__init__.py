@@ -3,6 +3,7 @@
 from ..._lazy import explain_missing
 from .bnb import Linear4bit, Linear8bitLt
 from .config import LoftQConfig, LoraConfig, LoraRuntimeConfig
+from .conversion import convert_to_lora, save_as_lora
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 from .model import LoraModel
 
@@ -19,6 +20,8 @@ __all__ = [
     "LoraLayer",
     "LoraModel",
     "LoraRuntimeConfig",
+    "convert_to_lora",
+    "save_as_lora",
 ]
 
 explain_missing(__name__)
