@@ -731,6 +731,11 @@ def test_refused(config, message):
         config()
 
 
+def test_options_of_the_other_network_are_warned_of():
+    with pytest.warns(PeftWarning, match="encoder_num_layers=3 and encoder_dropout=0.0 are for the LSTM"):
+        get_peft_model(llama(), METHODS["p_mlp"](encoder_num_layers=3))
+
+
 def test_a_refused_configuration_leaves_no_trace():
     base = llama()
     before = set(vars(base))

@@ -131,7 +131,7 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "peft.utils": {
         "GPTQ and AWQ helpers": ("get_gptqmodel_quant_linear",),
         "Helpers for quantised and off-loaded layers": ("map_cache_to_layer_device_map",),
-        "Prefix tuning": (
+        "Cache layouts of old versions of transformers": (
             "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
             "bloom_model_postprocess_past_key_value",
         ),
@@ -151,17 +151,17 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "Helpers for files and embeddings": ("check_file_exists_on_hf_hub",),
         "Inspection of what targets match": ("match_target_against_key",),
-        "Prefix tuning": (
+        "Cache layouts of old versions of transformers": (
             "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
             "bloom_model_postprocess_past_key_value",
             "starcoder_model_postprocess_past_key_value",
         ),
-        "Prompt learning": ("create_attention_mask",),
+        "A helper for attention masks": ("create_attention_mask",),
         "Quantisation backends as classes": ("get_quantization_config",),
         "Trainable tokens": ("set_additional_trainable_modules",),
     },
     "peft.utils.constants": {
-        "Prefix tuning": (
+        "Cache layouts of old versions of transformers": (
             "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
             "bloom_model_postprocess_past_key_value",
             "starcoder_model_postprocess_past_key_value",
@@ -216,8 +216,8 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "peft.peft_model": {
         "Activated LoRA": ("get_alora_offsets_for_forward", "get_alora_offsets_for_generate"),
         "Helpers for quantised and off-loaded layers": ("init_empty_weights", "map_cache_to_layer_device_map"),
-        "Prefix tuning": ("TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",),
-        "Prompt learning": ("create_attention_mask",),
+        "Cache layouts of old versions of transformers": ("TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",),
+        "A helper for attention masks": ("create_attention_mask",),
         "Trainable tokens": ("set_additional_trainable_modules",),
     },
     "peft.auto": {

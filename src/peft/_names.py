@@ -129,7 +129,7 @@ MISSING: dict[str, tuple[str, ...]] = {
     "PSOFT": ("PsoftConfig", "PsoftModel"),
     "PVeRA": ("PveraConfig", "PveraModel"),
     "Poly": ("PolyConfig", "PolyModel"),
-    "Prefix tuning": (
+    "Cache layouts of old versions of transformers": (
         "bloom_model_postprocess_past_key_value",
         "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ...utils.warning import warn
 from ..prompt_learning import BasePromptEncoder
 
 
@@ -24,6 +25,11 @@ class PromptEncoder(BasePromptEncoder):
             )  # fmt: skip
             sizes = (2 * hidden, 2 * hidden, width)
         else:
+            if (config.encoder_num_layers, config.encoder_dropout) != (2, 0.0):
+                warn(
+                    f"encoder_num_layers={config.encoder_num_layers} and encoder_dropout={config.encoder_dropout} are "
+                    "for the LSTM; the MLP has always two inner layers, without dropout"
+                )
             sizes = (width, hidden, hidden, width)
         layers = [part for a, b in zip(sizes, sizes[1:]) for part in (nn.Linear(a, b), nn.ReLU())]
         self.mlp_head = nn.Sequential(*layers[:-1])
