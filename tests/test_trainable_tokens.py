@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from quantized_bases import WIDTH
 from tiny_models import llama, logits, opt
 from torch import nn
@@ -19,6 +20,7 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
     load_peft_weights,
+    set_peft_model_state_dict,
 )
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.blockwise import quantize_
@@ -188,6 +190,20 @@ def test_tied_modules_that_are_both_targets_share_the_rows():
     assert_close(logits(merged, IDS), expected)
 
 
+@kinds
+def test_off_loaded_models(kind):
+    base = llama(tie_word_embeddings=True)
+    away = cpu_offload(copy.deepcopy(base), execution_device="cpu")
+    model, away = get_peft_model(base, KINDS[kind]()), get_peft_model(away, KINDS[kind]())
+    rows = train(model)
+    set_peft_model_state_dict(away, get_peft_model_state_dict(model))
+    assert torch.equal(next(iter(token_layers(away).values())).trainable_tokens_delta["default"], rows)
+    assert_close(logits(away, IDS), logits(model, IDS))
+    with pytest.raises(RuntimeError, match="tied weights that are off-loaded cannot be merged"):
+        away.merge_adapter()
+    assert_close(logits(away, IDS), logits(model, IDS))
+
+
 def test_tables_that_look_up_in_a_way_of_their_own():
     """OPT's table of positions has two rows before the first position."""
     base, ids = opt(), IDS
@@ -287,4 +303,4 @@ def test_names_and_attributes():
     assert len(get_peft_model_state_dict(model)) == 5
     random = get_peft_model(llama(), TrainableTokensConfig(token_indices=TOKENS, init_weights=False))
     rows = token_layers(random).popitem()[1]
-    assert (rows.trainable_tokens_delta["default"] - rows.base_rows(torch.tensor(TOKENS))).abs().mean() > 0.3
+    assert (rows.trainable_tokens_delta["default"] - rows.base_rows(TOKENS)).abs().mean() > 0.3

@@ -37,12 +37,9 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
                 raise
             return getattr(self.unload([]), name)
 
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        self._active_adapter = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-
     def delete_adapter(self, adapter_name: str) -> None:
         self.token_adapter.delete_adapter(adapter_name)
-        self._active_adapter = [name for name in self._active_adapter if name != adapter_name]
+        super().delete_adapter(adapter_name)
 
     def unload(self, adapter_names: Sequence[str]) -> nn.Module:
         layer = self.token_adapter
@@ -79,7 +76,7 @@ def wrap_trainable_tokens(
             raise _otherwise(key)
         layer.update_layer(adapter_name, config)
         tuner._move_to_base(layer, adapter_name)
-        ties = [_bare(other) for other in tied_modules(model, layer.get_base_layer())]
+        ties = [other.removesuffix(".token_adapter") for other in tied_modules(model, layer.get_base_layer())]
         layer.keeps_ties = not any(other in wanted for other in ties)
         layer.op.shared |= bool(ties) and not layer.keeps_ties
         for other in ties if layer.keeps_ties else ():
@@ -92,10 +89,6 @@ def _otherwise(key: str) -> ValueError:
         f"{key} is tied to another module and shares its trained tokens in one adapter of the model, and not in "
         "another: name the same modules in trainable_token_indices of all of them"
     )
-
-
-def _bare(key: str) -> str:
-    return key.removesuffix(".token_adapter")
 
 
 def _token_layer(
