@@ -165,6 +165,21 @@ def test_tied_modules_that_are_both_named_have_tokens_of_their_own():
     assert_close(logits(merged, IDS), expected)
 
 
+@pytest.mark.parametrize("disabled", [False, True])
+def test_tokens_of_a_new_adapter_wait_to_be_activated(disabled):
+    model = get_peft_model(llama(tie_word_embeddings=True), LoraConfig(target_modules=["q_proj"]), "a")
+    if disabled:
+        model.base_model.disable_adapter_layers()
+    model.add_adapter("b", KINDS["lora"]())
+    parts = [m for m in model.modules() if isinstance(m, (TrainableTokensLayer, TrainableTokensWrapper))]
+    assert len(parts) == 4 and {tuple(part.active_adapters) for part in parts} == {("a",)}
+    assert {part.disable_adapters for part in parts} == {disabled}
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".b" in name)
+    model.set_adapter("b")
+    assert {tuple(part.active_adapters) for part in parts} == {("b",)}
+    assert model.get_model_status().requires_grad == {"a": False, "b": True}
+
+
 @pytest.mark.parametrize("order", [0, 1])
 def test_tied_modules_are_named_alike_in_all_adapters(order):
     indices = [[3, 4], {"embed_tokens": [5], "lm_head": [8]}]
