@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from quantized_bases import WIDTH
 from tiny_models import llama, logits, opt
 from torch import nn
@@ -19,6 +20,7 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
     load_peft_weights,
+    set_peft_model_state_dict,
 )
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.blockwise import quantize_
@@ -163,6 +165,21 @@ def test_tied_modules_that_are_both_named_have_tokens_of_their_own():
     assert_close(logits(merged, IDS), expected)
 
 
+@pytest.mark.parametrize("disabled", [False, True])
+def test_tokens_of_a_new_adapter_wait_to_be_activated(disabled):
+    model = get_peft_model(llama(tie_word_embeddings=True), LoraConfig(target_modules=["q_proj"]), "a")
+    if disabled:
+        model.base_model.disable_adapter_layers()
+    model.add_adapter("b", KINDS["lora"]())
+    parts = [m for m in model.modules() if isinstance(m, (TrainableTokensLayer, TrainableTokensWrapper))]
+    assert len(parts) == 4 and {tuple(part.active_adapters) for part in parts} == {("a",)}
+    assert {part.disable_adapters for part in parts} == {disabled}
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".b" in name)
+    model.set_adapter("b")
+    assert {tuple(part.active_adapters) for part in parts} == {("b",)}
+    assert model.get_model_status().requires_grad == {"a": False, "b": True}
+
+
 @pytest.mark.parametrize("order", [0, 1])
 def test_tied_modules_are_named_alike_in_all_adapters(order):
     indices = [[3, 4], {"embed_tokens": [5], "lm_head": [8]}]
@@ -186,6 +203,20 @@ def test_tied_modules_that_are_both_targets_share_the_rows():
     merged = model.merge_and_unload()
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     assert_close(logits(merged, IDS), expected)
+
+
+@kinds
+def test_off_loaded_models(kind):
+    base = llama(tie_word_embeddings=True)
+    away = cpu_offload(copy.deepcopy(base), execution_device="cpu")
+    model, away = get_peft_model(base, KINDS[kind]()), get_peft_model(away, KINDS[kind]())
+    rows = train(model)
+    set_peft_model_state_dict(away, get_peft_model_state_dict(model))
+    assert torch.equal(next(iter(token_layers(away).values())).trainable_tokens_delta["default"], rows)
+    assert_close(logits(away, IDS), logits(model, IDS))
+    with pytest.raises(RuntimeError, match="tied weights that are off-loaded cannot be merged"):
+        away.merge_adapter()
+    assert_close(logits(away, IDS), logits(model, IDS))
 
 
 def test_tables_that_look_up_in_a_way_of_their_own():
@@ -287,4 +318,4 @@ def test_names_and_attributes():
     assert len(get_peft_model_state_dict(model)) == 5
     random = get_peft_model(llama(), TrainableTokensConfig(token_indices=TOKENS, init_weights=False))
     rows = token_layers(random).popitem()[1]
-    assert (rows.trainable_tokens_delta["default"] - rows.base_rows(torch.tensor(TOKENS))).abs().mean() > 0.3
+    assert (rows.trainable_tokens_delta["default"] - rows.base_rows(TOKENS)).abs().mean() > 0.3

@@ -109,6 +109,20 @@ class AuxiliaryTrainingWrapper(AdapterParts, nn.Module):
     def enable_adapters(self, enabled: bool) -> None:
         self._disable_adapters = not enabled
 
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.check_active(names)
+        for name in self._available_adapters:
+            self._set_flags(name, name in names and not inference_mode)
+        self._active_adapter = names
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        for attribute in self.adapter_layer_names:
+            if adapter_name in (container := getattr(self, attribute)):
+                del container[adapter_name]
+        self._forget_flags(adapter_name)
+        self._active_adapter = [name for name in self._active_adapter if name != adapter_name]
+
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """`{key in the adapter's file: key in this module}`, both below the module's name; transformers asks for it."""
         return {
@@ -164,19 +178,6 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
         return self.modules_to_save.parameters()
-
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self.check_active(names)
-        for name in self.modules_to_save:
-            self._set_flags(name, name in names and not inference_mode)
-        self._active_adapter = names
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        if adapter_name in self.modules_to_save:
-            del self.modules_to_save[adapter_name]
-        self._forget_flags(adapter_name)
-        self._active_adapter = [name for name in self._active_adapter if name != adapter_name]
 
     def unload(self, adapter_names: Sequence[str]) -> nn.Module:
         """The module to put back: the copy of the first of `adapter_names` that has one, else the original."""

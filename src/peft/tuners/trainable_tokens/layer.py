@@ -9,11 +9,13 @@ Shape letters: T trained tokens, V vocabulary, D width.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...utils.placement import home_device, offload_hook
+from ...utils.placement import offload_hook
 from ...utils.quantization_utils import packed_state
 from ..tuners_utils import BaseTunerLayer
 
@@ -60,9 +62,6 @@ class TrainableTokensLayer(BaseTunerLayer, nn.Module):
         """`W` with one row per token, (V, D), or back."""
         return W.T if self._is_table else W
 
-    def _tokens(self, name: str, device: torch.device) -> torch.Tensor:
-        return torch.tensor(self.token_indices[name], device=device)
-
     def update_layer(self, name, config):
         if self.tied_to is not None:
             return
@@ -80,28 +79,24 @@ class TrainableTokensLayer(BaseTunerLayer, nn.Module):
         if not rows.is_meta:
             nn.init.normal_(rows)
             if config.init_weights:
-                rows = self.base_rows(self._tokens(name, home_device(self.get_base_layer())))
+                rows = self.base_rows(tokens)
         self.trainable_tokens_delta[name] = nn.Parameter(rows)
 
-    def base_rows(self, tokens: torch.Tensor) -> torch.Tensor:
+    def base_rows(self, tokens: torch.Tensor | list[int]) -> torch.Tensor:
         """The base layer's rows of some tokens, (T, D), a copy."""
         return self._rows(self.op.load()[0].detach())[tokens]
 
     def check_active(self, adapter_names):
-        """Refuse adapters that replace the same tokens.
-
-        Raises:
-            ValueError: so they do.
-        """
+        """Refuse adapters that replace the same tokens."""
         here = [name for name in adapter_names if name in self._available_adapters]
-        tokens = [token for name in here for token in self.token_indices[name]]
-        twice = sorted({token for token in tokens if tokens.count(token) > 1})
+        counts = Counter(token for name in here for token in self.token_indices[name])
+        twice = sorted(token for token, count in counts.items() if count > 1)
         if twice:
             raise ValueError(f"Only one adapter can replace a token's embedding, but {here} share the tokens {twice}")
 
     def post(self, name, x, y, before=()):
         rows = self.trainable_tokens_delta[name]
-        tokens = self._tokens(name, y.device)
+        tokens = torch.tensor(self.token_indices[name], device=y.device)
         if self._is_table:
             ordered, order = tokens.sort()
             at = torch.searchsorted(ordered, x.long().contiguous()).clamp(max=len(tokens) - 1)
@@ -115,15 +110,18 @@ class TrainableTokensLayer(BaseTunerLayer, nn.Module):
             return self.op.op(x, *self.folded(names), *args, **kwargs)  # which rows are taken only its forward knows
         return super()._apply_adapters(names, x, *args, **kwargs)
 
+    def _with_rows(self, name: str, W: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        tokens = torch.tensor(self.token_indices[name], device=W.device)
+        return self._rows(self._rows(W).index_copy(0, tokens, rows.to(W)))
+
     def fold(self, name, W, b):
-        rows = self.trainable_tokens_delta[name].to(W)
-        return self._rows(self._rows(W).index_copy(0, self._tokens(name, W.device), rows)), b
+        return self._with_rows(name, W, self.trainable_tokens_delta[name]), b
 
     def remember(self, name, W, b):
-        return self._rows(W.detach())[self._tokens(name, W.device)]
+        return self._rows(W.detach())[self.token_indices[name]]
 
     def unfold(self, name, W, b, memory):
-        return self._rows(self._rows(W).index_copy(0, self._tokens(name, W.device), memory.to(W))), b
+        return self._with_rows(name, W, memory), b
 
     # The weight of a tied layer is changed where its partner's is.
 

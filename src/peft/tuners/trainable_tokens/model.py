@@ -7,8 +7,9 @@ from collections.abc import Hashable
 from torch import nn
 
 from ...utils.other import AuxiliaryTrainingWrapper, id_tensor_storage
+from ...utils.placement import offload_hook
 from ...utils.quantization_utils import stored_weight
-from ..base import BaseTuner
+from ..base import BaseTuner, model_config
 from ..ops import make_op
 from ..tuners_utils import BaseTunerLayer
 from .layer import TrainableTokensLayer
@@ -32,7 +33,7 @@ class TrainableTokensModel(BaseTuner):
         self._partners: dict[str, str] = {}  # module -> the one before it that has the same weight
         for key, base in found.items():
             if key not in self._partners:
-                others = {other: base_of(self.model, other) for other in tied_modules(self.model, base)}
+                others = {other: _bare(self.model.get_submodule(other)) for other in tied_modules(self.model, base)}
                 self._partners |= dict.fromkeys(others, key)
                 targets |= {key: base, **others}
         return targets
@@ -45,15 +46,21 @@ class TrainableTokensModel(BaseTuner):
         super()._create_and_replace(config, adapter_name, target, target_name, parent, current_key)
 
 
+def _end(model: nn.Module, which: str) -> nn.Module | None:
+    """The module of the model's "input" or "output" embeddings."""
+    getter = getattr(model, f"get_{which}_embeddings", None)
+    return getter() if callable(getter) else None
+
+
 def input_embeddings_name(model: nn.Module) -> str | None:
     """What the model calls the module of its input embeddings, without what adapters have made of it."""
-    getter = getattr(model, "get_input_embeddings", None)
-    embeddings = getter() if callable(getter) else None
+    embeddings = _end(model, "input")
     return next((name for name, module in model.named_modules() if module is embeddings), None)
 
 
-def base_of(model: nn.Module, key: str) -> nn.Module:
-    module = model.get_submodule(key)
+def _bare(module: nn.Module) -> nn.Module:
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return module.unload([])
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
@@ -63,16 +70,14 @@ def tied_modules(model: nn.Module, base: nn.Module) -> list[str]:
     Raises:
         ValueError: one of them is trained whole, or is adapted in another way.
     """
-    memory, found, inside = _memory(base), [], ()
+    memory, partner, found, inside = _memory(base), _offloaded_partner(model, base), [], ()
     for key, module in model.named_modules():
         if inside and key.startswith(inside) or not getattr(module, "adapter_layer_names", True):
             continue  # a wrapper of trainable tokens stands for the layer in it
-        bare = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        bare = _bare(module)
+        if bare is not module:
             inside = (*inside, key + ".")
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            bare = module.unload([])
-        if bare is base or memory is None or _memory(bare) != memory:
+        if bare is base or not (bare is partner or memory is not None and _memory(bare) == memory):
             continue
         if bare is not module and not isinstance(module, TrainableTokensLayer):
             raise ValueError(
@@ -81,6 +86,14 @@ def tied_modules(model: nn.Module, base: nn.Module) -> list[str]:
             )
         found.append(key)
     return found
+
+
+def _offloaded_partner(model: nn.Module, base: nn.Module) -> nn.Module | None:
+    """The other end of the model where the two are tied, and off-loading has made two parameters of their weight."""
+    ends = [_bare(end) for which in ("input", "output") if (end := _end(model, which)) is not None]
+    if offload_hook(base) is None or base not in ends or not model_config(model).get("tie_word_embeddings"):
+        return None
+    return next((end for end in ends if end is not base), None)
 
 
 def _memory(module: nn.Module) -> Hashable | None:

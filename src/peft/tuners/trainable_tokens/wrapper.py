@@ -18,8 +18,10 @@ from .model import input_embeddings_name, tied_modules
 class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     """Holds a `TrainableTokensLayer` under the name that files have for it; what it does, that layer does."""
 
-    def __init__(self, layer: TrainableTokensLayer, adapter_name: str):
-        super().__init__(None, adapter_name)
+    def __init__(self, layer: TrainableTokensLayer):
+        super().__init__(None, "")
+        self._active_adapter = layer.active_adapters
+        self.enable_adapters(not layer.disable_adapters)
         self.token_adapter = layer
 
     @property
@@ -37,12 +39,9 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
                 raise
             return getattr(self.unload([]), name)
 
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        self._active_adapter = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-
     def delete_adapter(self, adapter_name: str) -> None:
         self.token_adapter.delete_adapter(adapter_name)
-        self._active_adapter = [name for name in self._active_adapter if name != adapter_name]
+        super().delete_adapter(adapter_name)
 
     def unload(self, adapter_names: Sequence[str]) -> nn.Module:
         layer = self.token_adapter
@@ -74,16 +73,16 @@ def wrap_trainable_tokens(
             raise ValueError(f"trainable_token_indices names {name!r}, which is no module of the model")
         wanted |= dict.fromkeys(keys, TrainableTokensConfig(token_indices=list(tokens)))
     for key, config in wanted.items():
-        layer = _token_layer(tuner, key, adapter_name)
+        layer = _token_layer(tuner, key)
         if layer.tied_to is not None:
             raise _otherwise(key)
         layer.update_layer(adapter_name, config)
         tuner._move_to_base(layer, adapter_name)
-        ties = [_bare(other) for other in tied_modules(model, layer.get_base_layer())]
+        ties = [other.removesuffix(".token_adapter") for other in tied_modules(model, layer.get_base_layer())]
         layer.keeps_ties = not any(other in wanted for other in ties)
         layer.op.shared |= bool(ties) and not layer.keeps_ties
         for other in ties if layer.keeps_ties else ():
-            if _token_layer(tuner, other, adapter_name, layer).tied_to is not layer:
+            if _token_layer(tuner, other, layer).tied_to is not layer:
                 raise _otherwise(other)
 
 
@@ -94,13 +93,7 @@ def _otherwise(key: str) -> ValueError:
     )
 
 
-def _bare(key: str) -> str:
-    return key.removesuffix(".token_adapter")
-
-
-def _token_layer(
-    tuner: BaseTuner, key: str, adapter_name: str, tied_to: TrainableTokensLayer | None = None
-) -> TrainableTokensLayer:
+def _token_layer(tuner: BaseTuner, key: str, tied_to: TrainableTokensLayer | None = None) -> TrainableTokensLayer:
     """The layer of the module `key`, which is wrapped if it is not."""
     module = tuner.model.get_submodule(key)
     if isinstance(module, TrainableTokensWrapper):
@@ -114,5 +107,5 @@ def _token_layer(
     layer = TrainableTokensLayer(module, tied_to, in_wrapper=True).train(module.training)
     layer._active_adapter = list(tuner.active_adapters)
     layer.enable_adapters(not tuner._adapters_disabled)
-    Places(tuner.model).replace(module, TrainableTokensWrapper(layer, adapter_name))
+    Places(tuner.model).replace(module, TrainableTokensWrapper(layer))
     return layer
