@@ -551,9 +551,9 @@ def test_disabling_around_trained_biases_is_warned_about():
 
 def test_methods_of_upstream_that_are_not_here_say_so():
     model = adapted(llama(), "a")
-    assert not hasattr(model, "add_weighted_adapter")
-    with pytest.raises(AttributeError, match="Weighted combinations of adapters .* is not part of peft"):
-        model.add_weighted_adapter(["a"], [1.0], "b")
+    assert not hasattr(model, "subtract_mutated_init")
+    with pytest.raises(AttributeError, match="Initialisations of LoRA that change the base model .* not part of peft"):
+        model.subtract_mutated_init({}, "a")
     with pytest.raises(AttributeError, match="'LlamaForCausalLM' object has no attribute 'nonsense'"):
         model.nonsense  # noqa: B018
 

@@ -48,7 +48,7 @@ class AdaLoraModel(LoraModel):
         if not weight or not layers:
             return torch.zeros(())
         matrices = [M for layer in layers for M in (layer.lora_A[name], layer.lora_B[name].T)]  # (r, ...)
-        distances = [torch.linalg.norm(M @ M.T - torch.eye(len(M)).to(M)) for M in matrices]
+        distances = [torch.linalg.norm(M @ M.T - torch.eye(len(M), device=M.device, dtype=M.dtype)) for M in matrices]
         return weight * torch.stack([distance.to(distances[0]) for distance in distances]).mean()
 
     @property
