@@ -75,10 +75,8 @@ def test_trainers_on_four_bits(method, kind, tmp_path):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     name, tokenizer = save_llama(tmp_path / "base", make_tokenizer()), make_tokenizer()
-    loading = {
-        "quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-        "dtype": "float32",
-    }
+    packing = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    loading = {"quantization_config": packing, "dtype": "float32"}
     config = CONFIGS[method](task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"])
     row = tokenizer("one two three")
     options = {
