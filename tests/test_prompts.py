@@ -670,27 +670,6 @@ def test_cpt_moves_tokens_within_their_bounds_and_labels_not_at_all():
 # ---- With other parts ----
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("method", ["prompt", "p_lstm", "prefix"])
-def test_gradient_checkpointing(method, use_reentrant):
-    base = llama()
-    base.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    model = prompted(base, method).train()
-    ids = tokens()
-    if method == "prefix":
-        with pytest.raises(ValueError, match="needs the cache, which models drop with gradient checkpointing"):
-            model(input_ids=ids, labels=ids)
-        return
-    gradients = []
-    for on in (True, False):
-        if not on:
-            base.gradient_checkpointing_disable()
-        model.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
-    assert_close(*gradients)
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_packed_bases(method, bits, tmp_path):

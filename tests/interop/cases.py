@@ -21,8 +21,8 @@ class ConvNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.line = nn.Sequential(nn.Conv1d(4, 6, 3, padding=1), nn.ReLU())
-        oblong, square = nn.Conv2d(6, 8, (3, 1), stride=(2, 1), padding=(1, 0)), nn.Conv2d(8, 8, 3, padding=1)
-        self.plane = nn.Sequential(oblong, nn.ReLU(), square, nn.ReLU())
+        oblong, square = nn.Conv2d(6, 8, (3, 1), stride=(2, 1), padding=(1, 0)), nn.Conv2d(8, 8, 2)
+        self.plane = nn.Sequential(oblong, nn.ReLU(), nn.ZeroPad2d((1, 0, 1, 0)), square, nn.ReLU())
         self.space = nn.Sequential(nn.Conv3d(8, 4, 2, bias=False), nn.ReLU())
         self.head = nn.Linear(12, 5)
 
@@ -154,8 +154,8 @@ def _lycoris_cases(config: str) -> list[Case]:
         _Family("llama", _causal, config)(f"{name}, patterns, all-linear", r=2, target_modules="all-linear",
                                           rank_pattern={"up_proj": 3}, alpha_pattern={"q_proj": 3.0}),
         _Family("bert-sequences", {"task_type": "SEQ_CLS"}, config)(f"{name}, BERT", r=4, alpha=16),
-        _Family("conv", {}, config)(f"{name}, convolutions", r=1, target_modules=images),
-        _Family("conv", {}, config)(f"{name}, convolutions, full", r=8, target_modules=images),
+        _Family("conv", {}, config)(f"{name}, convolutions", r=1, alpha=32, target_modules=images),
+        _Family("conv", {}, config)(f"{name}, convolutions, full", r=8, alpha=64, target_modules=images),
     ]  # fmt: skip
 
 
@@ -217,17 +217,17 @@ def _scaling_cases() -> list[Case]:
         llama("BOFTConfig")("BOFT, 2 blocks, all-linear", boft_block_size=0, boft_block_num=2,
                             target_modules="all-linear"),
         _Family("opt", _causal, "BOFTConfig")("BOFT, OPT, biases", bias="boft_only", target_modules=["fc1", "q_proj"]),
-        # Upstream's OFT and BOFT fail on kernels that are not square.
-        images("OFTConfig")("OFT, convolutions", oft_block_size=2, target_modules=["plane.2", "head"]),
-        images("BOFTConfig")("BOFT, convolutions", boft_block_size=2, target_modules=["plane.2", "head"]),
+        # Upstream's OFT and BOFT fail on kernels that are not square, its OFT leaves the padding out.
+        images("OFTConfig")("OFT, convolutions", oft_block_size=2, target_modules=["plane.3", "head"]),
+        images("BOFTConfig")("BOFT, convolutions", boft_block_size=2, target_modules=["plane.3", "head"]),
         images("LNTuningConfig")("LN tuning, linear", target_modules=["head"]),
     ]  # fmt: skip
 
 
 _two = {
     "AdaLoraConfig": {"total_step": 100, "inference_mode": True, "lora_alpha": 100}, "BOFTConfig": {}, "IA3Config": {},
-    "LNTuningConfig": {}, "LoHaConfig": {}, "LoKrConfig": {}, "OFTConfig": {"oft_block_size": 8}, "TrainableTokensConfig": _tokens,
-    "VeraConfig": {"r": 8},
+    "LNTuningConfig": {}, "LoHaConfig": {}, "LoKrConfig": {}, "OFTConfig": {"oft_block_size": 8},
+    "TrainableTokensConfig": _tokens, "VeraConfig": {"r": 8},
 }  # fmt: skip
 
 
@@ -286,7 +286,7 @@ CASES = [
     *_lycoris_cases("LoHaConfig"),
     *_lycoris_cases("LoKrConfig"),
     # (Upstream's LoKr fails on such kernels as these here.)
-    _Family("conv", {}, "LoHaConfig")("LoHa, convolutions, kernels apart", r=2, use_effective_conv2d=True,
+    _Family("conv", {}, "LoHaConfig")("LoHa, convolutions, kernels apart", r=2, alpha=32, use_effective_conv2d=True,
                                       target_modules=["line.0", "plane.0", "head"]),
     _Family("llama", _ranks, "AdaLoraConfig")("AdaLoRA, defaults"),
     _Family("llama", _ranks, "AdaLoraConfig")("AdaLoRA, all-linear, dropout", init_r=5, target_r=3, lora_alpha=16,

@@ -139,9 +139,9 @@ def check_loaded(case: Case, library: str, saved: dict, loaded: dict) -> Iterato
     for name, config in loaded["configs"].items():
         for line in differences(comparable(config), comparable(saved["configs"][name])):
             yield f"configuration of {name!r}, saved again: {line.replace('upstream', 'before')}"
-    trained = sorted(name for name, (_, _, trains) in saved["parameters"].items() if trains)
-    if not case.is_prompt and loaded["trainable"] != trained:
-        other = sorted({*loaded["trainable"]} ^ {*trained})
+    trained = {name for name, (*_, trains) in saved["parameters"].items() if trains}
+    if not case.is_prompt and {*loaded["trainable"]} != trained:
+        other = sorted({*loaded["trainable"]} ^ trained)
         yield f"loaded for training, {len(other)} parameters train in only one of the libraries: {other[:4]}"
     if loaded["class"] != saved["class"]:
         yield f"loaded as {loaded['class']}, saved as {saved['class']}"
