@@ -16,8 +16,14 @@ import torch
 from torch import nn
 
 from .._lazy import explain_missing
-from .constants import DUMMY_TARGET_MODULES, SAFETENSORS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from .other import AdapterParts, AuxiliaryTrainingWrapper
+from .constants import (
+    DUMMY_TARGET_MODULES,
+    PROMPT_NETWORK_NAME,
+    SAFETENSORS_INDEX_NAME,
+    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+)
+from .other import AdapterParts, AuxiliaryTrainingWrapper, infer_device
 from .placement import (
     OffloadedTensor,
     home_device,
@@ -171,6 +177,13 @@ def get_peft_model_state_dict(
     """
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
+    return adapter_content(model, state_dict, adapter_name, save_embedding_layers)[0]
+
+
+def adapter_content(
+    model: nn.Module, state_dict: dict[str, torch.Tensor] | None, adapter_name: str, save_embedding_layers: bool | str
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """`get_peft_model_state_dict`, and, of a prompt that is still computed, the tensors that it is computed from."""
     config = _config_of(model, adapter_name)
     keys = adapter_keys(model, adapter_name)
     if not keys and getattr(config, "target_modules", None) != DUMMY_TARGET_MODULES:
@@ -206,7 +219,7 @@ def get_peft_model_state_dict(
             module.before_save(adapter_name, path if state_dict is None else _plain_name(path), wanted)
     result = {file: wanted[name] for name, file in keys.items()}
     encoder = _prompt_encoder(model, adapter_name)
-    return result if encoder is None else encoder.to_file(result)
+    return (result, {}) if encoder is None else (encoder.to_file(result), encoder.network(result))
 
 
 def set_peft_model_state_dict(
@@ -380,7 +393,6 @@ def load_peft_weights(
     import re
 
     from ..config import find_first
-    from .other import infer_device
 
     hub = {key: value for key, value in hf_hub_download_kwargs.items() if value is not None}
     device = infer_device() if device is None else device
@@ -394,6 +406,17 @@ def load_peft_weights(
     for pattern, replacement in (key_mapping or {}).items():
         tensors = {re.sub(pattern, replacement, key): tensor for key, tensor in tensors.items()}
     return tensors
+
+
+def load_prompt_network(
+    model: nn.Module, adapter_name: str, model_id: str | os.PathLike, device: str | None = None, **hub
+) -> dict[str, torch.Tensor]:
+    """What an adapter's prompt is computed from, if the adapter computes it and the folder or the hub has that."""
+    from ..config import find_file
+
+    encoder = _prompt_encoder(model, adapter_name)
+    path = None if encoder is None or encoder.head is None else find_file(model_id, PROMPT_NETWORK_NAME, **hub)
+    return {} if path is None else read_tensors(path, device or infer_device())
 
 
 def _shards(index_path: str, model_id, hub: dict) -> list[str]:
@@ -424,11 +447,28 @@ def read_tensors(path: str, device: str | torch.device = "cpu") -> dict[str, tor
         raise ValueError(f"{path!r} is damaged, or no file of tensors: {error}") from error
 
 
-def write_adapter(tensors: dict[str, torch.Tensor], folder: str, safe_serialization: bool = True) -> None:
+def write_adapter(
+    tensors: dict[str, torch.Tensor], folder: str, safe_serialization: bool = True, network: dict | None = None
+) -> None:
     """Write an adapter's tensors into `folder`, beside and then renamed.
 
-    Tensors that share memory are written separately (safetensors refuses shared memory).
+    Args:
+        network: what its prompt is computed from, if it is; for training to go on.
     """
+    files = {SAFETENSORS_WEIGHTS_NAME if safe_serialization else WEIGHTS_NAME: tensors}
+    if network:
+        files[PROMPT_NETWORK_NAME] = network
+    for name, content in files.items():
+        _write_tensors(content, os.path.join(folder, name))
+    # What an earlier save left in another form would be found first.
+    for name in (SAFETENSORS_WEIGHTS_NAME, SAFETENSORS_INDEX_NAME, WEIGHTS_NAME, PROMPT_NETWORK_NAME):
+        other = os.path.join(folder, name)
+        if name not in files and os.path.exists(other):
+            os.remove(other)
+
+
+def _write_tensors(tensors: dict[str, torch.Tensor], path: str) -> None:
+    """Write tensors, those that share memory separately (safetensors refuses shared memory)."""
     from ..config import write_atomically
 
     seen: set[tuple] = set()
@@ -438,19 +478,12 @@ def write_adapter(tensors: dict[str, torch.Tensor], folder: str, safe_serializat
         memory = (tensor.device, tensor.untyped_storage().data_ptr())
         content[key] = tensor.clone() if memory in seen and tensor.numel() else tensor
         seen.add(memory)
-    if safe_serialization:
+    if path.endswith(".safetensors"):
         from safetensors.torch import save_file
 
-        path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
         write_atomically(path, lambda file: save_file(content, file, metadata={"format": "pt"}))
     else:
-        path = os.path.join(folder, WEIGHTS_NAME)
         write_atomically(path, lambda file: torch.save(content, file))
-    # What an earlier save left in another form would be found first.
-    for name in (SAFETENSORS_WEIGHTS_NAME, SAFETENSORS_INDEX_NAME, WEIGHTS_NAME):
-        other = os.path.join(folder, name)
-        if other != path and os.path.exists(other):
-            os.remove(other)
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
