@@ -368,6 +368,7 @@ def trainers(folder, rank):
 ZERO3 = {
     "train_micro_batch_size_per_gpu": 2,
     "gradient_accumulation_steps": 1,
+    "gradient_clipping": 0.0,  # 1 otherwise
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
     # 0: the adapter's small tensors are partitioned like all others
