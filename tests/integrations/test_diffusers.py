@@ -281,17 +281,22 @@ def test_lokr_adapters_load(decompose_both):
 
 
 @kinds
-@pytest.mark.parametrize("factors_too", [False, True])
-def test_layerwise_casting_of_a_model_with_an_adapter(kind, factors_too):
+@pytest.mark.parametrize("case", ["adapter first", "adapter first, cast too", "casting first"])
+def test_layerwise_casting_of_a_model_with_an_adapter(kind, case):
     """Weights lie in 8 bits and are cast around each layer's forward, by a hook; factors' if one asks for it."""
     make, inputs, targets = KINDS[kind]
     model, inputs = make().float(), {k: v.float() if v.is_floating_point() else v for k, v in inputs().items()}
-    tensors = {key: tensor.float() for key, tensor in tensors_of(model, target_modules=targets).items()}
-    model.load_lora_adapter(dict(tensors), prefix=None, adapter_name="a")
     rounded = copy.deepcopy(model)
-    store = torch.float8_e4m3fn
+    tensors = {key: tensor.float() for key, tensor in tensors_of(model, target_modules=targets).items()}
+    store, factors_too = torch.float8_e4m3fn, case.endswith("cast too")
+    load = {"prefix": None, "adapter_name": "a"}
+    if case != "casting first":
+        model.load_lora_adapter(dict(tensors), **load)
     patterns = {"skip_modules_pattern": ("norm", "pos_embed")} if factors_too else {}
     model.enable_layerwise_casting(storage_dtype=store, compute_dtype=torch.float32, **patterns)
+    if case == "casting first":
+        model.load_lora_adapter(dict(tensors), **load)
+    rounded.load_lora_adapter(dict(tensors), **load)
     stored = {name for name, parameter in model.named_parameters() if parameter.dtype == store}
     assert any("lora_A" in name for name in stored) == factors_too
     assert any("base_layer" in name for name in stored)
