@@ -48,6 +48,7 @@ setup(
             *DEMO,
             *QUANTIZE,
             "pytest>=8",
+            "pytest-xdist>=3.8",
             "ruff>=0.14",
             "scikit-learn>=1.5",
             "datasets>=4",

@@ -164,6 +164,18 @@ def keep_packed(model: nn.Module, is_trainable: bool) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def held_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """`model.state_dict()` without what refuses to be in one: the packed embeddings of bitsandbytes raise an error."""
+    embeddings = [m for m in model.modules() if _named(m, "bitsandbytes", "Embedding4bit", "Embedding8bit")]
+    for module in embeddings:
+        module.__dict__["_save_to_state_dict"] = lambda *args: None
+    try:
+        return model.state_dict()
+    finally:
+        for module in embeddings:
+            del module.__dict__["_save_to_state_dict"]
+
+
 def forget_quantization(model: nn.Module) -> None:
     """Let a transformers model whose weights are plain numbers again know so: saving and Trainer ask."""
     model.__dict__.pop("hf_quantizer", None)

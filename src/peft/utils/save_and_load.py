@@ -30,7 +30,7 @@ from .placement import (
     whole_tensor,
     whole_tensors,
 )
-from .quantization_utils import is_quantized
+from .quantization_utils import held_state, is_quantized
 from .warning import warn
 
 IncompatibleKeys = namedtuple("IncompatibleKeys", ["missing_keys", "unexpected_keys"])
@@ -118,11 +118,17 @@ def _embedding_keys(model: nn.Module, save_embedding_layers: bool | str, config,
             )
     bases = [module.get_base_layer() if isinstance(module, BaseTunerLayer) else module for module in modules]
     bases = [base for base in bases if not isinstance(base, AuxiliaryTrainingWrapper)]
+    for base in bases if save_embedding_layers is True else ():
+        if not held_state(base):
+            raise ValueError(
+                f"save_embedding_layers=True, but {type(base).__name__} cannot be saved: leave it out, and the adapter "
+                "is loaded on a base model that is packed anew"
+            )
     return {
         f"{path}.{name}": _plain_name(f"{path}.{name}")
         for path, module in model.named_modules(remove_duplicate=False)
         if any(module is base for base in bases)
-        for name in module.state_dict()
+        for name in held_state(module)
     }
 
 
@@ -180,7 +186,7 @@ def get_peft_model_state_dict(
             "call unmerge_adapter() first"
         )
     keys.update(embeddings)
-    tensors = model.state_dict() if state_dict is None else state_dict
+    tensors = held_state(model) if state_dict is None else state_dict
     if state_dict is not None:
         tensors = {_plain_name(name): tensor for name, tensor in state_dict.items()}
         keys = {_plain_name(name): file for name, file in keys.items()}
@@ -239,7 +245,7 @@ def set_peft_model_state_dict(
     expected = {file: name for name, file in adapter_keys(model, adapter_name).items()}
     expected.update({_plain_name(name): name for name in _bias_keys(model, config, adapter_name)})
     # Of the base model a file may bring the embeddings, nothing else.
-    embeddings = {file: name for name, file in _embedding_keys(model, True, config, adapter_name).items()}
+    embeddings = {file: name for name, file in _embedding_keys(model, "any", config, adapter_name).items()}
     renamed = {_file_key(key, expected): tensor for key, tensor in peft_model_state_dict.items()}
     incoming = {expected[key]: tensor for key, tensor in renamed.items() if key in expected}
     for path, module in model.named_modules():
@@ -247,7 +253,7 @@ def set_peft_model_state_dict(
             module.before_load(adapter_name, path, incoming)
     found: dict[str, torch.Tensor] = {}
     unexpected: list[str] = []
-    current = model.state_dict()
+    current = held_state(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     mismatched: list[str] = []
     for key, tensor in renamed.items():
