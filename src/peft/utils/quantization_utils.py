@@ -339,7 +339,21 @@ def _is_packed(layer: nn.Module) -> bool:
     return weight is not None and not _in_the_clear(weight) and not weight.is_complex()
 
 
+def _is_cast(layer: nn.Module) -> bool:
+    """torch's own layer with a weight of 8 bits and no scales, which somebody casts for each forward (diffusers)."""
+    return type(layer) in _TORCH_LAYERS and _is_packed(layer) and layer.weight.is_floating_point()
+
+
+def _cast(layer: nn.Module, weight: torch.Tensor) -> None:
+    layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
+
+
 register_backend(QuantizationBackend("packed", _is_packed, read_through_forward))
+register_backend(
+    QuantizationBackend(
+        "cast", _is_cast, lambda layer: layer.weight.float(), _cast, shape=lambda layer: layer.weight.shape
+    )
+)
 for _name, _attributes, _weight_name in (
     ("FP8", ("weight_scale_inv",), "weight"),
     ("AQLM", ("codes", "codebooks"), "codes"),
