@@ -11,7 +11,6 @@ from ..base import BaseTuner
 from ..targeting import for_module
 from .bnb import Linear4bit, Linear8bitLt
 from .combine import Combination, combined_config, fill
-from .config import INITS_NOT_YET_THAT_CHANGE_THE_BASE
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 
 
@@ -29,23 +28,6 @@ class LoraModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     layer_classes = {"Linear": Linear, "Conv1d": Conv1d, "Conv2d": Conv2d, "Conv3d": Conv3d, "Embedding": Embedding}
     packed_linear_classes = {"bitsandbytes 4-bit": Linear4bit, "bitsandbytes 8-bit": Linear8bitLt}  # others: Linear
-
-    def check_new_config(self, config):
-        """Refuse saved adapters that are for other base weights than the model's.
-
-        Raises:
-            NotImplementedError: the adapter's initialisation took its delta out of the base weights, too.
-        """
-        super().check_new_config(config)
-        if config.init_lora_weights in INITS_NOT_YET_THAT_CHANGE_THE_BASE:
-            init = config.init_lora_weights
-            raise NotImplementedError(
-                f"The adapter was saved with init_lora_weights={init!r}: {init} changed the base weights as well, and "
-                "the adapter fits only those. This version of peft cannot make them. Either convert the adapter to a "
-                "plain one with the package that made it (save_pretrained with path_initial_model_for_weight_conversion"
-                "), or, if the model at hand has the changed weights already, set init_lora_weights to true in "
-                "adapter_config.json (or give config=PeftConfig.from_pretrained(folder, init_lora_weights=True))"
-            )
 
     def add_parts(self, config, adapter_name):
         if getattr(config, "trainable_token_indices", None):
