@@ -350,8 +350,6 @@ def test_config_files_that_cannot_be_read(content, error, message, tmp_path):
     [
         {"use_qalora": True},
         {"megatron_config": {"a": 1}},
-        {"layer_replication": [(0, 1)]},
-        {"target_parameters": ["w"]},
         {"alora_invocation_tokens": [1]},
     ],
 )

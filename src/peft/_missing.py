@@ -63,7 +63,6 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "KaSA": ("KasaConfig",),
         "LoRA on EETQ layers": ("EetqLoraLinear",),
         "LoRA on GPTQ layers": ("GPTQLoraLinear",),
-        "LoRA on bare parameters (target_parameters)": ("ParamWrapper",),
         "Monte Carlo LoRA": ("MontecloraConfig",),
         "VeLoRA": ("VeloraConfig",),
     },
@@ -80,7 +79,6 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "peft.tuners.lora.layer": {
         "Helpers for quantised and off-loaded layers": ("get_bnb_param_type", "skip_init_on_device"),
         "Inspection of what targets match": ("check_adapters_to_merge",),
-        "LoRA on bare parameters (target_parameters)": ("ParamWrapper",),
         "LoRA on nn.MultiheadAttention": ("MultiheadAttention",),
         "LoRA on tensor-parallel layers": ("LoraEmbeddingATPHolder",),
         "The dispatch of LoRA's layer classes": ("dispatch_default",),
@@ -88,8 +86,6 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "peft.tuners.lora.model": {
         "Inspection of what targets match": ("find_parameter_name_by_module",),
-        "Layer replication": ("replicate_layers",),
-        "LoRA on bare parameters (target_parameters)": ("ParamWrapper",),
         "LoRA on tensor-parallel layers": ("TpInfo", "add_lora_tp_hooks_dtensor", "get_tp_plan_and_mesh"),
         "Off-loaded adapters": ("get_device_map",),
         "Quantisation backends as classes": ("get_quantization_config",),
@@ -115,7 +111,6 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
             "inspect_matched_modules",
             "match_target_against_key",
         ),
-        "Layer replication": ("clone_module", "replicate_layers"),
         "Off-loaded adapters": ("get_device_map",),
         "Quantisation backends as classes": ("QuantizationBackend",),
         "Trainable tokens": ("set_additional_trainable_modules",),

@@ -150,6 +150,10 @@ class BaseTuner(nn.Module):
     def add_parts(self, config, adapter_name: str) -> None:
         """Called when all layers have the new adapter, for what it has beside them."""
 
+    def parameter_targets(self, config) -> dict[str, tuple[str, str]]:
+        """Bare parameters that the adapter gets in `add_parts`: `{name: (path of the owner, name there)}`."""
+        return {}
+
     def layer_class(self, target: nn.Module, key: str) -> type[BaseTunerLayer]:
         """The class of the adapter layer around `target`.
 
@@ -281,7 +285,12 @@ class BaseTuner(nn.Module):
         default = self.target_module_mapping.get(model_config(self.model).get("model_type", "custom"))
         chosen = not isinstance(given, str) and given is not None and set(given) != set(default or ())
         keys = [key for key, _ in self.model.named_modules() if key]
-        useless = unmatched_entries(config, [*keys, *warned], targets, chosen)  # experts are warned of once
+        parameters = self.parameter_targets(config)
+        # Experts are warned of once.
+        useless = unmatched_entries(config, [*keys, *warned], [*targets, *parameters], chosen)
+        named = getattr(config, "target_parameters", None) or ()
+        if strangers := [name for name in named if not any(name_matches([name], key) for key in parameters)]:
+            useless["target_parameters"] = strangers
         if useless:
             listed = "; ".join(f"{field} {entries}" for field, entries in useless.items())
             warn(
@@ -334,6 +343,7 @@ class BaseTuner(nn.Module):
         if state_dict is not None:
             keys = [key.removeprefix("base_model.model.") for key in state_dict]
             wanted = {key[: key.index("." + self.prefix)] for key in keys if "." + self.prefix in key}
+            wanted -= {owner for owner, _ in self.parameter_targets(config).values()}
         targets: dict[str, nn.Module] = {}
         inside: tuple[str, ...] = ()
         for key, module in self.model.named_modules():
@@ -349,11 +359,13 @@ class BaseTuner(nn.Module):
                     )
                 targets[key] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
                 inside = (*inside, key + ".")
-        if not targets and not getattr(config, "target_parameters", None):
+        if not targets and not self.parameter_targets(config):
             raise NoMatchingPeftModuleError(self._no_match_message(config))
         return targets
 
     def _no_match_message(self, config) -> str:
+        if parameters := getattr(config, "target_parameters", None):
+            return f"There are no parameters of the base model whose names end in target_parameters={parameters}"
         wanted = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
         names = list(dict.fromkeys(key.rpartition(".")[2] for key, _ in self.model.named_modules() if key))
         examples = [name for name in names if not name.isdigit()][:20]

@@ -177,7 +177,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
 def remove_adapter(model: nn.Module, adapter_name: str, among: Collection[nn.Module] | None = None) -> None:
     """Delete an adapter (None: from all its parts); modules without another one get their old place back."""
     places = Places(model)
-    for part in list(parts(model)) if among is None else among:
+    for part in list(parts(model) if among is None else among):
         part.delete_adapter(adapter_name)
         if isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not part._available_adapters:
             plain = part.base_layer if isinstance(part, BaseTunerLayer) else part.unload([])

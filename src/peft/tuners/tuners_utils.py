@@ -520,6 +520,7 @@ explain_missing(
         "BaseTuner": "peft.tuners.base",
         "get_pattern_key": "peft.tuners.targeting",
         "init_empty_weights": "accelerate",
+        **dict.fromkeys(["clone_module", "replicate_layers"], "peft.tuners.lora.replication"),
         **dict.fromkeys(
             ["cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad"], "peft.tuners.parts"
         ),

@@ -483,7 +483,7 @@ def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _base_key(key: str) -> str:
     key = _plain_name(key).removeprefix("base_model.model.")
-    return key.replace(".base_layer.", ".").replace(".original_module.", ".")
+    return key.replace(".base_layer", "").replace(".original_module.", ".")
 
 
 explain_missing(__name__)

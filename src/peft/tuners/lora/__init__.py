@@ -9,6 +9,7 @@ from .eva import get_eva_state_dict, initialize_lora_eva_weights
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 from .loraga import preprocess_loraga
 from .model import LoraModel
+from .parameters import ParamWrapper
 
 __all__ = [
     "Conv1d",
@@ -26,6 +27,7 @@ __all__ = [
     "LoraLayer",
     "LoraModel",
     "LoraRuntimeConfig",
+    "ParamWrapper",
     "convert_to_lora",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",

@@ -25,8 +25,6 @@ NOT_YET = {
     "alora_invocation_tokens": "activated LoRA",
     "use_qalora": "QA-LoRA",
     "monteclora_config": "MonteCLoRA",
-    "layer_replication": "layer replication",
-    "target_parameters": "LoRA on bare parameters",
     "use_bdlora": "block-diagonal LoRA",
     "arrow_config": "Arrow routing",
     "kasa_config": "KaSA",
@@ -219,13 +217,14 @@ class LoraConfig(TargetedConfig):
     monteclora_config: dict | None = None
     """Not in this version."""
     layer_replication: list[tuple[int, int]] | None = None
-    """Not in this version."""
+    """Layers of a deeper model, as ranges (first, last + 1) of the model's: [(0, 3), (1, 4)] is 0, 1, 2, 1, 2, 3. Those
+    that come again share their weights, and have adapters of their own."""
     runtime_config: LoraRuntimeConfig | dict = field(default_factory=LoraRuntimeConfig)
     """How to run; not saved."""
     lora_bias: bool = False
     """Give B a bias of its own; it goes into the layer's bias on merging."""
     target_parameters: list[str] | None = None
-    """Not in this version."""
+    """Bare parameters to adapt, such as the fused experts of a layer: ends of their names ("experts.down_proj")."""
     use_bdlora: dict | None = None
     """Not in this version."""
     arrow_config: dict | None = None
@@ -240,6 +239,10 @@ class LoraConfig(TargetedConfig):
         self.peft_type = PeftType.LORA
         self._check_loftq()
         self._check_init_configs()
+        self._check_parameters()
+        for one in self.layer_replication or ():
+            if len(one) != 2 or not 0 <= one[0] < one[1]:
+                raise ValueError(f"layer_replication must be pairs (first, last + 1) of layers, got {tuple(one)}")
         self._check_numbers()
         tokens = self.trainable_token_indices or {}
         for name, ids in (tokens if isinstance(tokens, dict) else {"input embeddings": tokens}).items():
@@ -284,6 +287,20 @@ class LoraConfig(TargetedConfig):
         if given and self.init_lora_weights != "loftq" and not self.inference_mode:
             raise ValueError(f"loftq_config={given} has no effect unless init_lora_weights is 'loftq'")
         self.loftq_config = asdict(LoftQConfig(**given)) if self.init_lora_weights == "loftq" else given
+
+    def _check_parameters(self):
+        if not self.target_parameters:
+            return
+        for name in ("lora_dropout", "use_dora", "lora_bias"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} does not go with target_parameters, whose owners run whole"
+                )
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} is for linear layers: with target_parameters it must be "
+                "True, False or 'gaussian'"
+            )
 
     def _check_init_configs(self):
         """Fill in the settings of the initialisation; files may have those of another one, see `_check_loftq`."""

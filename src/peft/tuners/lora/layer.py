@@ -348,4 +348,10 @@ class Embedding(LoraLayer, nn.Module):
         return self.op.scaled(F.linear(F.embedding(x, A.T), B) * self.scaling[name])
 
 
-explain_missing(__name__, dict.fromkeys(["dequantize_module_weight", "gather_params_ctx"], "peft.utils.integrations"))
+explain_missing(
+    __name__,
+    {
+        "ParamWrapper": "peft.tuners.lora.parameters",
+        **dict.fromkeys(["dequantize_module_weight", "gather_params_ctx"], "peft.utils.integrations"),
+    },
+)
