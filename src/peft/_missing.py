@@ -35,7 +35,6 @@ MODULES: dict[str, str] = {
     "peft.tuners.lora.tp_layer": "LoRA on Megatron parallel layers",
     "peft.tuners.lora.velora": "VeLoRA",
     "peft.tuners.miss": "MiSS",
-    "peft.tuners.mixed": "Models of several methods",
     "peft.tuners.osf": "OSF",
     "peft.tuners.peanut": "PEANuT",
     "peft.tuners.poly": "Poly",

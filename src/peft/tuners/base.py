@@ -100,6 +100,8 @@ class BaseTuner(nn.Module):
     # Attributes that map an adapter's name to a tensor that all its layers share.
     adapter_layer_names: tuple[str, ...] = ()
     tuner_layer_cls: type[BaseTunerLayer] = BaseTunerLayer
+    # Whether layers of other methods may be around and inside of its own.
+    mixes = False
     # Kind of op -> class, for methods that do not have one class for all kinds.
     layer_classes: dict[str, type[BaseTunerLayer]] = {}
     target_module_mapping: dict[str, list[str]] = {}
@@ -239,8 +241,9 @@ class BaseTuner(nn.Module):
                 on_meta = low_cpu_mem_usage or home_device(base).type == "meta"
                 with torch.device("meta") if on_meta else nullcontext():
                     self._create_and_replace(config, adapter_name, target, target_name, parent, key)
-                layer = model.get_submodule(key)
-                if layer is not target:
+                outer = model.get_submodule(key)
+                layer = self._own_layer(outer)
+                if outer is not target:
                     keep_called(model, key, layer)
                     places.replace(target, layer)  # a module may stand in more places than the one called `key`
                     layer._active_adapter = list(active)
@@ -385,18 +388,31 @@ class BaseTuner(nn.Module):
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key) -> None:
         """Give `target` the adapter, replacing it by an adapter layer unless it is one already."""
-        layer = target
-        if isinstance(target, BaseTunerLayer) and not isinstance(target, self.tuner_layer_cls):
+        layer = self._own_layer(target)
+        is_adapted = isinstance(target, BaseTunerLayer)
+        if layer is None and is_adapted and not self.mixes:
             raise ValueError(
-                f"{current_key} has an adapter of another method ({type(target).__name__}); models of several methods "
-                "are not in this version of peft: unload() the first one, or choose other targets"
+                f"{current_key} has an adapter of another method ({type(target).__name__}): unload() the first one, "
+                "choose other targets, or make the model with get_peft_model(..., mixed=True)"
             )
-        if not isinstance(target, self.tuner_layer_cls):
-            layer = self.layer_class(target, current_key)(target)
+        if layer is None:
+            layer = self.layer_class(target.get_base_layer() if is_adapted else target, current_key)(target)
             layer.train(target.training)
             setattr(parent, target_name, layer)
         layer.update_layer(adapter_name, config, **self.layer_kwargs(config, current_key))
         self._move_to_base(layer, adapter_name)
+
+    def _own_layer(self, module: nn.Module) -> BaseTunerLayer | None:
+        """The layer of this method at a target; of several methods' layers there each is the next one's base layer."""
+        own = self.tuner_layer_cls
+        while isinstance(module, BaseTunerLayer):
+            # AdaLoRA's layers are LoRA's, with other parameters.
+            if isinstance(module, own) and (not self.mixes or module.adapter_layer_names == own.adapter_layer_names):
+                return module
+            if not self.mixes:
+                return None
+            module = module.base_layer
+        return None
 
     def _move_to_base(self, layer: BaseTunerLayer, adapter_name: str) -> None:
         """Bring a new adapter to its base layer's device and (unless the method has its own) floating-point dtype."""
@@ -494,7 +510,7 @@ class BaseTuner(nn.Module):
             layer.check_merge(names)
         before = [(layer, len(layer.merged_adapters)) for layer in self.layers()]
         try:
-            for layer, _ in before:
+            for layer, _ in reversed(before):  # one that is inside of another first
                 layer.merge(adapter_names=names)
         except Exception:
             for layer, count in before:

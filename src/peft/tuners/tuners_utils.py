@@ -77,6 +77,8 @@ class BaseTunerLayer(AdapterParts):
     """
 
     bare_in_files: tuple[str, ...] = ()
+    # Whether files tell several layers around one base layer by how deep they are inside of each other.
+    numbered_in_files = False
 
     _disable_adapters: bool = False
     _active_adapter: str | list[str] = "default"

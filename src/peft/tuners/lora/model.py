@@ -15,6 +15,7 @@ from ..base import BaseTuner
 from ..targeting import for_module, name_matches
 from .bnb import Linear4bit, Linear8bitLt
 from .combine import Combination, combined_config, fill
+from .config import LoraConfig
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 from .parameters import walk_parameters, wrapper_of
 from .replication import replicate_layers
@@ -51,7 +52,7 @@ class LoraModel(BaseTuner):
     def check_new_config(self, config):
         """Refuse adapters of other parameters than the first one's: in files their layers are numbered."""
         super().check_new_config(config)
-        others = [other for other in self.peft_config.values() if other is not config]
+        others = [other for other in self.peft_config.values() if isinstance(other, LoraConfig) and other is not config]
         if any(sorted(other.target_parameters or ()) != sorted(config.target_parameters or ()) for other in others):
             raise ValueError(
                 "All adapters of a model must have the same target_parameters: the others have "

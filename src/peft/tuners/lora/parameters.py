@@ -54,6 +54,8 @@ class ParamWrapper(LoraLayer, nn.Module):
     Modules of transformers that are marked `is_transposed` hold (E, I, O), all others (E, O, I) or (O, I).
     """
 
+    numbered_in_files = True
+
     def __init__(self, base_layer: nn.Module, parameter_name: str):
         nn.Module.__init__(self)
         LoraLayer.__init__(self, base_layer)
