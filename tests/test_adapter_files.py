@@ -360,10 +360,7 @@ def test_config_files_that_cannot_be_read(content, error, message, tmp_path):
     [
         {"use_qalora": True},
         {"megatron_config": {"a": 1}},
-        {"layer_replication": [(0, 1)]},
-        {"target_parameters": ["w"]},
         {"alora_invocation_tokens": [1]},
-        {"eva_config": {"rho": 2.0}},
     ],
 )
 def test_switches_of_methods_that_are_not_here(fields):

@@ -36,6 +36,8 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
     for config in (config0, config1):
         if config.peft_type != PeftType.LORA:
             raise ValueError(f"Only LoRA adapters can be hot-swapped, got {config.peft_type}")
+        if config.target_parameters:
+            raise ValueError(f"LoRAs of bare parameters cannot be hot-swapped: {config.target_parameters}")
     for field in _MUST_AGREE:
         one, other = getattr(config0, field), getattr(config1, field)
         if one != other:
@@ -79,6 +81,8 @@ def prepare_model_for_compiled_hotswap(
     layers = list(_lora_layers(model))
     if not layers:
         raise ValueError("The model has no LoRA layers: load the first adapter before preparing it for others")
+    if target_rank is not None and any(layer.op.kind == "Parameter" for _, layer in layers):
+        raise ValueError("LoRAs of bare parameters (target_parameters) cannot be given another rank")
     largest = max(len(layer.factors(name)[0]) for _, layer in layers for name in layer._available_adapters)
     if target_rank is not None and largest > target_rank:
         raise ValueError(f"target_rank={target_rank} is smaller than a rank that the model has, {largest}")

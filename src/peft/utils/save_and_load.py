@@ -57,13 +57,20 @@ def _holders(model: nn.Module):
 
 def adapter_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """`{key in model.state_dict(): key in the adapter's file}` for every tensor of one adapter."""
+    from ..tuners.tuners_utils import BaseTunerLayer
+
     keys: dict[str, str] = {}
     paths = {module: path for path, module in _holders(model)}
+    adapted = {path for module, path in paths.items() if isinstance(module, BaseTunerLayer)}
     for module, path in paths.items():
         if _holds_prompts(module, adapter_name):  # `BasePromptEncoder.to_file` makes the file's keys of these
             names = module[adapter_name].state_dict()
             keys.update({f"{path}.{adapter_name}.{name}": f"prompt_encoder.{name}" for name in names})
         stored = paths[getattr(module, "stored_as", module)]
+        if isinstance(module, BaseTunerLayer) and not module.numbered_in_files:
+            # Of a layer of another method around it the adapter's file knows nothing.
+            while stored.endswith(".base_layer") and stored.removesuffix(".base_layer") in adapted:
+                stored = stored.removesuffix(".base_layer")
         for attribute in module.adapter_layer_names:
             container = getattr(module, attribute, {})
             if adapter_name not in container or adapter_name in getattr(container, "_non_persistent_buffers_set", ()):
@@ -522,7 +529,7 @@ def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _base_key(key: str) -> str:
     key = _plain_name(key).removeprefix("base_model.model.")
-    return key.replace(".base_layer.", ".").replace(".original_module.", ".")
+    return key.replace(".base_layer", "").replace(".original_module.", ".")
 
 
 explain_missing(__name__)
