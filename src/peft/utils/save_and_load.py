@@ -271,19 +271,8 @@ def set_peft_model_state_dict(
     for path, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and adapter_name in module._available_adapters:
             module.before_load(adapter_name, path, incoming)
-    found: dict[str, torch.Tensor] = {}
-    unexpected: list[str] = []
     current = held_state(model)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    mismatched: list[str] = []
-    for key, tensor in renamed.items():
-        name = expected.get(key) or embeddings.get(key)
-        if name is None:
-            unexpected.append(key)
-        elif (shape := logical_shape(parameters.get(name, current[name]))) != tensor.shape:
-            mismatched.append(f"{key}: {tuple(tensor.shape)} in the file, {tuple(shape)} in the model")
-        else:
-            found[name] = tensor
+    found, unexpected, mismatched = _places(model, current, renamed, {**embeddings, **expected})
     if mismatched:
         message = f"{len(mismatched)} tensors have another shape than the adapter's, such as {mismatched[:3]}"
         if not ignore_mismatched_sizes:
@@ -311,6 +300,23 @@ def set_peft_model_state_dict(
                 with module.whole_adapter(adapter_name, write=True):
                     module.after_load(adapter_name)
     return IncompatibleKeys(missing, unexpected)
+
+
+def _places(
+    model: nn.Module, current: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], names: dict[str, str]
+) -> tuple[dict[str, torch.Tensor], list[str], list[str]]:
+    """Where a file's tensors go, by their `names` in the model: those, what has no name, and what has another shape."""
+    found, unexpected, mismatched = {}, [], []
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for key, tensor in tensors.items():
+        name = names.get(key)
+        if name is None:
+            unexpected.append(key)
+        elif (shape := logical_shape(parameters.get(name, current[name]))) != tensor.shape:
+            mismatched.append(f"{key}: {tuple(tensor.shape)} in the file, {tuple(shape)} in the model")
+        else:
+            found[name] = tensor
+    return found, unexpected, mismatched
 
 
 def _is_elsewhere(model: nn.Module, name: str) -> bool:
