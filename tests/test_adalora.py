@@ -12,7 +12,14 @@ from tiny_models import gpt2, llama, logits, tokens
 from torch import nn
 from torch.testing import assert_close
 
-from peft import AdaLoraConfig, PeftModel, PeftWarning, get_base_model_state_dict, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    PeftModel,
+    PeftWarning,
+    get_base_model_state_dict,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
 from peft.tuners.adalora import AdaLoraLayer, RankAllocator, SVDLinear
 from peft.tuners.lora import LoraLayer
 
@@ -222,13 +229,41 @@ def test_loading_what_was_saved_before_ranks_were_lost(tmp_path):
     assert_close(logits(loaded, ids), logits(early, ids))
 
 
-def test_allocation_goes_on_after_loading_another_size(tmp_path):
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_training_goes_on_with_all_ranks_in_their_places(low_cpu_mem_usage, tmp_path):
+    """As Trainer resumes: into a new adapter, whose optimiser gets a state for all ranks."""
+    base, ids = llama(), tokens()
+    model = with_lost_ranks(copy.deepcopy(base))
+    model.save_pretrained(tmp_path)
+    pattern = model.peft_config["default"].rank_pattern
+    fresh = AdaLoraConfig(**SCHEDULE, task_type="CAUSAL_LM")
+    other = get_peft_model(copy.deepcopy(base), fresh, low_cpu_mem_usage=low_cpu_mem_usage)
+    shapes = {key: p.shape for key, p in other.named_parameters()}
+    other.load_adapter(tmp_path, "default", is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert {key: p.shape for key, p in other.named_parameters()} == shapes
+    assert other.peft_config["default"].rank_pattern == pattern
+    assert_close(logits(other, ids), logits(model, ids))
+    for ours, theirs in zip(other.base_model.layers(), model.base_model.layers()):
+        assert torch.equal(ours.lora_E["default"], theirs.lora_E["default"])
+        left = torch.tensor(pattern[ours.pattern_key])
+        assert torch.equal(ours.lora_A["default"][left], theirs.lora_A["default"][left])
+        assert torch.equal(ours.lora_B["default"][:, left], theirs.lora_B["default"][:, left])
+    draw_gradients(other)
+    other.update_and_allocate(7)  # the budget is that of the whole run
+    assert other.base_model.rankallocator.init_bgt == model.base_model.rankallocator.init_bgt == 16
+    other.save_pretrained(tmp_path / "again")
+    again, first = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "again", tmp_path))
+    assert {key: t.shape for key, t in again.items()} == {key: t.shape for key, t in first.items()}
+
+
+def test_tensors_alone_bring_their_number_of_ranks(tmp_path):
+    """Without the configuration nobody knows which ranks they were; the budget is what is left of it."""
     model = with_lost_ranks(llama())
     model.save_pretrained(tmp_path)
     other = adalora(llama())
     draw_gradients(other)
     other.update_and_allocate(1)
-    other.load_adapter(tmp_path, "default", is_trainable=True)
+    assert set_peft_model_state_dict(other, load_file(tmp_path / "adapter_model.safetensors")) == ([], [])
     left = ranks_left(other)  # a rank that was lost and came back may still have a zero in E
     for step in (3, 4):
         draw_gradients(other)

@@ -522,6 +522,8 @@ class PeftModel(nn.Module):
             config.inference_mode = not is_trainable
             _set_runtime(config, ephemeral_gpu_offload)
             self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
+        else:
+            self._tuner.before_loading(adapter_name, model_id, **hub)
         try:
             tensors |= load_prompt_network(self, adapter_name, model_id, torch_device, **hub)
             result = set_peft_model_state_dict(

@@ -8,6 +8,7 @@ trains, and carries out what concerns all layers at once: switching, merging, de
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
@@ -146,6 +147,9 @@ class BaseTuner(nn.Module):
     def layer_kwargs(self, config, key: str) -> dict:
         """What `update_layer` gets besides the name and the configuration, for the layer `key`."""
         return {}
+
+    def before_loading(self, adapter_name: str, model_id: str | os.PathLike, **hub) -> None:
+        """Called before the tensors in a folder, or on the hub, are put into an adapter that exists."""
 
     def add_parts(self, config, adapter_name: str) -> None:
         """Called when all layers have the new adapter, for what it has beside them."""

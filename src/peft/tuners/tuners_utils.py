@@ -11,7 +11,7 @@ Several active adapters compose in the order in which they are listed: layer `F_
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -131,12 +131,12 @@ class BaseTunerLayer(AdapterParts):
         """Undo `fold`."""
         return memory
 
-    def before_load(self, name: str, path: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    def before_load(self, name: str, path: str, tensors: dict[str, torch.Tensor]) -> None:
         """Called before tensors are loaded into adapter `name`; a method whose sizes may change adapts them here.
 
         Args:
             path: of this layer in the model.
-            tensors: by their names in the model, those of all layers.
+            tensors: by their names in the model, those of all layers; it may change those that it has.
         """
 
     def before_save(self, name: str, path: str, tensors: dict[str, torch.Tensor]) -> None:

@@ -265,6 +265,7 @@ def set_peft_model_state_dict(
     mismatched: list[str] = []
     for key, tensor in renamed.items():
         name = expected.get(key) or embeddings.get(key)
+        tensor = incoming.get(name, tensor)
         if name is None:
             unexpected.append(key)
         elif (shape := logical_shape(parameters.get(name, current[name]))) != tensor.shape:

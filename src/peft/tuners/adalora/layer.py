@@ -61,11 +61,28 @@ class AdaLoraLayer(LowRankLayer, LoraLayer, nn.Module):
         return self.lora_dropout[name](x)
 
     def before_load(self, name, path, tensors):
-        """Take over the number of ranks that the file has; none of those is lost."""
+        """Make room for the ranks that the file has.
+
+        Where the configuration says which of the layer's own ranks they are, they go to their places, and the others
+        are lost as they were: so an optimiser's state fits in a training that goes on. Else the layer takes over their
+        number, and none of them is lost.
+        """
         incoming = tensors.get(f"{path}.lora_E.{name}")
         if incoming is None:
             return
-        ranks = len(incoming)
+        config, ranks = self.configs[name], len(incoming)
+        pattern = (config.rank_pattern or {}).get(self.pattern_key, ())
+        if sum(pattern) == ranks < len(pattern) == self.r[name]:
+            places = torch.tensor(pattern).nonzero().squeeze(1)
+            for attribute, own in self.adapter_tensors(name):
+                key, dim, shape = f"{path}.{attribute}.{name}", RANK_DIM[attribute], list(own.shape)
+                shape[dim] = ranks
+                if key in tensors and list(tensors[key].shape) == shape:
+                    new = tensors[key]
+                    starts_at_zero = own.is_meta or attribute == "lora_E"
+                    whole = new.new_zeros(own.shape) if starts_at_zero else own.detach().to(new, copy=True)
+                    tensors[key] = whole.index_copy_(dim, places.to(new.device), new)
+            return
         if ranks != self.r[name]:
             self.r[name] = ranks
             for attribute, old in list(self.adapter_tensors(name)):
@@ -74,7 +91,6 @@ class AdaLoraLayer(LowRankLayer, LoraLayer, nn.Module):
                 getattr(self, attribute)[name] = nn.Parameter(old.new_zeros(shape), old.requires_grad)
         elif self._left(name) is None:
             return
-        config = self.configs[name]
         config.rank_pattern = {**(config.rank_pattern or {}), self.pattern_key: [True] * ranks}
 
     def _left(self, name: str) -> list[bool] | None:
