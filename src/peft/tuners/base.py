@@ -8,7 +8,6 @@ trains, and carries out what concerns all layers at once: switching, merging, de
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
@@ -148,8 +147,8 @@ class BaseTuner(nn.Module):
         """What `update_layer` gets besides the name and the configuration, for the layer `key`."""
         return {}
 
-    def before_loading(self, adapter_name: str, model_id: str | os.PathLike, **hub) -> None:
-        """Called before the tensors in a folder, or on the hub, are put into an adapter that exists."""
+    def before_loading(self, adapter_name: str, saved: dict) -> None:
+        """Called before a file's tensors are put into an adapter that exists, with the configuration beside them."""
 
     def add_parts(self, config, adapter_name: str) -> None:
         """Called when all layers have the new adapter, for what it has beside them."""

@@ -479,18 +479,19 @@ class ScaledLayer(AdditiveLayer):
 
 
 class LowRankLayer(AdditiveLayer):
-    """`W + B A` with plain factors over all inputs of an output: give `factors`, and `dropped` where there is dropout.
+    """`W + B A` with plain factors over all inputs of an output: give `factors`, and `dropout` where there is some.
 
     I K is the number of weights of one output channel: input channels (of one group) times the kernel's size.
     """
+
+    dropout: str  # attribute that maps an adapter's name to the module that drops inputs of the delta (not tokens)
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """`A (r, I K)` and `B (O, r)`, scaled."""
         raise NotImplementedError
 
     def dropped(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """The delta's input after dropout; tokens are not dropped."""
-        return x
+        return getattr(self, self.dropout)[name](x)
 
     def delta_weight(self, name):
         A, B = self.factors(name)

@@ -59,9 +59,7 @@ class AdaLoraConfig(LoraConfig):
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect in AdaLoRA: leave it out")
         if not 1 <= self.target_r <= self.init_r:
-            raise ValueError(
-                f"target_r must be in 1..init_r, got target_r={self.target_r!r} and init_r={self.init_r!r}"
-            )
+            raise ValueError(f"target_r must be in 1..init_r, got target_r={self.target_r} and init_r={self.init_r}")
         check_least(self, tinit=0, tfinal=0, deltaT=1)
         check_probability(self, "beta1")
         check_probability(self, "beta2")

@@ -23,6 +23,7 @@ class AdaLoraLayer(LowRankLayer, LoraLayer, nn.Module):
     """AdaLoRA on a layer of any kind that has a matrix or a kernel as its weight."""
 
     adapter_layer_names = tuple(RANK_DIM)
+    dropout = "lora_dropout"
     other_param_names = (*LoraLayer.other_param_names, "ranknum", "configs")
 
     def __init__(self, base_layer: nn.Module):
@@ -54,9 +55,6 @@ class AdaLoraLayer(LowRankLayer, LoraLayer, nn.Module):
         E = self.lora_E[name]
         scaling = self.scaling[name] / (self.ranknum[name].to(E) + 1e-5)
         return self.lora_A[name] * (E * scaling), self.lora_B[name]
-
-    def dropped(self, name, x):
-        return self.lora_dropout[name](x)
 
     def before_load(self, name, path, tensors):
         """Put the file's ranks where `rank_pattern` says, or else first; others are lost. Make room for more.

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ...config import find_file
-from ...utils.constants import CONFIG_NAME, TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING
-from ...utils.peft_types import PeftType
+from ...utils.constants import TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING
 from ..lora.model import LoraModel
 from ..ops import MATRIX_KINDS
 from .allocator import RankAllocator
-from .config import AdaLoraConfig
 from .layer import AdaLoraLayer, SVDConv2d, SVDLinear
 
 
@@ -33,11 +30,9 @@ class AdaLoraModel(LoraModel):
         pattern = (config.rank_pattern or {}).get(f"{key}.lora_E")
         return {"key": key, "r": config.init_r if pattern is None else sum(pattern)}
 
-    def before_loading(self, adapter_name, model_id, **hub):
+    def before_loading(self, adapter_name, saved):
         """Take over which ranks are left in the file."""
-        path = find_file(model_id, CONFIG_NAME, **hub)
-        saved = {} if path is None else AdaLoraConfig.from_json_file(path)
-        if saved.get("peft_type") == PeftType.ADALORA:
+        if saved.get("peft_type") == self.peft_config[adapter_name].peft_type:
             self.peft_config[adapter_name].rank_pattern = saved.get("rank_pattern")
 
     def forward(self, *args, **kwargs):
