@@ -70,6 +70,20 @@ def lora(model: nn.Module, rank: int) -> nn.Module:
     return get_peft_model(model, config)
 
 
+def several_loras(model: nn.Module, rank: int, count: int, together: bool) -> nn.Module:
+    """`count` adapters: active together, or each for some rows of a batch (`Step.run`)."""
+    from peft import LoraConfig
+
+    model = lora(model, rank)
+    names = ["default", *map(str, range(1, count))]
+    for name in names[1:]:
+        config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        model.add_adapter(name, config)
+    if together:
+        model.base_model.set_adapter(names)
+    return model
+
+
 def sft(model: nn.Module, rank: int, granularity: str = "element") -> nn.Module:
     from peft import SftConfig, get_peft_model
 
@@ -123,6 +137,19 @@ CONTESTANTS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
     "sft-block": functools.partial(sft, granularity="block"),
     "ssf": ssf,
 }
+UPSTREAM = "-upstream"  # ends the names of contestants that are the same code in upstream's environment
+# Left out unless asked for: how many adapters, and whether they are active together. Mixed batches are inference (a
+# forward pass without gradients), which is all that upstream has.
+SEVERAL = {
+    f"{name}{count}{end}": (count, name == "lora-")
+    for name in ("lora-", "lora-mixed-")
+    for count in (2, 4)
+    for end in (UPSTREAM, "")
+}
+CONTESTANTS |= {
+    name: functools.partial(several_loras, count=count, together=together)
+    for name, (count, together) in SEVERAL.items()
+}
 LABELS = {
     "floor": "floor (frozen model)",
     "full": "full fine-tuning",
@@ -134,6 +161,11 @@ LABELS = {
     "sft-column": "SFT, columns",
     "sft-block": "SFT, blocks of 16",
     "ssf": "SSF",
+    **{
+        name: f"{count} LoRAs {'active' if together else 'in a mixed batch, forward'}"
+        + (", upstream" if name.endswith(UPSTREAM) else "")
+        for name, (count, together) in SEVERAL.items()
+    },
 }
 
 
@@ -184,6 +216,10 @@ class Step:
         base = load_packed(args) if args.quantize else load(args)
         vocabulary = base.config.vocab_size
         self.model = CONTESTANTS[args.worker](base, args.rank).train()
+        count, together = SEVERAL.get(args.worker, (1, True))
+        self.rows = (
+            None if together else [("default", *map(str, range(1, count)))[i % count] for i in range(args.batch)]
+        )
         self.tokens = torch.randint(vocabulary, (args.batch, args.length))
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5) if self.trained else None
@@ -204,6 +240,10 @@ class Step:
             parameter.grad = None
 
     def run(self) -> None:
+        if self.rows is not None:
+            with torch.no_grad():
+                self.model.eval()(input_ids=self.tokens, adapter_names=self.rows[: len(self.tokens)], use_cache=False)
+            return
         self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss.backward()
 
     def seconds(self) -> list[float]:
@@ -288,7 +328,7 @@ class Worker:
     def __init__(self, contestant: str, python: str, arguments: list[str]):
         self.contestant = contestant
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        if contestant == "lora-upstream":
+        if contestant.endswith(UPSTREAM):
             environment.pop("PYTHONPATH", None)  # it would put our package before upstream's
         self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
@@ -336,9 +376,10 @@ def unpack_model(folder: str, dtype: str) -> None:
 
 def measure(args: argparse.Namespace) -> dict[str, dict]:
     """`{contestant: {"seconds": [[...], ...], "allocated_bytes": n, "resident_bytes": n, ...}}`."""
-    names = args.only or [name for name in CONTESTANTS if not (args.quantize and name in NEED_PLAIN_WEIGHTS)]
-    if "lora-upstream" in names and args.upstream_python is None:
-        names.remove("lora-upstream")
+    usual = [name for name in CONTESTANTS if name not in SEVERAL]
+    names = args.only or [name for name in usual if not (args.quantize and name in NEED_PLAIN_WEIGHTS)]
+    if args.upstream_python is None:
+        names = [name for name in names if not name.endswith(UPSTREAM)]
     workers: dict[str, Worker] = {}
     with tempfile.TemporaryDirectory() as folder:
         unpack_model(folder, args.dtype)
@@ -349,7 +390,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
         try:
             for name in names:
                 print(f"starting {name}", file=sys.stderr)
-                python = args.upstream_python if name == "lora-upstream" else sys.executable
+                python = args.upstream_python if name.endswith(UPSTREAM) else sys.executable
                 workers[name] = Worker(name, python, arguments)
             results = {name: {**worker.about, "seconds": []} for name, worker in workers.items()}
             for round_ in range(args.rounds):

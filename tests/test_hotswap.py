@@ -46,7 +46,7 @@ OTHERS = [
 @pytest.mark.parametrize("other", OTHERS, ids=lambda c: f"r={c.r}, alpha={c.lora_alpha}, {len(c.target_modules)}")
 @pytest.mark.parametrize("target_rank", [None, 6])
 def test_the_new_adapter_takes_the_place_of_the_old(other, target_rank, tmp_path):
-    base, x = Net(), torch.randn(2, 6, 5)
+    base, x = Net().double(), torch.randn(2, 6, 5).double()
     wanted = adapted(base, other)
     wanted.save_pretrained(tmp_path)
     model = adapted(base, lora())

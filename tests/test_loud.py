@@ -365,7 +365,7 @@ def test_files_for_other_base_weights_are_refused(init, tmp_path):
     config = PeftConfig.from_pretrained(tmp_path)  # can be looked at
     assert config.init_lora_weights == init
     fresh = copy.deepcopy(base)
-    with pytest.raises(NotImplementedError, match=f"init_lora_weights='{init}': {init} changed the base weights"):
+    with pytest.raises(ValueError, match=f"{init!r} takes a part out of the base weights"):
         PeftModel.from_pretrained(fresh, tmp_path)
     assert not adapter_layers(fresh) and not hasattr(fresh, "peft_config")
     # The way out that the message names, for those who have the changed weights.
@@ -373,10 +373,9 @@ def test_files_for_other_base_weights_are_refused(init, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path, config=config), ids), expected)
 
 
-@pytest.mark.parametrize("init", ["eva", "mica", "corda", "lora_ga"])
-def test_new_adapters_of_other_initialisations_are_refused(init):
-    with pytest.raises(NotImplementedError, match=f"init_lora_weights='{init}' is not in this version"):
-        LoraConfig(init_lora_weights=init)
+def test_new_adapters_of_other_initialisations_are_refused():
+    with pytest.raises(NotImplementedError, match="init_lora_weights='mica' is not in this version"):
+        LoraConfig(init_lora_weights="mica")
 
 
 @pytest.mark.parametrize("init", ["pissa_niter_", "pissa_niter_x", "xavier", None, 3])

@@ -94,11 +94,16 @@ if TYPE_CHECKING:
         LoKrModel as LoKrModel,
     )
     from .tuners.lora import (
+        EvaConfig as EvaConfig,
         LoftQConfig as LoftQConfig,
         LoraConfig as LoraConfig,
+        LoraGAConfig as LoraGAConfig,
         LoraModel as LoraModel,
         LoraRuntimeConfig as LoraRuntimeConfig,
         convert_to_lora as convert_to_lora,
+        get_eva_state_dict as get_eva_state_dict,
+        initialize_lora_eva_weights as initialize_lora_eva_weights,
+        preprocess_loraga as preprocess_loraga,
         save_as_lora as save_as_lora,
     )
     from .tuners.multitask_prompt_tuning import (

@@ -78,10 +78,12 @@ METHODS: dict[str, Method] = {
 class _View(MutableMapping):
     """One column of `METHODS` as a dict; values are imported on access."""
 
-    def __init__(self, column: str):
-        self._column = column
+    def __init__(self, column: str, only: list[str] | None = None):
+        self._column, self.only = column, only  # None: all methods
 
     def __getitem__(self, peft_type: str) -> Any:
+        if self.only is not None and peft_type not in self.only:
+            raise KeyError(peft_type)
         value = getattr(METHODS[peft_type], self._column)
         if isinstance(value, str) and ":" in value:
             module, name = value.split(":")
@@ -96,17 +98,17 @@ class _View(MutableMapping):
         del METHODS[peft_type]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(METHODS)
+        return iter(METHODS if self.only is None else self.only)
 
     def __len__(self) -> int:
-        return len(METHODS)
+        return len(METHODS if self.only is None else self.only)
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING = _View("config")
 PEFT_TYPE_TO_TUNER_MAPPING = _View("tuner")
 PEFT_TYPE_TO_PREFIX_MAPPING = _View("prefix")
-# Methods that a model of several methods can hold; there are no such models in this version.
-PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[str, type] = {}
+# Methods that a model of several methods can hold (`tuners/mixed`).
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING = _View("tuner", ["LORA", "LOHA", "LOKR", "ADALORA", "OFT"])
 
 
 def is_adapter_key(key: str) -> bool:
@@ -151,18 +153,19 @@ def register_peft_method(
         name: its `peft_type`, in lower case.
         config_cls, model_cls: its configuration and its tuner.
         prefix: what the names of its parameters start with; None: the tuner's `prefix`.
-        is_mixed_compatible: models of several methods are not in this version, so only False is taken.
+        is_mixed_compatible: models of several methods can have it: its layers call their base layer, and do not read
+            its weight.
 
     Raises:
         ValueError: a name that is taken or not in lower case.
     """
     if name != name.lower():
         raise ValueError(f"A method's name must be in lower case, got {name!r}")
-    if is_mixed_compatible:
-        raise NotImplementedError("is_mixed_compatible=True: models of several methods are not in this version of peft")
     if name.upper() in METHODS:
         raise ValueError(f"The method {name!r} exists already")
     METHODS[name.upper()] = Method(config_cls, model_cls, prefix or model_cls.prefix)
+    if is_mixed_compatible:
+        PEFT_TYPE_TO_MIXED_MODEL_MAPPING.only.append(name.upper())
 
 
 def inject_adapter_in_model(

@@ -37,22 +37,19 @@ def get_peft_model(
         model: the base model; its target layers are replaced in place.
         peft_config: what adapter; completed in place (targets, base model's name).
         adapter_name: its name.
-        mixed: several methods in one model; not in this version.
+        mixed: let the model have adapters of several methods (LoRA, LoHa, LoKr, OFT; AdaLoRA when it is trained).
         autocast_adapter_dtype: widen adapter parameters of half precision to float32.
         revision: of the base model, to be written into the configuration.
         low_cpu_mem_usage: create the adapter on the meta device, to be filled by loading.
         tokenizer, batch: what a `CompactLoraConfig` searches on; see `search_structure`.
 
     Returns:
-        A `PeftModel` of the class for `peft_config.task_type`.
+        A `PeftModel` of the class for `peft_config.task_type`, or (mixed) a `PeftMixedModel`.
 
     Raises:
         ValueError: as in `BaseTuner.inject_adapter`.
         TypeError: `peft_config` is of no method; `tokenizer` or `batch` for a configuration that has no use for it.
-        NotImplementedError: `mixed=True`.
     """
-    if mixed:
-        raise NotImplementedError("mixed=True: models of several methods are not in this version of peft")
     if getattr(peft_config, "peft_type", None) is None:
         raise TypeError(f"peft_config must be the configuration of a method, such as LoraConfig, got {peft_config!r}")
     if isinstance(model, PeftModel):
@@ -79,7 +76,9 @@ def get_peft_model(
                 f"revision={revision!r} overrides revision={peft_config.revision!r} of the configuration",
             )
         peft_config.revision = revision
-    return task_class(peft_config)(
+    from .mixed_model import PeftMixedModel
+
+    return (PeftMixedModel if mixed else task_class(peft_config))(
         model,
         peft_config,
         adapter_name,

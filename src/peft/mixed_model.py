@@ -1,16 +1,23 @@
-"""`PeftMixedModel`: adapters of several methods in one model. Not in this version; others test for the type."""
+"""`PeftMixedModel`: adapters of several methods in one model (`get_peft_model(..., mixed=True)`)."""
 
 from __future__ import annotations
 
-from torch import nn
+import contextlib
+
+from .peft_model import PeftModel
+from .tuners.mixed import MixedModel
 
 
-class PeftMixedModel(nn.Module):
-    """A model with adapters of several methods.
+class PeftMixedModel(PeftModel):
+    """A model with adapters of several methods (see `tuners.mixed`), several of which can be active; as `PeftModel`."""
 
-    Raises:
-        NotImplementedError: always; the class exists for `isinstance`.
-    """
+    one_method = False
 
-    def __init__(self, *args, **kwargs):
-        raise NotImplementedError("Models with adapters of several methods are not in this version of peft")
+    @staticmethod
+    def _tuner_class(peft_config):
+        return MixedModel
+
+    def _mixed_batch(self, adapter_names, generating=False):
+        if adapter_names is not None:
+            raise ValueError("A model of several methods has no mixed batches: activate adapters with set_adapter()")
+        return contextlib.nullcontext()

@@ -59,6 +59,8 @@ class PeftModel(nn.Module):
 
     # Modules that this task trains whole along with every adapter.
     task_heads: tuple[str, ...] = ()
+    # Whether all adapters are of the first one's method.
+    one_method = True
 
     def __init__(
         self,
@@ -73,7 +75,7 @@ class PeftModel(nn.Module):
         check_adapter_name(adapter_name)
         self._add_task_heads(peft_config)
         has_prompts = peft_config.is_prompt_learning
-        make = PromptTuner if has_prompts else PEFT_TYPE_TO_TUNER_MAPPING[peft_config.peft_type]
+        make = self._tuner_class(peft_config)
         tuner = make(model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
         self.base_model: nn.Module = model if has_prompts else tuner
         if has_prompts:
@@ -84,6 +86,10 @@ class PeftModel(nn.Module):
         self.special_peft_forward_args = {"adapter_names"}
         if getattr(getattr(self.base_model, "config", None), "pretraining_tp", 1) > 1:
             self.base_model.config.pretraining_tp = 1  # slices base weights in forward, past the adapters
+
+    @staticmethod
+    def _tuner_class(peft_config: PeftConfig) -> type[BaseTuner]:
+        return PromptTuner if peft_config.is_prompt_learning else PEFT_TYPE_TO_TUNER_MAPPING[peft_config.peft_type]
 
     def _add_task_heads(self, peft_config: PeftConfig) -> None:
         if not self.task_heads or not hasattr(peft_config, "modules_to_save"):
@@ -185,9 +191,10 @@ class PeftModel(nn.Module):
             raise ValueError(f"There is an adapter {adapter_name!r} already: delete it first, or take another name")
         peft_config = peft_config.for_model(self.get_base_model())
         own = next(iter(self.peft_config.values())).peft_type if self.peft_config else peft_config.peft_type
-        if peft_config.peft_type != own:
+        if self.one_method and peft_config.peft_type != own:
             raise ValueError(
-                f"All adapters of a model must be of one method: this one has {own}, got {peft_config.peft_type}"
+                f"All adapters of a model must be of one method: this one has {own}, got {peft_config.peft_type}. For "
+                "several methods make it with get_peft_model(..., mixed=True)"
             )
         self._add_task_heads(peft_config)
         self.peft_config[adapter_name] = peft_config
@@ -229,7 +236,7 @@ class PeftModel(nn.Module):
             if not disabled:
                 self._tuner.enable_adapter_layers()
             reshard(self)
-            for layer, names in merged:  # a forward in between has unmerged it
+            for layer, names in reversed(merged):  # a forward in between has unmerged it
                 if not layer.merged:
                     layer.merge(adapter_names=names)
 

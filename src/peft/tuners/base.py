@@ -100,6 +100,8 @@ class BaseTuner(nn.Module):
     # Attributes that map an adapter's name to a tensor that all its layers share.
     adapter_layer_names: tuple[str, ...] = ()
     tuner_layer_cls: type[BaseTunerLayer] = BaseTunerLayer
+    # Whether layers of other methods may be around and inside of its own.
+    mixes = False
     # Kind of op -> class, for methods that do not have one class for all kinds.
     layer_classes: dict[str, type[BaseTunerLayer]] = {}
     target_module_mapping: dict[str, list[str]] = {}
@@ -152,6 +154,10 @@ class BaseTuner(nn.Module):
 
     def add_parts(self, config, adapter_name: str) -> None:
         """Called when all layers have the new adapter, for what it has beside them."""
+
+    def parameter_targets(self, config) -> dict[str, tuple[str, str]]:
+        """Bare parameters that the adapter gets in `add_parts`: `{name: (path of the owner, name there)}`."""
+        return {}
 
     def layer_class(self, target: nn.Module, key: str) -> type[BaseTunerLayer]:
         """The class of the adapter layer around `target`.
@@ -238,8 +244,9 @@ class BaseTuner(nn.Module):
                 on_meta = low_cpu_mem_usage or home_device(base).type == "meta"
                 with torch.device("meta") if on_meta else nullcontext():
                     self._create_and_replace(config, adapter_name, target, target_name, parent, key)
-                layer = model.get_submodule(key)
-                if layer is not target:
+                outer = model.get_submodule(key)
+                layer = self._own_layer(outer)
+                if outer is not target:
                     keep_called(model, key, layer)
                     places.replace(target, layer)  # a module may stand in more places than the one called `key`
                     layer._active_adapter = list(active)
@@ -284,7 +291,12 @@ class BaseTuner(nn.Module):
         default = self.target_module_mapping.get(model_config(self.model).get("model_type", "custom"))
         chosen = not isinstance(given, str) and given is not None and set(given) != set(default or ())
         keys = [key for key, _ in self.model.named_modules() if key]
-        useless = unmatched_entries(config, [*keys, *warned], targets, chosen)  # experts are warned of once
+        parameters = self.parameter_targets(config)
+        # Experts are warned of once.
+        useless = unmatched_entries(config, [*keys, *warned], [*targets, *parameters], chosen)
+        named = getattr(config, "target_parameters", None) or ()
+        if strangers := [name for name in named if not any(name_matches([name], key) for key in parameters)]:
+            useless["target_parameters"] = strangers
         if useless:
             listed = "; ".join(f"{field} {entries}" for field, entries in useless.items())
             warn(
@@ -337,6 +349,7 @@ class BaseTuner(nn.Module):
         if state_dict is not None:
             keys = [key.removeprefix("base_model.model.") for key in state_dict]
             wanted = {key[: key.index("." + self.prefix)] for key in keys if "." + self.prefix in key}
+            wanted -= {owner for owner, _ in self.parameter_targets(config).values()}
         targets: dict[str, nn.Module] = {}
         inside: tuple[str, ...] = ()
         for key, module in self.model.named_modules():
@@ -352,11 +365,13 @@ class BaseTuner(nn.Module):
                     )
                 targets[key] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
                 inside = (*inside, key + ".")
-        if not targets and not getattr(config, "target_parameters", None):
+        if not targets and not self.parameter_targets(config):
             raise NoMatchingPeftModuleError(self._no_match_message(config))
         return targets
 
     def _no_match_message(self, config) -> str:
+        if parameters := getattr(config, "target_parameters", None):
+            return f"There are no parameters of the base model whose names end in target_parameters={parameters}"
         wanted = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
         names = list(dict.fromkeys(key.rpartition(".")[2] for key, _ in self.model.named_modules() if key))
         examples = [name for name in names if not name.isdigit()][:20]
@@ -376,18 +391,31 @@ class BaseTuner(nn.Module):
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key) -> None:
         """Give `target` the adapter, replacing it by an adapter layer unless it is one already."""
-        layer = target
-        if isinstance(target, BaseTunerLayer) and not isinstance(target, self.tuner_layer_cls):
+        layer = self._own_layer(target)
+        is_adapted = isinstance(target, BaseTunerLayer)
+        if layer is None and is_adapted and not self.mixes:
             raise ValueError(
-                f"{current_key} has an adapter of another method ({type(target).__name__}); models of several methods "
-                "are not in this version of peft: unload() the first one, or choose other targets"
+                f"{current_key} has an adapter of another method ({type(target).__name__}): unload() the first one, "
+                "choose other targets, or make the model with get_peft_model(..., mixed=True)"
             )
-        if not isinstance(target, self.tuner_layer_cls):
-            layer = self.layer_class(target, current_key)(target)
+        if layer is None:
+            layer = self.layer_class(target.get_base_layer() if is_adapted else target, current_key)(target)
             layer.train(target.training)
             setattr(parent, target_name, layer)
         layer.update_layer(adapter_name, config, **self.layer_kwargs(config, current_key))
         self._move_to_base(layer, adapter_name)
+
+    def _own_layer(self, module: nn.Module) -> BaseTunerLayer | None:
+        """The layer of this method at a target; of several methods' layers there each is the next one's base layer."""
+        own = self.tuner_layer_cls
+        while isinstance(module, BaseTunerLayer):
+            # AdaLoRA's layers are LoRA's, with other parameters.
+            if isinstance(module, own) and (not self.mixes or module.adapter_layer_names == own.adapter_layer_names):
+                return module
+            if not self.mixes:
+                return None
+            module = module.base_layer
+        return None
 
     def _move_to_base(self, layer: BaseTunerLayer, adapter_name: str) -> None:
         """Bring a new adapter to its base layer's device and (unless the method has its own) floating-point dtype."""
@@ -485,7 +513,7 @@ class BaseTuner(nn.Module):
             layer.check_merge(names)
         before = [(layer, len(layer.merged_adapters)) for layer in self.layers()]
         try:
-            for layer, _ in before:
+            for layer, _ in reversed(before):  # one that is inside of another first
                 layer.merge(adapter_names=names)
         except Exception:
             for layer, count in before:

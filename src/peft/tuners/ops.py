@@ -5,7 +5,7 @@ here), and computes with any such weight. Methods are written against this view 
 
 Shape letters: O output channels, I input channels, K kernel, N tokens or images.
 
-Left out: `MultiheadAttention` and fused expert parameters.
+Left out: `MultiheadAttention`. (Fused expert parameters are in `lora/parameters.py`.)
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class Op:
     def _write(self, name: str, value: torch.Tensor) -> None:
         """Give the parameter `name` other numbers, wherever they are kept."""
         parameter = getattr(self.layer, name)
-        apart = self.shared and name == "weight"  # who shares the weight must not see the change
+        apart = self.shared and name != "bias"  # who shares the weight must not see the change
         if offload_hook(self.layer) is not None:
             if name not in self._offloaded:
                 self._offloaded[name] = OffloadedTensor(self.layer, name)

@@ -7,7 +7,7 @@ model, and libraries that switch layers one by one, see the same state.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -174,10 +174,10 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
         part.set_requires_grad(adapter_names, requires_grad)
 
 
-def remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Delete an adapter; modules that have no other one get their old place in the model back."""
+def remove_adapter(model: nn.Module, adapter_name: str, among: Collection[nn.Module] | None = None) -> None:
+    """Delete an adapter (None: from all its parts); modules without another one get their old place back."""
     places = Places(model)
-    for part in list(parts(model)):
+    for part in list(parts(model) if among is None else among):
         part.delete_adapter(adapter_name)
         if isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not part._available_adapters:
             plain = part.base_layer if isinstance(part, BaseTunerLayer) else part.unload([])

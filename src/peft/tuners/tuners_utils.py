@@ -77,6 +77,8 @@ class BaseTunerLayer(AdapterParts):
     """
 
     bare_in_files: tuple[str, ...] = ()
+    # Whether files tell several layers around one base layer by how deep they are inside of each other.
+    numbered_in_files = False
 
     _disable_adapters: bool = False
     _active_adapter: str | list[str] = "default"
@@ -521,6 +523,7 @@ explain_missing(
         "BaseTuner": "peft.tuners.base",
         "get_pattern_key": "peft.tuners.targeting",
         "init_empty_weights": "accelerate",
+        **dict.fromkeys(["clone_module", "replicate_layers"], "peft.tuners.lora.replication"),
         **dict.fromkeys(
             ["cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad"], "peft.tuners.parts"
         ),

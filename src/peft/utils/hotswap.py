@@ -36,6 +36,8 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
     for config in (config0, config1):
         if config.peft_type != PeftType.LORA:
             raise ValueError(f"Only LoRA adapters can be hot-swapped, got {config.peft_type}")
+        if config.target_parameters:
+            raise ValueError(f"LoRAs of bare parameters cannot be hot-swapped: {config.target_parameters}")
     for field in _MUST_AGREE:
         one, other = getattr(config0, field), getattr(config1, field)
         if one != other:
@@ -79,6 +81,8 @@ def prepare_model_for_compiled_hotswap(
     layers = list(_lora_layers(model))
     if not layers:
         raise ValueError("The model has no LoRA layers: load the first adapter before preparing it for others")
+    if target_rank is not None and any(layer.op.kind == "Parameter" for _, layer in layers):
+        raise ValueError("LoRAs of bare parameters (target_parameters) cannot be given another rank")
     largest = max(len(layer.factors(name)[0]) for _, layer in layers for name in layer._available_adapters)
     if target_rank is not None and largest > target_rank:
         raise ValueError(f"target_rank={target_rank} is smaller than a rank that the model has, {largest}")
@@ -118,7 +122,8 @@ def hotswap_adapter_from_state_dict(
     """Write another adapter's tensors into an adapter that is in place. Layers that it lacks do nothing then.
 
     Args:
-        state_dict: by their keys in a file, with or without `base_model.model.`.
+        state_dict: by their keys in a file or in the model (diffusers has put the adapter's name into them), with or
+            without `base_model.model.`.
         config: the other adapter's; its scaling is taken over.
         parameter_prefix: of the tensors' names; others are refused.
 
@@ -131,7 +136,8 @@ def hotswap_adapter_from_state_dict(
         raise ValueError(f"There is no LoRA adapter {adapter_name!r} in the model to be replaced")
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"Adapter {adapter_name!r} is merged: call unmerge_adapter() before replacing it")
-    places = {file.removeprefix(_PREFIX): name for name, file in adapter_keys(model, adapter_name).items()}
+    keys = adapter_keys(model, adapter_name)
+    places = {key.removeprefix(_PREFIX): name for name, file in keys.items() for key in (name, file)}
     found = {key.removeprefix(_PREFIX): tensor for key, tensor in state_dict.items()}
     unexpected = [key for key in found if key not in places or f".{parameter_prefix}" not in f".{key}"]
     if unexpected:

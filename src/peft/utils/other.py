@@ -205,9 +205,10 @@ class Places:
                     self._of.setdefault(child, []).append((parent, name))
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:
-        """Put `new` wherever the model held `old`."""
+        """Put `new` wherever the model held `old`; then it may be replaced in its turn."""
         for parent, name in self._of[old]:
             setattr(parent, name, new)
+        self._of.setdefault(new, []).extend(self._of[old])
 
 
 def shared_parameters(model: nn.Module) -> set[int]:

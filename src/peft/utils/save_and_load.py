@@ -36,7 +36,7 @@ from .placement import (
     whole_tensor,
     whole_tensors,
 )
-from .quantization_utils import is_quantized
+from .quantization_utils import held_state, is_quantized
 from .warning import warn
 
 IncompatibleKeys = namedtuple("IncompatibleKeys", ["missing_keys", "unexpected_keys"])
@@ -57,13 +57,20 @@ def _holders(model: nn.Module):
 
 def adapter_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """`{key in model.state_dict(): key in the adapter's file}` for every tensor of one adapter."""
+    from ..tuners.tuners_utils import BaseTunerLayer
+
     keys: dict[str, str] = {}
     paths = {module: path for path, module in _holders(model)}
+    adapted = {path for module, path in paths.items() if isinstance(module, BaseTunerLayer)}
     for module, path in paths.items():
         if _holds_prompts(module, adapter_name):  # `BasePromptEncoder.to_file` makes the file's keys of these
             names = module[adapter_name].state_dict()
             keys.update({f"{path}.{adapter_name}.{name}": f"prompt_encoder.{name}" for name in names})
         stored = paths[getattr(module, "stored_as", module)]
+        if isinstance(module, BaseTunerLayer) and not module.numbered_in_files:
+            # Of a layer of another method around it the adapter's file knows nothing.
+            while stored.endswith(".base_layer") and stored.removesuffix(".base_layer") in adapted:
+                stored = stored.removesuffix(".base_layer")
         for attribute in module.adapter_layer_names:
             container = getattr(module, attribute, {})
             if adapter_name not in container or adapter_name in getattr(container, "_non_persistent_buffers_set", ()):
@@ -124,11 +131,17 @@ def _embedding_keys(model: nn.Module, save_embedding_layers: bool | str, config,
             )
     bases = [module.get_base_layer() if isinstance(module, BaseTunerLayer) else module for module in modules]
     bases = [base for base in bases if not isinstance(base, AuxiliaryTrainingWrapper)]
+    for base in bases if save_embedding_layers is True else ():
+        if not held_state(base):
+            raise ValueError(
+                f"save_embedding_layers=True, but {type(base).__name__} cannot be saved: leave it out, and the adapter "
+                "is loaded on a base model that is packed anew"
+            )
     return {
         f"{path}.{name}": _plain_name(f"{path}.{name}")
         for path, module in model.named_modules(remove_duplicate=False)
         if any(module is base for base in bases)
-        for name in module.state_dict()
+        for name in held_state(module)
     }
 
 
@@ -193,7 +206,7 @@ def adapter_content(
             "call unmerge_adapter() first"
         )
     keys.update(embeddings)
-    tensors = model.state_dict() if state_dict is None else state_dict
+    tensors = held_state(model) if state_dict is None else state_dict
     if state_dict is not None:
         tensors = {_plain_name(name): tensor for name, tensor in state_dict.items()}
         keys = {_plain_name(name): file for name, file in keys.items()}
@@ -252,26 +265,15 @@ def set_peft_model_state_dict(
     expected = {file: name for name, file in adapter_keys(model, adapter_name).items()}
     expected.update({_plain_name(name): name for name in _bias_keys(model, config, adapter_name)})
     # Of the base model a file may bring the embeddings, nothing else.
-    embeddings = {file: name for name, file in _embedding_keys(model, True, config, adapter_name).items()}
+    embeddings = {file: name for name, file in _embedding_keys(model, "any", config, adapter_name).items()}
     renamed = {_file_key(key, expected): tensor for key, tensor in peft_model_state_dict.items()}
     incoming = {expected[key]: tensor for key, tensor in renamed.items() if key in expected}
     for path, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and adapter_name in module._available_adapters:
             module.before_load(adapter_name, path, incoming)
-    found: dict[str, torch.Tensor] = {}
-    unexpected: list[str] = []
-    current = model.state_dict()
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    mismatched: list[str] = []
-    for key, tensor in renamed.items():
-        name = expected.get(key) or embeddings.get(key)
-        tensor = incoming.get(name, tensor)
-        if name is None:
-            unexpected.append(key)
-        elif (shape := logical_shape(parameters.get(name, current[name]))) != tensor.shape:
-            mismatched.append(f"{key}: {tuple(tensor.shape)} in the file, {tuple(shape)} in the model")
-        else:
-            found[name] = tensor
+    renamed |= {key: incoming[expected[key]] for key in renamed if key in expected}  # as the layers have changed them
+    current = held_state(model)
+    found, unexpected, mismatched = _places(model, current, renamed, {**embeddings, **expected})
     if mismatched:
         message = f"{len(mismatched)} tensors have another shape than the adapter's, such as {mismatched[:3]}"
         if not ignore_mismatched_sizes:
@@ -299,6 +301,23 @@ def set_peft_model_state_dict(
                 with module.whole_adapter(adapter_name, write=True):
                     module.after_load(adapter_name)
     return IncompatibleKeys(missing, unexpected)
+
+
+def _places(
+    model: nn.Module, current: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], names: dict[str, str]
+) -> tuple[dict[str, torch.Tensor], list[str], list[str]]:
+    """Where a file's tensors go, by their `names` in the model: those, what has no name, and what has another shape."""
+    found, unexpected, mismatched = {}, [], []
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for key, tensor in tensors.items():
+        name = names.get(key)
+        if name is None:
+            unexpected.append(key)
+        elif (shape := logical_shape(parameters.get(name, current[name]))) != tensor.shape:
+            mismatched.append(f"{key}: {tuple(tensor.shape)} in the file, {tuple(shape)} in the model")
+        else:
+            found[name] = tensor
+    return found, unexpected, mismatched
 
 
 def _is_elsewhere(model: nn.Module, name: str) -> bool:
@@ -517,7 +536,7 @@ def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _base_key(key: str) -> str:
     key = _plain_name(key).removeprefix("base_model.model.")
-    return key.replace(".base_layer.", ".").replace(".original_module.", ".")
+    return key.replace(".base_layer", "").replace(".original_module.", ".")
 
 
 explain_missing(__name__)

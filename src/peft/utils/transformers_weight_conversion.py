@@ -108,8 +108,8 @@ class _SingleExperts(WeightRenaming):
             parameters = ", ".join(pattern.lstrip(".") for pattern in self.target_patterns)
             raise NotImplementedError(
                 f"The adapter changes a single expert ({source_key}), but this version of transformers holds all "
-                f"experts of a layer in one parameter ({parameters}). Adapters of parameters (target_parameters) are "
-                "not in this version of peft"
+                f"experts of a layer in one parameter ({parameters}), for which there is target_parameters; adapters "
+                "of single experts are not converted to it"
             )
         return source_key, None
 
@@ -177,9 +177,9 @@ def warn_of_single_experts(model: nn.Module, target_modules) -> list[str]:
     if names:
         warn(
             f"The experts' {', '.join(names)} are not adapted: this version of transformers holds those of all experts "
-            f"of a layer in one parameter ({', '.join(sorted({merged[name] for name in names}))}), and adapters of "
-            "parameters (target_parameters) are not in this version of peft. Modules of these names outside the "
-            "experts are adapted",
+            f"of a layer in one parameter. To adapt those, give target_parameters "
+            f"({', '.join(sorted({merged[name] for name in names}))}). Modules of these names outside the experts are "
+            "adapted",
         )
     return names
 

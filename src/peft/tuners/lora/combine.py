@@ -131,6 +131,10 @@ def combined_config(configs: Sequence, rank: int):
             raise ValueError(
                 "use_dora=True: what a DoRA does is no sum of weighted changes, so it cannot be combined; merge it"
             )
+        if config.target_parameters:
+            raise ValueError(
+                f"target_parameters={config.target_parameters}: LoRAs of bare parameters cannot be combined; merge them"
+            )
         if config.modules_to_save:
             raise ValueError(
                 f"modules_to_save={sorted(config.modules_to_save)}: modules that are trained whole cannot be combined"

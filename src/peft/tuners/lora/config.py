@@ -7,28 +7,24 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
 from ..._lazy import explain_missing
-from ...config import documented
+from ...config import check_types, documented
 from ...utils.peft_types import PeftType
 from ..common_config import TargetedConfig, check_probability, check_rank_and_alpha, check_tokens
 
-INIT_NAMES = ("gaussian", "orthogonal", "loftq", "pissa", "pissa_niter_<number>", "olora")
+INIT_NAMES = (
+    "gaussian", "orthogonal", "eva", "loftq", "pissa", "pissa_niter_<number>", "olora", "corda", "lora_ga",
+)  # fmt: skip
+PREPARED_INITS = ("corda", "lora_ga")  # whose factors are computed from data before there is an adapter
 # Initialisations of upstream's that are not in this version. An adapter's file brings its tensors, whatever they were
-# initialised with; but some of the methods take the initial delta out of the base weights, and the file is for those.
-INITS_NOT_YET = ("eva", "mica")
-INITS_NOT_YET_THAT_CHANGE_THE_BASE = ("corda", "lora_ga")
-INIT_FIELDS = ("eva_config", "corda_config", "lora_ga_config")  # how to initialise, and nothing else
+# initialised with.
+INITS_NOT_YET = ("mica",)
 # Switches of upstream's whose method is not in this version: field -> what it would be.
 NOT_YET = {
     "megatron_config": "Megatron parallel layers",
-    "eva_config": "EVA initialisation",
-    "corda_config": "CorDA initialisation",
-    "lora_ga_config": "LoRA-GA initialisation",
     "velora_config": "VeLoRA",
     "alora_invocation_tokens": "activated LoRA",
     "use_qalora": "QA-LoRA",
     "monteclora_config": "MonteCLoRA",
-    "layer_replication": "layer replication",
-    "target_parameters": "LoRA on bare parameters",
     "use_bdlora": "block-diagonal LoRA",
     "arrow_config": "Arrow routing",
     "kasa_config": "KaSA",
@@ -55,6 +51,99 @@ class LoftQConfig:
             raise ValueError(f"loftq_bits must be 2, 4 or 8, got {self.loftq_bits!r}")
         if not isinstance(self.loftq_iter, int) or self.loftq_iter < 1:
             raise ValueError(f"loftq_iter must be a whole number of at least 1, got {self.loftq_iter!r}")
+
+
+@dataclass
+class EvaConfig:
+    """How EVA (arXiv 2410.07170) takes A and the ranks of the layers from their inputs.
+
+    Raises:
+        TypeError, ValueError: a value of another type or outside its range; it is named with the rule.
+    """
+
+    rho: float = 2.0
+    """A layer gets at most rho times its rank in the configuration, at the cost of others; 1: all keep theirs."""
+    tau: float = 0.99
+    """A layer's components are final when the cosines between those of two batches in a row are as large as this."""
+    use_label_mask: bool = True
+    """Leave out tokens that bear no loss (of batches with labels)."""
+    label_mask_value: int = -100
+    """The label of those."""
+    whiten: bool = False
+    """Divide the rows of A by the roots of their singular values."""
+    adjust_scaling_factors: bool = True
+    """Let lora_alpha follow the rank of a layer, so that the scaling stays."""
+
+    def __post_init__(self):
+        check_types(self)
+        if self.rho < 1:
+            raise ValueError(f"rho must be at least 1, got {self.rho!r}")
+        check_probability(self, "tau")
+
+
+@dataclass
+class CordaConfig:
+    """How CorDA (arXiv 2406.05223) decomposes weights by what goes through them.
+
+    Raises:
+        TypeError, ValueError: a value of another type or outside its range; it is named with the rule.
+    """
+
+    cache_file: str | None = None
+    """Where the decompositions are written, or, if the file is there, read from."""
+    covariance_file: str | None = None
+    """The same for the covariances of the inputs."""
+    corda_method: Literal["ipm", "kpm"] = "ipm"
+    """"ipm": adapt what matters most to the data, to learn it faster. "kpm": what matters least to them, so that what
+    the model knows of them stays."""
+    verbose: bool = False
+    """Show the progress."""
+    use_float16_for_covariance: bool = False
+    """Collect the covariances in float16, which takes half the memory."""
+    prune_temporary_fields: bool = True
+    """Remove what was prepared from the modules when the adapter has taken it over."""
+
+    def __post_init__(self):
+        check_types(self)
+        if self.corda_method not in ("ipm", "kpm"):
+            raise ValueError(f"corda_method must be 'ipm' or 'kpm', got {self.corda_method!r}")
+
+
+@dataclass
+class LoraGAConfig:
+    """How LoRA-GA (arXiv 2407.05000) makes factors of the gradient of a weight, `G = U S V^T`.
+
+    Raises:
+        TypeError, ValueError: a value of another type or outside its range; it is named with the rule.
+    """
+
+    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
+    """Which of the first 2 r singular vectors A (of V) and B (of U) get: "ArB2r": A the first r, B the others (theorem
+    3.1). "A2rBr": the other way round. "ArBr": every second one each. "random": r each, drawn at random."""
+    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
+    """Lengths of A's rows and B's columns. "stable": O^(1/4) / sqrt(stable_gamma), for O output channels (theorem 3.2).
+    "weight_svd": those of B are the largest singular value of the weight. "gd_scale": 1 / scaling. "unit": 1."""
+    stable_gamma: int = 16
+    """For scale="stable"."""
+
+    def __post_init__(self):
+        check_types(self)
+        for name, known in (
+            ("direction", ("ArBr", "A2rBr", "ArB2r", "random")),
+            ("scale", ("stable", "weight_svd", "gd_scale", "unit")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        if self.stable_gamma < 1:
+            raise ValueError(f"stable_gamma must be at least 1, got {self.stable_gamma!r}")
+
+
+INIT_CONFIGS: dict[str, tuple[str, type]] = {
+    "eva": ("eva_config", EvaConfig),
+    "corda": ("corda_config", CordaConfig),
+    "lora_ga": ("lora_ga_config", LoraGAConfig),
+}
+"""Initialisation -> the field with its settings, and their class."""
 
 
 @dataclass
@@ -91,8 +180,9 @@ class LoraConfig(TargetedConfig):
     """True: A Kaiming-uniform, B zero. "gaussian": A normal with deviation 1/r, B zero. "orthogonal": A and B with
     orthogonal factors whose product is zero. "loftq": the base weights are quantised, and A and B make up for the error
     (arXiv 2310.08659). "pissa" (arXiv 2404.02948), "pissa_niter_<number>" (the same, with a fast decomposition) and
-    "olora" (arXiv 2406.01775): A and B are a main part of the base weights, which lose it. False: both random, so that
-    the delta is not zero (for tests).
+    "olora" (arXiv 2406.01775): A and B are a main part of the base weights, which lose it. "eva": A from the layers'
+    inputs, see `initialize_lora_eva_weights`. "corda", "lora_ga": A and B from data too, see `preprocess_corda`,
+    `preprocess_loraga`. False: both random, so that the delta is not zero (for tests).
     Files of adapters that were initialised in another way are read; see the compatibility page."""
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
     """Ranks of single layers: {regular expression for the end of a module's name: rank}."""
@@ -107,12 +197,12 @@ class LoraConfig(TargetedConfig):
     module's name: ids}. What is tied to a module is trained along."""
     loftq_config: LoftQConfig | dict | None = field(default_factory=dict)
     """Bits and turns of init_lora_weights="loftq": a LoftQConfig, or its fields as a dict."""
-    eva_config: dict | None = None
-    """Not in this version."""
-    corda_config: dict | None = None
-    """Not in this version."""
-    lora_ga_config: dict | None = None
-    """Not in this version."""
+    eva_config: EvaConfig | dict | None = None
+    """Settings of init_lora_weights="eva": an EvaConfig, or its fields as a dict."""
+    corda_config: CordaConfig | dict | None = None
+    """Settings of init_lora_weights="corda": a CordaConfig, or its fields as a dict."""
+    lora_ga_config: LoraGAConfig | dict | None = None
+    """Settings of init_lora_weights="lora_ga": a LoraGAConfig, or its fields as a dict."""
     use_dora: bool = False
     """Train the weight's magnitude, one number per output channel, apart from its direction, to which LoRA is applied
     (arXiv 2402.09353)."""
@@ -127,13 +217,14 @@ class LoraConfig(TargetedConfig):
     monteclora_config: dict | None = None
     """Not in this version."""
     layer_replication: list[tuple[int, int]] | None = None
-    """Not in this version."""
+    """Layers of a deeper model, as ranges (first, last + 1) of the model's: [(0, 3), (1, 4)] is 0, 1, 2, 1, 2, 3. Those
+    that come again share their weights, and have adapters of their own."""
     runtime_config: LoraRuntimeConfig | dict = field(default_factory=LoraRuntimeConfig)
     """How to run; not saved."""
     lora_bias: bool = False
     """Give B a bias of its own; it goes into the layer's bias on merging."""
     target_parameters: list[str] | None = None
-    """Not in this version."""
+    """Bare parameters to adapt, such as the fused experts of a layer: ends of their names ("experts.down_proj")."""
     use_bdlora: dict | None = None
     """Not in this version."""
     arrow_config: dict | None = None
@@ -147,12 +238,17 @@ class LoraConfig(TargetedConfig):
         super().__post_init__()
         self.peft_type = PeftType.LORA
         self._check_loftq()
+        self._check_init_configs()
+        self._check_parameters()
+        for one in self.layer_replication or ():
+            if len(one) != 2 or not 0 <= one[0] < one[1]:
+                raise ValueError(f"layer_replication must be pairs (first, last + 1) of layers, got {tuple(one)}")
         self._check_numbers()
         tokens = self.trainable_token_indices or {}
         for name, ids in (tokens if isinstance(tokens, dict) else {"input embeddings": tokens}).items():
             check_tokens(f"trainable_token_indices ({name})", ids)
         for name, what in NOT_YET.items():
-            if getattr(self, name) and not (self.inference_mode and name in INIT_FIELDS):
+            if getattr(self, name):
                 raise NotImplementedError(f"{name}={getattr(self, name)!r}: {what} is not in this version of peft")
         if isinstance(self.runtime_config, dict):
             self.runtime_config = LoraRuntimeConfig(**self.runtime_config)
@@ -170,7 +266,7 @@ class LoraConfig(TargetedConfig):
         init = self.init_lora_weights
         if isinstance(init, bool) or init in INIT_NAMES or re.fullmatch(r"pissa_niter_\d+", str(init)):
             return
-        if init not in INITS_NOT_YET and init not in INITS_NOT_YET_THAT_CHANGE_THE_BASE:
+        if init not in INITS_NOT_YET:
             raise ValueError(f"init_lora_weights must be True, False or one of {INIT_NAMES}, got {init!r}")
         if not self.inference_mode:
             raise NotImplementedError(
@@ -192,15 +288,44 @@ class LoraConfig(TargetedConfig):
             raise ValueError(f"loftq_config={given} has no effect unless init_lora_weights is 'loftq'")
         self.loftq_config = asdict(LoftQConfig(**given)) if self.init_lora_weights == "loftq" else given
 
+    def _check_parameters(self):
+        if not self.target_parameters:
+            return
+        for name in ("lora_dropout", "use_dora", "lora_bias"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} does not go with target_parameters, whose owners run whole"
+                )
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} is for linear layers: with target_parameters it must be "
+                "True, False or 'gaussian'"
+            )
+
+    def _check_init_configs(self):
+        """Fill in the settings of the initialisation; files may have those of another one, see `_check_loftq`."""
+        for init, (name, settings) in INIT_CONFIGS.items():
+            given = getattr(self, name)
+            if given and self.init_lora_weights != init and not self.inference_mode:
+                raise ValueError(f"{name}={given} has no effect unless init_lora_weights is {init!r}")
+            if self.init_lora_weights == init and not isinstance(given, settings):
+                known = {entry.name for entry in fields(settings)}
+                if unknown := sorted(set(given or {}) - known):
+                    raise ValueError(f"{name} has {sorted(known)}, got {unknown}")
+                setattr(self, name, settings(**(given or {})))
+
     @property
     def init_changes_base(self) -> bool:
         """Whether the adapter's tensors fit only base weights that its initialisation has changed."""
         init = str(self.init_lora_weights)
-        return init in ("olora", *INITS_NOT_YET_THAT_CHANGE_THE_BASE) or init.startswith("pissa")
+        return init in ("olora", *PREPARED_INITS) or init.startswith("pissa")
 
     def to_dict(self):
         content = super().to_dict()
         del content["runtime_config"]
+        for name, settings in INIT_CONFIGS.values():
+            if isinstance(content[name], settings):
+                content[name] = asdict(content[name])
         return content
 
 

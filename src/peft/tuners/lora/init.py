@@ -63,6 +63,16 @@ def orthogonal(A: torch.Tensor, B: torch.Tensor, r: int) -> None:
     B.data.copy_(torch.randn(B.shape[0], r // 2) @ even.T * scale)
 
 
+def lowrank(W: torch.Tensor, q: int, niter: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`U (O, q)`, `S (q,)`, `V (I, q)` as `torch.svd_lowrank`, but the same every time.
+
+    An adapter from a file needs the base weight that it was trained with.
+    """
+    with torch.random.fork_rng(devices=[W.device] if W.is_cuda else []):
+        torch.manual_seed(0)
+        return torch.svd_lowrank(W, q=q, niter=niter)
+
+
 def pissa(W: torch.Tensor, r: int, s: float, niter: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """`A`, `B` with `s B A` the part of `W` (O, I) with the largest singular values (arXiv 2404.02948, eq. 2 and 3).
 
@@ -72,10 +82,7 @@ def pissa(W: torch.Tensor, r: int, s: float, niter: int | None = None) -> tuple[
     if niter is None:
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     else:
-        # The same random start every time: an adapter from a file needs the base weight that it was trained with.
-        with torch.random.fork_rng(devices=[W.device] if W.is_cuda else []):
-            torch.manual_seed(0)
-            U, S, V = torch.svd_lowrank(W, q=r, niter=niter)
+        U, S, V = lowrank(W, r, niter)
         Vh = V.T
     root = (S[:r] / s).sqrt()
     return root[:, None] * Vh[:r], U[:, :r] * root
@@ -173,6 +180,7 @@ def without_initial(
         rank_pattern={name: 2 * r for name, r in config.rank_pattern.items()},
         alpha_pattern={name: growth * alpha for name, alpha in config.alpha_pattern.items()},
         init_lora_weights=True,
-        **dict.fromkeys(("corda_config", "lora_ga_config")),
+        corda_config=None,
+        lora_ga_config=None,
     )
     return config, new

@@ -20,8 +20,10 @@ from ...utils.placement import home_device, offload_hook
 from ...utils.quantization_utils import is_quantized
 from ..ops import is_plain, no_global_hooks
 from ..tuners_utils import BaseTunerLayer, ScaledLayer
+from .config import PREPARED_INITS
 from .fused import fused_lora, lora_delta
 from .init import at_work, check_start, factors_out_of, init_function
+from .prepared import prepared
 from .variants import Variant, variant_of
 
 # Names under which callers find arguments that variants take; none of ours takes any.
@@ -112,7 +114,7 @@ class LoraLayer(ScaledLayer):
         init = config.init_lora_weights
         out_of = factors_out_of(config)
         is_loftq = init == "loftq"
-        if not is_loftq and out_of is None:
+        if not is_loftq and init not in PREPARED_INITS and out_of is None:
             return None
         if config.from_file and (is_quantized(base) if is_loftq else self.op.kind == "Embedding"):
             return None  # quantised already; upstream never changes tables
@@ -142,6 +144,8 @@ class LoraLayer(ScaledLayer):
             bits, turns = (config.loftq_config[field] for field in ("loftq_bits", "loftq_iter"))
             return partial(self._apply_loftq, name, bits, turns)
         check_start(init, self.op.weight_shape, self.r[name], self.scaling[name])
+        if init in PREPARED_INITS:
+            out_of = prepared(base, init, self.r[name])
         return partial(self._take_out, name, config, out_of)
 
     def _apply_loftq(self, name: str, bits: int, turns: int) -> None:
@@ -165,6 +169,23 @@ class LoraLayer(ScaledLayer):
         for factor, value in zip(self.factors(name), (A, B / self.scaling[name])):
             if not factor.is_meta:
                 factor.data.copy_(value)
+
+    @torch.no_grad()
+    def set_rank(self, name: str, lora_alpha: float, A: torch.Tensor, B: torch.Tensor) -> None:
+        """Start from the factors `A (r, I)`, `B (O, r)` of whatever rank; parameters stay those that they were.
+
+        (Those on the meta device are replaced by ones where the base layer is.)
+        """
+        self.r[name], self.lora_alpha[name] = len(A), lora_alpha
+        self.scaling[name] = self._initial_scaling(name)
+        home = home_device(self.get_base_layer())
+        for module, value, size in ((self.lora_A[name], A, "out_features"), (self.lora_B[name], B, "in_features")):
+            old = module.weight
+            if old.is_meta:
+                module.weight = nn.Parameter(value.to(home, old.dtype), requires_grad=old.requires_grad)
+            else:
+                old.data = value.to(old)
+            setattr(module, size, len(A))
 
     def _delta_bias(self, name: str) -> torch.Tensor | None:
         return self.lora_B[name].bias * self.scaling[name] if self.lora_bias[name] else None
@@ -327,4 +348,10 @@ class Embedding(LoraLayer, nn.Module):
         return self.op.scaled(F.linear(F.embedding(x, A.T), B) * self.scaling[name])
 
 
-explain_missing(__name__, dict.fromkeys(["dequantize_module_weight", "gather_params_ctx"], "peft.utils.integrations"))
+explain_missing(
+    __name__,
+    {
+        "ParamWrapper": "peft.tuners.lora.parameters",
+        **dict.fromkeys(["dequantize_module_weight", "gather_params_ctx"], "peft.utils.integrations"),
+    },
+)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Literal
+
+import torch
 
 from ..._lazy import explain_missing
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from ...utils.other import shared_parameters
 from ...utils.quantization_utils import find_backend
 from ..base import BaseTuner
-from ..targeting import for_module
+from ..targeting import for_module, name_matches
 from .bnb import Linear4bit, Linear8bitLt
 from .combine import Combination, combined_config, fill
-from .config import INITS_NOT_YET_THAT_CHANGE_THE_BASE
+from .config import LoraConfig
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
+from .parameters import walk_parameters, wrapper_of
+from .replication import replicate_layers
 
 
 def rank_and_alpha(config, key: str) -> tuple[int, float]:
@@ -21,8 +27,16 @@ def rank_and_alpha(config, key: str) -> tuple[int, float]:
     return r, for_module(key, config.alpha_pattern, config.lora_alpha)
 
 
+def _ranges(config) -> list[list[int]]:
+    return [list(one) for one in config.layer_replication or ()]
+
+
 class LoraModel(BaseTuner):
     """A model with LoRA adapters (arXiv 2106.09685); see `BaseTuner`."""
+
+    @staticmethod
+    def _undo_replication() -> None:  # there is none
+        pass
 
     prefix = "lora_"
     tuner_layer_cls = LoraLayer
@@ -30,24 +44,66 @@ class LoraModel(BaseTuner):
     layer_classes = {"Linear": Linear, "Conv1d": Conv1d, "Conv2d": Conv2d, "Conv3d": Conv3d, "Embedding": Embedding}
     packed_linear_classes = {"bitsandbytes 4-bit": Linear4bit, "bitsandbytes 8-bit": Linear8bitLt}  # others: Linear
 
-    def check_new_config(self, config):
-        """Refuse saved adapters that are for other base weights than the model's.
+    def prepare_config(self, config):
+        if config.target_parameters and config.target_modules is None:
+            config.target_modules = set()
+        return super().prepare_config(config)
 
-        Raises:
-            NotImplementedError: the adapter's initialisation took its delta out of the base weights, too.
-        """
+    def check_new_config(self, config):
+        """Refuse adapters of other parameters than the first one's: in files their layers are numbered."""
         super().check_new_config(config)
-        if config.init_lora_weights in INITS_NOT_YET_THAT_CHANGE_THE_BASE:
-            init = config.init_lora_weights
-            raise NotImplementedError(
-                f"The adapter was saved with init_lora_weights={init!r}: {init} changed the base weights as well, and "
-                "the adapter fits only those. This version of peft cannot make them. Either convert the adapter to a "
-                "plain one with the package that made it (save_pretrained with path_initial_model_for_weight_conversion"
-                "), or, if the model at hand has the changed weights already, set init_lora_weights to true in "
-                "adapter_config.json (or give config=PeftConfig.from_pretrained(folder, init_lora_weights=True))"
+        others = [other for other in self.peft_config.values() if isinstance(other, LoraConfig) and other is not config]
+        if any(sorted(other.target_parameters or ()) != sorted(config.target_parameters or ()) for other in others):
+            raise ValueError(
+                "All adapters of a model must have the same target_parameters: the others have "
+                f"{others[0].target_parameters}, got {config.target_parameters}"
             )
 
+        if any(_ranges(other) != _ranges(config) for other in others):
+            raise ValueError(
+                "All adapters of a model must have the same layer_replication: the others have "
+                f"{others[0].layer_replication}, got {config.layer_replication}"
+            )
+
+    def inject_adapter(self, model, adapter_name, *args, **kwargs):
+        config = self.peft_config[adapter_name]
+        first = len(self.peft_config) == 1 and config.layer_replication
+        if first:
+            self._undo_replication = replicate_layers(model, config.layer_replication)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            if first:
+                self._undo_replication()
+            raise
+
+    def unload(self):
+        model = super().unload()
+        self._undo_replication()
+        return model
+
+    def parameter_targets(self, config):
+        if not config.target_parameters:
+            return {}
+        walked = walk_parameters(self.model)
+        return {key: place for key, *place in walked if name_matches(config.target_parameters, key)}
+
+    def _add_to_parameters(self, config, adapter_name: str) -> None:
+        shared, active, disabled = shared_parameters(self.model), self.active_adapters, self._adapters_disabled
+        for key, (owner, name) in self.parameter_targets(config).items():
+            layer = wrapper_of(self.model, owner, name)
+            if adapter_name in layer._available_adapters:
+                continue  # the module stands in several places
+            if not layer._available_adapters:
+                layer._active_adapter = list(active)
+                layer.enable_adapters(not disabled)
+            with torch.device("meta") if layer.weight.is_meta else nullcontext():
+                layer.update_layer(adapter_name, config, **self.layer_kwargs(config, key))
+            self._move_to_base(layer, adapter_name)
+            layer.op.shared |= id(layer.weight) in shared
+
     def add_parts(self, config, adapter_name):
+        self._add_to_parameters(config, adapter_name)
         if getattr(config, "trainable_token_indices", None):
             from ..trainable_tokens.wrapper import wrap_trainable_tokens
 
@@ -115,5 +171,8 @@ class LoraModel(BaseTuner):
 
 explain_missing(
     __name__,
-    dict.fromkeys(["dare_linear", "dare_ties", "magnitude_prune", "task_arithmetic", "ties"], "peft.utils.merge_utils"),
+    {"ParamWrapper": "peft.tuners.lora.parameters"}
+    | dict.fromkeys(
+        ["dare_linear", "dare_ties", "magnitude_prune", "task_arithmetic", "ties"], "peft.utils.merge_utils"
+    ),
 )
