@@ -18,13 +18,14 @@ import torch
 from torch import nn
 
 from ._lazy import explain_missing
-from .config import PeftConfig, split_hub_kwargs
+from .config import PeftConfig, find_file, split_hub_kwargs
 from .mapping import PEFT_TYPE_TO_TUNER_MAPPING, config_class
 from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 from .tuners.base import BASE_ADAPTER, BaseTuner, check_adapter_name
 from .tuners.parts import modules_with_adapters
 from .tuners.prompt_learning import PromptTuner
 from .tuners.tuners_utils import BaseTunerLayer
+from .utils.constants import CONFIG_NAME
 from .utils.other import AuxiliaryTrainingWrapper
 from .utils.peft_types import PeftType, TaskType
 from .utils.placement import reshard
@@ -529,6 +530,8 @@ class PeftModel(nn.Module):
             config.inference_mode = not is_trainable
             _set_runtime(config, ephemeral_gpu_offload)
             self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
+        elif (path := find_file(model_id, CONFIG_NAME, **hub)) is not None:
+            self._tuner.before_loading(adapter_name, PeftConfig.from_json_file(path))
         try:
             tensors |= load_prompt_network(self, adapter_name, model_id, torch_device, **hub)
             result = set_peft_model_state_dict(

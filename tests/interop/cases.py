@@ -22,7 +22,7 @@ class ConvNet(nn.Module):
         super().__init__()
         self.line = nn.Sequential(nn.Conv1d(4, 6, 3, padding=1), nn.ReLU())
         oblong, square = nn.Conv2d(6, 8, (3, 1), stride=(2, 1), padding=(1, 0)), nn.Conv2d(8, 8, 2)
-        self.plane = nn.Sequential(oblong, nn.ReLU(), nn.ZeroPad2d((1, 0, 1, 0)), square, nn.ReLU())
+        self.plane = nn.Sequential(oblong, nn.ReLU(), nn.ZeroPad2d((1, 0, 1, 0)), square, nn.Conv2d(8, 8, 1))
         self.space = nn.Sequential(nn.Conv3d(8, 4, 2, bias=False), nn.ReLU())
         self.head = nn.Linear(12, 5)
 
@@ -217,8 +217,8 @@ def _scaling_cases() -> list[Case]:
         llama("BOFTConfig")("BOFT, 2 blocks, all-linear", boft_block_size=0, boft_block_num=2,
                             target_modules="all-linear"),
         _Family("opt", _causal, "BOFTConfig")("BOFT, OPT, biases", bias="boft_only", target_modules=["fc1", "q_proj"]),
-        # Upstream's OFT and BOFT fail on kernels that are not square, its OFT leaves the padding out.
-        images("OFTConfig")("OFT, convolutions", oft_block_size=2, target_modules=["plane.3", "head"]),
+        # Upstream's BOFT fails on kernels that are not square, its OFT is itself when merged for those of size 1 alone.
+        images("OFTConfig")("OFT, convolutions", oft_block_size=2, target_modules=["plane.4", "head"]),
         images("BOFTConfig")("BOFT, convolutions", boft_block_size=2, target_modules=["plane.3", "head"]),
         images("LNTuningConfig")("LN tuning, linear", target_modules=["head"]),
     ]  # fmt: skip

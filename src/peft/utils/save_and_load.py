@@ -271,6 +271,7 @@ def set_peft_model_state_dict(
     for path, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and adapter_name in module._available_adapters:
             module.before_load(adapter_name, path, incoming)
+    renamed |= {key: incoming[expected[key]] for key in renamed if key in expected}  # as the layers have changed them
     current = held_state(model)
     found, unexpected, mismatched = _places(model, current, renamed, {**embeddings, **expected})
     if mismatched:
