@@ -98,7 +98,10 @@ class LinearAdapterConfig:
 class FinetunaConfig(TargetedConfig):
     """A LoRA of which every layer has its own rank, alpha, dropout and bias, as `new_finetuned` makes it."""
 
-    init_lora_weights: ClassVar[bool] = True  # what LoRA asks of a configuration
+    # What LoRA asks of a configuration.
+    init_lora_weights: ClassVar[bool] = True
+    layer_replication: ClassVar[None] = None
+    target_parameters: ClassVar[None] = None
 
     adapters: dict[str, dict] = field(default_factory=dict)
     """The layers and their adapters: {end of the layer's name: fields of its LoraConfig}. target_modules follows."""
