@@ -106,9 +106,9 @@ SUITES = {
         rates={
             "full": (1e-4, 2e-4, 5e-4),
             "lora": (1e-3, 2e-3, 5e-3),
-            "sft-rigl": (1e-3, 2e-3, 5e-3),
+            "sft-rigl": (5e-4, 1e-3, 2e-3, 5e-3),
             "sft-sm3": (1e-3, 3e-3, 1e-2),
-            "sft-static": (1e-3, 2e-3, 5e-3),
+            "sft-static": (5e-4, 1e-3, 2e-3, 5e-3),
             "ssf": (5e-3, 1e-2, 2e-2),
             "head": (3e-3, 1e-2, 3e-2),
         },

@@ -45,8 +45,8 @@ def formulations(shape: tuple[int, int], density: float, tokens: int, dtype: tor
         F.linear(x, weight.flatten().scatter_add(0, indices.long(), values).view(shape))
 
     def sampled():
-        rows = (gradients.transposed_rows(gradient), gradients.transposed_rows(x))
-        gradients._sampled_product(*rows, indices)
+        blocks = (gradients.transposed_blocks(gradient), gradients.transposed_blocks(x))
+        gradients._sampled_product(*blocks, indices)
 
     found = {
         "frozen": lambda: F.linear(x, weight),

@@ -1,4 +1,4 @@
-"""Runs for test_distributed.py: `distributed_worker.py FOLDER loops|trainers`, started by torchrun, once per process.
+"""Runs for test_distributed.py: `distributed_worker.py FOLDER loops|trainers|adapters|zero3`, started by torchrun.
 
 Each scenario takes its start (model, batches) from the folder, where the test has put it, and leaves its result there.
 The test imports the same functions to do in one process, on the joined batch, what the two processes did.
@@ -21,6 +21,7 @@ from torch.utils import checkpoint
 
 from peft import SftAdamW, SftConfig, SftSelector, SftSM3, get_peft_model, get_peft_model_state_dict
 from peft.tuners.sft import gradients
+from peft.utils.placement import is_sharded, whole_tensor
 
 BETAS = (0.9, 0.99)
 TOTAL = 20
@@ -212,11 +213,12 @@ def run_sharded(name, folder, rank):
         fully_shard(module)
     refused = message_of(ValueError, lambda: drive(model, model)) if name == "SFT" else None
     train_plainly(model, share_of(rank, batches))
-    whole = {
-        key: value.full_tensor() if hasattr(value, "full_tensor") else value
-        for key, value in get_peft_model_state_dict(model).items()
-    }
-    return {"adapter": whole, "refused": refused}
+    return {"adapter": whole_adapter(model), "refused": refused}
+
+
+def whole_adapter(model):
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {key: whole_tensor(value).detach().clone() for key, value in tensors.items()}
 
 
 def train_plainly(model, batches):
@@ -361,6 +363,96 @@ def trainers(folder, rank):
     torch.save(run_accelerate(folder, rank), folder / f"accelerate.{rank}.pt")
 
 
+# ---- Adapters of language models, by accelerate ----
+
+ZERO3 = {
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_accumulation_steps": 1,
+    "gradient_clipping": 0.0,  # 1 otherwise
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+    # 0: the adapter's small tensors are partitioned like all others
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+}
+
+
+def make_accelerator(kind):
+    """For DDP, FSDP2 or DeepSpeed. accelerate has the latter two on accelerators only, so it is told afterwards."""
+    from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
+    told = {"fsdp2": DistributedType.FSDP, "zero3": DistributedType.DEEPSPEED}
+    for state in (PartialState, AcceleratorState):  # the one is copied into the other now and then
+        state._shared_state["distributed_type"] = told.get(kind, DistributedType.MULTI_CPU)
+    if kind == "fsdp2":
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            state_dict_type="FULL_STATE_DICT",
+            cpu_ram_efficient_loading=False,
+        )
+    elif kind == "zero3":
+        plugin = DeepSpeedPlugin(hf_ds_config=ZERO3)
+        plugin.select(_from_accelerator_state=True)
+        accelerator.state.deepspeed_plugins = {"default": plugin}
+        accelerator.deepspeed_engine_wrapped = None
+    return accelerator
+
+
+def train_tokens(model, optimizer, batches, backward):
+    for ids in batches:
+        backward(model(input_ids=ids, labels=ids).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def adapters_optimizer(model):
+    return torch.optim.SGD([param for param in model.parameters() if param.requires_grad], lr=0.1, momentum=0.9)
+
+
+def run_adapter(kind, method, folder, rank):
+    """Train two steps, save the adapter in two ways; save the state, train on, and load the state again."""
+    model, batches = torch.load(folder / f"{method}.pt", weights_only=False)
+    accelerator = make_accelerator(kind)
+    model, optimizer = accelerator.prepare(model, adapters_optimizer(model))
+    share = [ids.chunk(2)[rank] for ids in batches]
+    train_tokens(model, optimizer, share, accelerator.backward)
+    plain = accelerator.unwrap_model(model)
+    place = folder / f"{kind}-{method}"
+    options = {"is_main_process": accelerator.is_main_process, "save_embedding_layers": False}
+    plain.save_pretrained(place / "gathered", **options)
+    state = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:  # which alone has it all, and alone saves, as in transformers' Trainer
+        plain.save_pretrained(place / "state dict", state_dict=state, **options)
+    tensors = whole_adapter(plain)
+    accelerator.save_state(place / "state")
+    train_tokens(model, optimizer, share, accelerator.backward)
+    later = whole_adapter(plain)
+    accelerator.load_state(place / "state")
+    restored = whole_adapter(plain)
+    sharded = [name for name, p in plain.named_parameters() if is_sharded(p)]
+    return {"tensors": tensors, "later": later, "restored": restored, "sharded": sharded}
+
+
+def adapters(folder, rank, kinds=("ddp", "fsdp2")):
+    for kind in kinds:
+        for method in ("lora", "ssf"):
+            torch.save(run_adapter(kind, method, folder, rank), folder / f"{kind}-{method}.{rank}.pt")
+
+
+def zero3(folder, rank):
+    adapters(folder, rank, ["zero3"])
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"loops": loops, "trainers": trainers}[sys.argv[2]](Path(sys.argv[1]), int(os.environ["RANK"]))
+    runs = {"loops": loops, "trainers": trainers, "adapters": adapters, "zero3": zero3}
+    runs[sys.argv[2]](Path(sys.argv[1]), int(os.environ["RANK"]))

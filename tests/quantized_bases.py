@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def four_bit(quant_type: str, nested: bool = False, dtype: torch.dtype = torch.float32, blocksize: int = 64):
+def four_bit(quant_type: str, nested: bool = False, dtype: torch.dtype = torch.float32):
     def pack(linear: nn.Linear) -> nn.Module:
         bnb = pytest.importorskip("bitsandbytes")
         layer = bnb.nn.Linear4bit(
@@ -19,7 +19,6 @@ def four_bit(quant_type: str, nested: bool = False, dtype: torch.dtype = torch.f
             compute_dtype=dtype, compress_statistics=nested, quant_type=quant_type,
         )  # fmt: skip
         layer.load_state_dict(linear.state_dict())
-        layer.weight.blocksize = blocksize
         return layer.to(dtype).to("cpu")
 
     return pack
@@ -124,8 +123,10 @@ BASES: dict[str, Base] = {
     "nf4": Base("bitsandbytes 4-bit", four_bit("nf4"), 0.2),
     "nf4 nested": Base("bitsandbytes 4-bit", four_bit("nf4", nested=True), 0.2),
     "nf4 bfloat16": Base("bitsandbytes 4-bit", four_bit("nf4", dtype=torch.bfloat16), 0.2, torch.bfloat16, 2e-2),
-    # On CPUs bitsandbytes 0.50.2 itself quantises some matrices to FP4 with an error of 80 %.
-    "fp4": Base("bitsandbytes 4-bit", four_bit("fp4", blocksize=128), 1.0),
+    "nf4 float16": Base(
+        "bitsandbytes 4-bit", four_bit("nf4", nested=True, dtype=torch.float16), 0.2, torch.float16, 5e-3
+    ),
+    "fp4": Base("bitsandbytes 4-bit", four_bit("fp4"), 0.25),
     "int8": Base("bitsandbytes 8-bit", eight_bit, 0.01),
     "hqq 4 bits": Base("HQQ", hqq(4), 0.2),
     "hqq 8 bits": Base("HQQ", hqq(8, axis=0), 0.01),
@@ -133,7 +134,7 @@ BASES: dict[str, Base] = {
     "torchao groups": Base("torchao int8", torchao("PerGroup"), 0.01),
     "quanto 8 bits": Base("quanto", quanto("qint8"), 0.01),
     "quanto 4 bits": Base("quanto", quanto("qint4"), 0.2),
-    "block-wise": Base("block-wise 8-bit", blockwise, 0.1),
+    "block-wise": Base("block-wise 8-bit", blockwise, 0.03),
     "GPTQ": Base("GPTQ", lambda linear: StandIn(linear, "qweight", "scales", "qzeros", "g_idx")),
     "AWQ": Base("AWQ", lambda linear: StandIn(linear, "qweight", "scales", "qzeros")),
     "AQLM": Base("AQLM", lambda linear: StandIn(linear, "codes", "scales", "codebooks")),
@@ -143,7 +144,7 @@ BASES: dict[str, Base] = {
 }
 REWRITABLE = [name for name, base in BASES.items() if base.error]
 READ_ONLY = [name for name, base in BASES.items() if not base.error]
-WIDTH = 64
+WIDTH = 64  # one block of 4 bits: on CPUs bitsandbytes 0.50.2 reads most rows that are no whole number of them wrongly
 
 
 class Net(nn.Module):

@@ -12,7 +12,14 @@ from tiny_models import gpt2, llama, logits, tokens
 from torch import nn
 from torch.testing import assert_close
 
-from peft import AdaLoraConfig, PeftModel, PeftWarning, get_base_model_state_dict, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    PeftModel,
+    PeftWarning,
+    get_base_model_state_dict,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
 from peft.tuners.adalora import AdaLoraLayer, RankAllocator, SVDLinear
 from peft.tuners.lora import LoraLayer
 
@@ -222,19 +229,49 @@ def test_loading_what_was_saved_before_ranks_were_lost(tmp_path):
     assert_close(logits(loaded, ids), logits(early, ids))
 
 
-def test_allocation_goes_on_after_loading_another_size(tmp_path):
-    model = with_lost_ranks(llama())
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_training_goes_on_with_all_ranks_in_their_places(low_cpu_mem_usage, tmp_path):
+    """As Trainer resumes: into a new adapter, whose optimiser gets a state for all ranks."""
+    base, ids = llama(), tokens()
+    model = with_lost_ranks(copy.deepcopy(base))
     model.save_pretrained(tmp_path)
-    other = adalora(llama())
+    pattern = model.peft_config["default"].rank_pattern
+    fresh = AdaLoraConfig(**SCHEDULE, task_type="CAUSAL_LM")
+    other = get_peft_model(copy.deepcopy(base), fresh, low_cpu_mem_usage=low_cpu_mem_usage)
+    shapes = {key: p.shape for key, p in other.named_parameters()}
+    other.load_adapter(tmp_path, "default", is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert {key: p.shape for key, p in other.named_parameters()} == shapes
+    assert other.peft_config["default"].rank_pattern == pattern
+    assert_close(logits(other, ids), logits(model, ids))
+    for ours, theirs in zip(other.base_model.layers(), model.base_model.layers()):
+        assert torch.equal(ours.lora_E["default"], theirs.lora_E["default"])
+        left = torch.tensor(pattern[ours.pattern_key])
+        assert torch.equal(ours.lora_A["default"][left], theirs.lora_A["default"][left])
+        assert torch.equal(ours.lora_B["default"][:, left], theirs.lora_B["default"][:, left])
     draw_gradients(other)
-    other.update_and_allocate(1)
-    other.load_adapter(tmp_path, "default", is_trainable=True)
-    left = ranks_left(other)  # a rank that was lost and came back may still have a zero in E
-    for step in (3, 4):
-        draw_gradients(other)
-        other.update_and_allocate(step)
-    assert other.base_model.rankallocator.init_bgt == 8  # as many as the goal
-    assert other.peft_config["default"].rank_pattern is not None and ranks_left(other) == left > 0
+    other.update_and_allocate(7)  # the budget is that of the whole run
+    assert other.base_model.rankallocator.init_bgt == model.base_model.rankallocator.init_bgt == 16
+    other.save_pretrained(tmp_path / "again")
+    again, first = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "again", tmp_path))
+    assert {key: t.shape for key, t in again.items()} == {key: t.shape for key, t in first.items()}
+
+
+def test_tensors_alone_come_first(tmp_path):
+    """Without the configuration nobody knows which ranks they were."""
+    base, ids = llama(), tokens()
+    model = with_lost_ranks(copy.deepcopy(base))
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for init_r in (4, 2):  # as many as the other had, and fewer than some of its layers have left
+        other = adalora(copy.deepcopy(base), init_r=init_r)
+        assert set_peft_model_state_dict(other, tensors) == ([], [])
+        for layer in other.base_model.layers():
+            E = tensors[f"base_model.model.{layer.pattern_key}"]
+            found = layer.lora_E["default"]
+            assert len(found) == layer.r["default"] == max(init_r, len(E))
+            assert torch.equal(found[: len(E)], E) and not found[len(E) :].any()
+        if init_r == 4:  # by which the delta is divided
+            assert_close(logits(other, ids), logits(model, ids))
 
 
 def test_a_layer_that_lost_all_its_ranks(tmp_path):

@@ -330,6 +330,16 @@ def test_config_round_trip_and_unknown_keys(method, tmp_path):
     assert again.target_modules == {"a", "b"} and type(again) is type(config)
 
 
+def test_overwriting_fields_of_a_file(tmp_path):
+    LoraConfig(r=3, target_modules=["a"]).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PeftWarning)
+        read = PeftConfig.from_pretrained(tmp_path, lora_alpha=5, trust_remote_code=True, num_labels=2)
+    assert (read.r, read.lora_alpha) == (3, 5)
+    with pytest.warns(PeftWarning, match="passes lora_alfa over: it is no field. Is lora_alpha meant"):
+        PeftConfig.from_pretrained(tmp_path, lora_alfa=5)
+
+
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [

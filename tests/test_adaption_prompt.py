@@ -147,19 +147,6 @@ def test_generation(make, use_cache):
     assert torch.equal(found, ids)
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing(use_reentrant):
-    base, ids, gradients = llama(), tokens(), []
-    base.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    model = adapted(base, adapter_layers=2).train()
-    for _ in range(2):
-        model.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
-        base.gradient_checkpointing_disable()
-    assert_close(*gradients)
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packed_bases(bits, tmp_path):
     transformers, _ = pytest.importorskip("transformers"), pytest.importorskip("bitsandbytes")

@@ -9,10 +9,12 @@ from pathlib import Path
 import distributed_worker as worker
 import pytest
 import torch
+from safetensors.torch import load_file
 from sft_runs import assert_same
+from tiny_models import adapted, llama, logits, tokens
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from peft import LoraConfig, SftConfig, SftTrainer, SsfConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, SftConfig, SftTrainer, SsfConfig, get_peft_model, get_peft_model_state_dict
 
 WORKER = Path(worker.__file__)
 
@@ -217,6 +219,59 @@ def test_a_loop_with_accelerate(trainers):
     one, other = results(trainers, "accelerate")
     assert_same(one, other)
     assert_close(one, worker.snapshot(model))
+
+
+# ---- Adapters of language models, by accelerate ----
+
+
+def start_adapters(folder):
+    for method in ("lora", "ssf"):
+        base = llama(initializer_range=0.3)  # or the gradients vanish beside the numbers
+        start = adapted(base, method=method, task_type="CAUSAL_LM", target_modules=["v_proj", "down_proj"])
+        torch.save((start, [tokens(4) for _ in range(2)]), folder / f"{method}.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    folder = start_adapters(tmp_path_factory.mktemp("adapters"))
+    launch(folder, "adapters")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def zero3(tmp_path_factory):
+    pytest.importorskip("deepspeed")
+    folder = start_adapters(tmp_path_factory.mktemp("zero3"))
+    launch(folder, "zero3")
+    return folder
+
+
+@pytest.mark.parametrize("method", ["lora", "ssf"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero3"])
+def test_adapters_train_and_are_saved_as_in_one_process(kind, method, request):
+    folder = request.getfixturevalue("zero3" if kind == "zero3" else "adapters")
+    model, batches = torch.load(folder / f"{method}.pt", weights_only=False)
+    base = copy.deepcopy(model).unload()
+    start = get_peft_model_state_dict(copy.deepcopy(model))
+    worker.train_tokens(model, worker.adapters_optimizer(model), batches, torch.Tensor.backward)
+    expected = get_peft_model_state_dict(model)
+    assert all(not torch.equal(start[key], expected[key]) for key in expected)
+    close = {"rtol": 1e-4, "atol": 1e-6}
+    for result in results(folder, f"{kind}-{method}"):
+        assert (kind == "ddp") != any(method in name for name in result["sharded"])
+        assert result["tensors"].keys() == expected.keys()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(result["tensors"][key], tensor, **close)
+            assert not torch.equal(result["later"][key], result["tensors"][key])
+            assert torch.equal(result["restored"][key], result["tensors"][key]), key
+    for way in ("gathered", "state dict"):
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder / f"{kind}-{method}" / way)
+        saved = load_file(folder / f"{kind}-{method}" / way / "adapter_model.safetensors")
+        assert saved.keys() == expected.keys()
+        torch.testing.assert_close(saved, expected, **close)
+        ids = tokens()
+        torch.testing.assert_close(logits(loaded, ids), logits(model.eval(), ids), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("flag, name", [("is_deepspeed_enabled", "DeepSpeed"), ("is_fsdp_enabled", "FSDP")])

@@ -6,7 +6,9 @@ The references are bitsandbytes' own functions and a float64 model that is put t
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import threading
 import weakref
 
 import pytest
@@ -234,6 +236,31 @@ def test_what_one_model_does_the_others_do_not_see(kind):
     third.load_state_dict(ft.new_finetuned(other).state_dict())  # another base model's numbers: into its own memory
     assert torch.equal(logits(third, ids), logits(other, ids)) and untouched()
     assert memory(third)[TABLE[kind]] != memory(base)[TABLE[kind]]
+
+
+@both
+def test_models_train_in_threads_and_go_one_by_one(kind):
+    base = MODELS[kind]()
+    ft.quantize_base_model(base)
+    models, inputs, before = [ft.new_finetuned(base).eval() for _ in range(2)], [tokens(), tokens()], bits(base)
+    alone = copy.deepcopy(models)
+    for work in zip(alone, inputs):
+        thread = threading.Thread(target=step, args=work)
+        thread.start()
+        thread.join()
+    threads = [threading.Thread(target=step, args=work) for work in zip(models, inputs)]
+    for do in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            do(thread)
+    assert all(same(ft.state_dict(left), ft.state_dict(right)) for left, right in zip(models, alone))
+
+    kept = models.pop()
+    gone = weakref.ref(next(p for p in models[0].parameters() if p.requires_grad))
+    expected = logits(kept, inputs[1])
+    del models, alone, threads, thread, work
+    gc.collect()
+    assert gone() is None
+    assert torch.equal(logits(kept, inputs[1]), expected) and same(bits(base), before)
 
 
 def test_siblings_share_what_is_quantised_for_them_only_while_it_is_the_same():
@@ -595,9 +622,9 @@ def test_bad_wishes_are_refused(case):
         ft.new_finetuned(opt(), **options)
 
 
-@pytest.mark.parametrize("values", [{"r": 0}, {"r": 1.5}, {"dropout": 1.0}])
-def test_bad_adapters_are_refused(values):
-    with pytest.raises((ValueError, TypeError), match="must be"):
+@pytest.mark.parametrize("values", [{"r": 0}, {"r": 1.5}, {"dropout": 1.0}, {"bias": "yes"}])
+def test_bad_adapters_are_refused_by_the_names_of_their_fields(values):
+    with pytest.raises((ValueError, TypeError), match=rf"\b{next(iter(values))}\b"):
         ft.LinearAdapterConfig(**values)
 
 

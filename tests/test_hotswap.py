@@ -56,7 +56,7 @@ def test_the_new_adapter_takes_the_place_of_the_old(other, target_rank, tmp_path
         torch.testing.assert_close(model(x), before)
     tensors = {key: id(p) for key, p in model.named_parameters()}
     hotswap_adapter(model, tmp_path, "default")
-    torch.testing.assert_close(model(x), wanted(x))
+    torch.testing.assert_close(model(x), wanted(x), atol=1e-5, rtol=1e-5)  # adapters are float32
     assert {key: id(p) for key, p in model.named_parameters()} == tensors
     torch.testing.assert_close(model.merge_and_unload()(x), wanted(x), atol=1e-5, rtol=1e-4)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import subprocess
 import sys
 
@@ -13,10 +14,23 @@ import transformers
 from tiny_models import make_tokenizer, save_llama
 from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, T5Config
 
-from peft import LoraConfig, SftAdamW, SftConfig, SftSelector, SsfConfig, estimate_memory, get_peft_model
+from peft import (
+    CompactLoraConfig,
+    LoraConfig,
+    OFTConfig,
+    PromptTuningConfig,
+    SftAdamW,
+    SftConfig,
+    SftSelector,
+    SsfConfig,
+    estimate_memory,
+    get_peft_model,
+)
 from peft.auto import AutoPeftModel
 from peft.cli import main
 from peft.config import PeftConfig
+from peft.finetuna import FinetunaConfig
+from peft.mapping import METHODS as PEFT_METHODS, config_class
 from peft.utils.other import enable_checkpointing
 
 ROWS, LENGTH = 4, 48
@@ -41,6 +55,10 @@ METHODS = {
     "lora": lambda: LoraConfig(r=4, target_modules="all-linear"),
     "sft": lambda: SftConfig(num_tunable_weights=3000, target_modules="all-linear"),
     "ssf": lambda: SsfConfig(target_modules="all-linear"),
+    "oft": lambda: OFTConfig(target_modules="all-linear"),
+    "compact": CompactLoraConfig,
+    "finetuna": FinetunaConfig,
+    "prompts": lambda: PromptTuningConfig(num_virtual_tokens=8, task_type="CAUSAL_LM"),
 }
 
 
@@ -110,6 +128,8 @@ def peak_allocated(run) -> int:
         ("gpt2", "lora", {"gradient_checkpointing": True}),
         ("gpt2", "sft", {"padding": True}),
         ("t5", "lora", {"padding": True}),
+        ("llama", "oft", {}),
+        ("gpt2", "prompts", {"padding": True}),
     ],
 )
 def test_estimate_is_what_training_takes(model, method, options):
@@ -252,6 +272,8 @@ def test_nothing_is_left_behind():
         ({"task_type": "POETRY"}, "POETRY"),
         ({"method": "sft", "optimizer": "adamw"}, "needs the optimizer SftAdamW, got AdamW"),
         ({"method": "sft", "sharding": "zero3"}, "partitions the trained values"),
+        ({"method": "compact"}, "a structure is searched for with the model's weights, .*: give best_structure"),
+        ({"method": "finetuna"}, "the nearest is LoRA with quantization='int8'"),
     ],
 )
 def test_what_is_refused(options, message):
@@ -307,6 +329,25 @@ def test_command_prints_the_estimate(tiny, capsys):
     assert f"{expected.trained:,} of {expected.parameters:,}" in str(expected)
 
 
+ARGUMENTS = {
+    "adalora": {"total_step": 100},
+    "adaption_prompt": {"adapter_len": 3, "adapter_layers": 1},
+    "compact_lora": {"best_structure": {"num_hidden_layers": [1, 0], "r": [4, 0], "alpha": [8, 0]}},
+    "cpt": {"cpt_token_ids": [1, 2]},
+    "trainable_tokens": {"token_indices": [1]},
+    **{f"{name}_tuning": {"num_virtual_tokens": 4} for name in ("p", "prefix", "prompt", "multitask_prompt")},
+}
+
+
+@pytest.mark.parametrize("method", sorted(set(map(str.lower, PEFT_METHODS)) - {"sft", "lora", "ssf", "finetuna"}))
+def test_command_takes_every_method(method, tiny, capsys):
+    arguments = ARGUMENTS.get(method, {})
+    assert run(tiny, "--method", method, "--adapter-args", json.dumps(arguments), "--batch", 2, "--seq", 8) == 0
+    config = config_class(method.upper())(task_type="CAUSAL_LM", **arguments)
+    trained = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), config).get_nb_trainable_parameters()[0]
+    assert f"\n{trained:,} of " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -318,6 +359,12 @@ def test_command_prints_the_estimate(tiny, capsys):
         (["--offload", "all"], "choose one by sharding"),
         (["--method", "lora", "--target-modules", "nothing"], "nothing"),
         (["--task", "POETRY"], "POETRY"),
+        (["--method", "chess"], "--method chess: peft_type='CHESS' is no method of peft"),
+        (["--method", "prompt_tuning"], "PromptTuningConfig needs num_virtual_tokens"),
+        (["--method", "ia3", "--adapter-args", "[]"], "must be a JSON object"),
+        (["--method", "ia3", "--adapter-args", '{"r": 4}'], "unexpected keyword argument 'r'"),
+        (["--method", "ia3", "--rank", "4"], "--rank belongs to --method lora"),
+        (["--method", "lora", "--adapter-args", '{"r": 4}'], "--adapter-args is for other methods than lora"),
     ],
 )
 def test_command_refuses_in_one_line(options, message, tiny, capsys):

@@ -65,6 +65,7 @@ METHODS = {
     ),
 }  # fmt: skip
 PREFIX = ("prefix", "prefix_projection")
+COMPUTED = ("p_mlp", "p_lstm", "prefix_projection")
 methods = pytest.mark.parametrize("method", METHODS)
 causal = pytest.mark.parametrize("make", [llama, gpt2, opt], ids=["llama", "gpt2", "opt"])
 
@@ -219,6 +220,10 @@ def test_disabled_and_unloaded_it_is_the_base_model(method):
 def test_positions_of_the_user_move_on():
     model = prompted(gpt2(), "prompt")
     ids = tokens()
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])  # positions of padding may be anything
+    padded = torch.tensor([[0, 1, 2, 3, 4], [7, 6, 0, 1, 2]])
+    assert_close(model(input_ids=ids, attention_mask=mask, position_ids=padded).logits[1, -3:],
+                 model(input_ids=ids, attention_mask=mask).logits[1, -3:])  # fmt: skip
     positions = torch.tensor([[0, 1, 2, 3, 4], [2, 3, 4, 5, 6]])
     found = model(input_ids=ids, position_ids=positions).logits
     prompt, words = model.get_prompt(2), model.get_base_model().get_input_embeddings()(ids)
@@ -508,20 +513,41 @@ def test_files(method, low_cpu_mem_usage, tmp_path):
         other.load_adapter(tmp_path, "default")
 
 
-@methods
-def test_training_goes_on_from_a_file(method, tmp_path, recwarn):
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize(
+    ("method", "network"),
+    [*((method, "kept") for method in METHODS)]
+    + [(method, network) for method in COMPUTED for network in ("lost", "of another prompt")],
+)
+def test_training_goes_on_from_a_file(method, network, low_cpu_mem_usage, tmp_path, recwarn):
     base = llama()
     fresh = copy.deepcopy(base)
     model = prompted(base, method).float()
     ids, extra = tokens(), tasks(method, 2)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(fresh, tmp_path, is_trainable=True)
+    file, computed = tmp_path / "prompt_network.safetensors", method in COMPUTED
+    assert file.exists() == computed
+    if network != "kept":
+        changed = {key: tensor + 1 for key, tensor in load_file(file).items()}
+        file.unlink()
+        if network == "of another prompt":
+            save_file(changed, file)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
     warned = [str(w.message) for w in recwarn if "holds the finished prompt" in str(w.message)]
-    assert len(warned) == (method in ("p_mlp", "p_lstm", "prefix_projection"))
+    assert len(warned) == (computed and network != "kept")
     assert_close(loaded(input_ids=ids, **extra).logits, model(input_ids=ids, **extra).logits)
-    trained = [p for p in loaded.parameters() if p.requires_grad]
+    trained = {key: p for key, p in loaded.named_parameters() if p.requires_grad}
+    if network == "kept" and method != "cpt":  # the very same parameters
+        theirs = dict(model.named_parameters())
+        assert trained.keys() == {key for key, p in theirs.items() if p.requires_grad}
+        assert all(torch.equal(p, theirs[key]) for key, p in trained.items())
     loaded(input_ids=ids, labels=ids, **extra).loss.backward()
-    assert trained and all(p.grad.any() for p in trained)
+    assert trained and all(p.grad.any() for p in trained.values())
+    again = tmp_path / "again"
+    loaded.save_pretrained(again)
+    assert (again / file.name).exists() == (computed and network == "kept")
+    loaded.save_pretrained(tmp_path)
+    assert file.exists() == (computed and network == "kept")  # what does not make this prompt is taken away
 
 
 def test_cpt_training_goes_on_within_the_bounds(tmp_path):
@@ -644,27 +670,6 @@ def test_cpt_moves_tokens_within_their_bounds_and_labels_not_at_all():
 # ---- With other parts ----
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("method", ["prompt", "p_lstm", "prefix"])
-def test_gradient_checkpointing(method, use_reentrant):
-    base = llama()
-    base.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    model = prompted(base, method).train()
-    ids = tokens()
-    if method == "prefix":
-        with pytest.raises(ValueError, match="needs the cache, which models drop with gradient checkpointing"):
-            model(input_ids=ids, labels=ids)
-        return
-    gradients = []
-    for on in (True, False):
-        if not on:
-            base.gradient_checkpointing_disable()
-        model.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
-    assert_close(*gradients)
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_packed_bases(method, bits, tmp_path):
@@ -722,6 +727,9 @@ def run(method: str, **kw):
         (lambda: run("multitask", task_ids=[0]), "one task per row: got 1 for 2 rows"),
         (lambda: run("prompt", adapter_names=["default"]), "one adapter per row: got 1 for 2 rows"),
         (lambda: run("prompt", adapter_names=[]), "got 0 names"),
+        (lambda: run("prompt", position_ids=torch.tensor([[0, 1, 2, 0, 1]])), "Several texts are packed into a row"),
+        (lambda: run("prefix", cu_seq_lens_q=torch.tensor([0, 3, 5])), "Several texts are packed into a row"),
+        (lambda: run("cpt", labels=tokens(), fused_lm_head=True), "CPT has a loss of its own"),
         (lambda: run("prompt", input_type_mask=tokens()), "input_type_mask is for CPT"),
         (lambda: prompted(llama(), "prompt").add_adapter("b", METHODS["prefix"]()), "of one method"),
     ],

@@ -12,22 +12,42 @@ from tiny_models import llama, logits, opt, tokens
 from torch import nn
 from torch.testing import assert_close
 
-from peft import LoraConfig, PeftModel, PeftWarning, SftConfig, SsfConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PeftWarning, get_peft_model
 from peft.tuners import lora
 from peft.tuners.ops import Op
 from peft.utils.blockwise import quantize_
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.quantization_utils import find_backend, packed_state
 
-CONFIGS = {
-    "lora": lambda **kw: LoraConfig(**{"r": 4, "lora_alpha": 8, "init_lora_weights": False, **kw}),
-    "dora": lambda **kw: LoraConfig(**{"r": 4, "lora_alpha": 8, "use_dora": True, **kw}),
-    "sft": lambda **kw: SftConfig(**{"num_tunable_weights": 300, "selection_algorithm": "static", **kw}),
-    "sft_row": lambda **kw: SftConfig(**{"density": 0.05, "granularity": "row", **kw}),
-    "ssf": lambda **kw: SsfConfig(**{"init_ssf_weights": "normal", **kw}),
+CONFIGS = {  # on every base; what is changed in the configurations of invariant_cases
+    "lora": {"init_lora_weights": False},
+    "dora": {},
+    "sft": {"num_tunable_weights": 300, "selection_algorithm": "static"},
+    "sft_row": {"density": 0.05},
+    "ssf": {"init_ssf_weights": "normal"},
 }
+OTHERS = {  # on one of 4 bits, one of 8, and one that cannot be rewritten
+    "adalora": {},
+    "boft": {"boft_block_size": 4},
+    "bottleneck": {},
+    "bottleneck_parallel": {},
+    "ia3": {},
+    "ia3_feedforward": {"feedforward_modules": "first|second"},
+    "loha": {},
+    "lokr": {},
+    "oft": {"oft_block_size": 4},
+    "oft_cayley": {"r": 4},
+    "sft_block": {"num_tunable_weights": 400},
+    "sft_column": {"density": 0.05},
+    "trainable_tokens": {},
+    "vera": {},
+}
+EVERY = [*((m, b) for m in CONFIGS for b in BASES), *((m, b) for m in OTHERS for b in ("nf4", "int8", "GPTQ"))]
+MERGES = [(method, base) for method, base in EVERY if METHODS[method].merges]
 methods = pytest.mark.parametrize("method", list(CONFIGS))
 bases = pytest.mark.parametrize("base", list(BASES))
+every = pytest.mark.parametrize(("method", "base"), EVERY)
+merging = pytest.mark.parametrize(("method", "base"), [row for row in MERGES if row[1] in REWRITABLE])
 rewritable = pytest.mark.parametrize("base", REWRITABLE)
 BOTH = ("first", "second")
 linear = OPS["linear"]
@@ -35,11 +55,11 @@ linear = OPS["linear"]
 
 def adapt(net: nn.Module, method: str, *names: str, targets=BOTH, amount: float = 0.1, **kw) -> PeftModel:
     """Adapters with values of about `amount`, in training mode (in which bitsandbytes does not round activations)."""
-    config = CONFIGS[method]
+    kw = {"target_modules": list(targets), **(CONFIGS | OTHERS)[method], **kw}
     names = names or ("default",)
-    model = get_peft_model(net, config(target_modules=list(targets), **kw), names[0])
+    model = get_peft_model(net, METHODS[method].config(**kw), names[0])
     for name in names[1:]:
-        model.add_adapter(name, config(target_modules=list(targets), **kw))
+        model.add_adapter(name, METHODS[method].config(**kw))
     for layer in model.base_model.layers():
         for name in names:
             for _, parameter in layer.adapter_tensors(name):
@@ -75,26 +95,21 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
     assert difference <= tolerance * theirs.double().abs().max(), difference.item()
 
 
-def float_copy(model: PeftModel, weights: dict, x: torch.Tensor, name: str = "default"):
-    """`(output, leaves)` of the net with plain float64 weights, by the methods' formulas; leaves by layer and path."""
+def float_copy(model: PeftModel, method: str, weights: dict, x: torch.Tensor):
+    """`(output, leaves)` of the net with plain float64 weights, by the method's formula; leaves by layer and path."""
     net, leaves = model.get_base_model(), {"x": x.detach().double().requires_grad_()}
     h = leaves["x"]
     for key in BOTH:
         W, b = weights[key]
         layer = getattr(net, key)
         parts = {}
-        for path, parameter in layer.adapter_tensors(name):
+        for path, parameter in layer.adapter_tensors("default"):
             value = parameter.detach()
             parts[path] = value.double().requires_grad_() if value.is_floating_point() else value
             leaves[key, path] = parts[path]
-        method = next(iter(parts)).split("_")[0]
-        if method == "sft" and parts["sft_delta.values"].dim() == 2:
-            method = "sft_row"
-        method = "dora" if "lora_magnitude_vector.weight" in parts else method
-        formula = METHODS[method].formula
         op = copy.copy(linear)
         op.function = lambda x, W, b: x @ W.T if b is None else x @ W.T + b
-        h = formula(op, W, b, parts, h)
+        h = METHODS[method].formula(op, W, b, parts, h)
         h = h.tanh() if key == "first" else h
     return h, leaves
 
@@ -107,15 +122,14 @@ def weights_of(net: Net, dtype: torch.dtype) -> dict:
     }
 
 
-@bases
-@methods
-def test_forward_and_gradients_are_those_of_a_plain_copy(base, method):
+@every
+def test_forward_and_gradients_are_those_of_a_plain_copy(method, base):
     net, x = Net(base), draw(base).requires_grad_()
     weights = weights_of(net, x.dtype)
     model = adapt(net, method)
     assert {s.quantization_backend for s in model.get_layer_status()} == {BASES[base].name}
     tolerance = BASES[base].tolerance
-    expected, leaves = float_copy(model, weights, x)
+    expected, leaves = float_copy(model, method, weights, x)
     upstream = torch.randn_like(expected)
     expected.backward(upstream)
     y = model(x)
@@ -154,9 +168,8 @@ def test_training_forms_no_dense_weight(base, method, monkeypatch):
         model.merge_adapter()
 
 
-@bases
-@methods
-def test_training_saving_switching(base, method, tmp_path):
+@every
+def test_training_saving_switching(method, base, tmp_path):
     torch.manual_seed(seed := torch.seed() % 2**31)
     net, x = Net(base), draw(base)
     plain, before = net.train()(x), snapshot(net)
@@ -192,18 +205,19 @@ def test_training_saving_switching(base, method, tmp_path):
     assert torch.equal(loaded(x), single["a"])
 
 
-@rewritable
-@methods
-def test_merging_and_back(base, method):
+@merging
+def test_merging_and_back(method, base):
     net, x = Net(base), draw(base)
     weights, packing = weights_of(net, x.dtype), BASES[base]
-    model = adapt(net, method, "a", "b", targets=["first"])
-    model.set_adapter(["a", "b"])
+    names = ["a", "b"] if METHODS[method].combines else ["a"]
+    model = adapt(net, method, *names, targets=["first"])
+    model.set_adapter(names)
     layer, forward = net.first, model(x)
     before, state = snapshot(layer.base_layer), packed_state(layer.base_layer)
+    exact, b = weights["first"]
     with torch.no_grad():
-        W, b = layer.fold("a", *weights["first"])
-        exact, b = layer.fold("b", W, b)
+        for name in names:
+            exact, b = layer.fold(name, exact, b)
 
     with pytest.warns(PeftWarning, match="1 merged weights were packed again.*dequantize=True"):
         model.merge_adapter()
@@ -253,9 +267,8 @@ def test_merge_one_by_one_and_take_a_failed_merge_back(base, monkeypatch):
     assert_same(snapshot(model.unload()), before)
 
 
-@rewritable
-@methods
-def test_merge_and_unload_keeps_the_storage(base, method):
+@merging
+def test_merge_and_unload_keeps_the_storage(method, base):
     net, x = Net(base), draw(base)
     kind = type(net.first)
     model = adapt(net, method)
@@ -268,10 +281,10 @@ def test_merge_and_unload_keeps_the_storage(base, method):
 
 
 @pytest.mark.parametrize(
-    ("base", "merged_before"), [*((base, False) for base in BASES), *((base, True) for base in REWRITABLE)]
+    ("method", "base", "merged_before"),
+    [(*row, before) for row in MERGES for before in (False, True) if not before or row[1] in REWRITABLE],
 )
-@methods
-def test_dequantised_merging_is_exact(base, method, merged_before):
+def test_dequantised_merging_is_exact(method, base, merged_before):
     net, x = Net(base), draw(base)
     model = adapt(net, method, targets=["first"])
     forward = model(x)
@@ -312,9 +325,8 @@ def test_a_failed_dequantised_merge_leaves_the_packed_model():
     assert_same(snapshot(net), before)
 
 
-@pytest.mark.parametrize("base", READ_ONLY)
-@methods
-def test_storages_that_cannot_be_rewritten_say_so(base, method):
+@pytest.mark.parametrize(("method", "base"), [row for row in MERGES if row[1] in READ_ONLY])
+def test_storages_that_cannot_be_rewritten_say_so(method, base):
     net, x = Net(base), draw(base)
     model = adapt(net, method)
     forward, before = model(x), snapshot(net)
@@ -357,26 +369,49 @@ def test_backward_of_a_forward_before_merging_and_unmerging(base):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("method", ["lora", "sft", "ssf"])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_packed_embeddings(bits, method):
-    bnb = pytest.importorskip("bitsandbytes")
+@pytest.mark.parametrize("method", [m for m in CONFIGS | OTHERS if "embedding" in METHODS[m].ops and METHODS[m].merges])
+@pytest.mark.parametrize(("kind", "error"), [("EmbeddingNF4", 0.3), ("Embedding8bit", 0.02), ("block-wise", 0.1)])
+def test_packed_embeddings(kind, error, method, tmp_path):
     table = torch.randn(20, WIDTH)
-    kind = bnb.nn.EmbeddingNF4 if bits == 4 else bnb.nn.Embedding8bit
-    layer = kind(20, WIDTH)
-    layer.load_state_dict({"weight": table})
-    net, x = nn.Sequential(layer.to("cpu")), torch.randint(20, (3, 5))
-    packed = net(torch.arange(20))
+
+    def pack():
+        layer = nn.Embedding(20, WIDTH) if kind == "block-wise" else getattr(bnb.nn, kind)(20, WIDTH)
+        layer.load_state_dict({"weight": table})
+        if kind == "block-wise":
+            quantize_({"0": layer})
+        return nn.Sequential(layer.to("cpu")).requires_grad_(False)
+
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(seed := torch.seed() % 2**31)
+    net, x = pack(), torch.arange(20).view(4, 5)
+    layer = net[0]
+    packed, state = net(torch.arange(20)), packed_state(layer)
     model = adapt(net, method, targets=["0"])
-    table, _ = net[0].fold("default", packed.T, None)
-    assert_close(model(x), table.T[x], rtol=1e-4, atol=1e-4)
+    leaves = {}
+    for path, parameter in net[0].adapter_tensors("default"):
+        value = parameter.detach()
+        leaves[path] = value.double().requires_grad_() if value.is_floating_point() else value
+    expected = METHODS[method].formula(OPS["embedding"], packed.double(), None, leaves, x)
+    y = model(x)
+    close(y, expected, 1e-5)
+    upstream = torch.randn_like(y)
+    y.backward(upstream)
+    expected.backward(upstream.double())
+    for path, parameter in net[0].adapter_tensors("default"):
+        if parameter.is_floating_point():
+            close(parameter.grad, leaves[path].grad, 1e-4)
     with pytest.warns(PeftWarning):
         model.merge_adapter()
-    close(model(x), table.T[x], 0.3 if bits == 4 else 0.02)
+    close(model(x), expected, error)
     model.unmerge_adapter()
+    assert all(ours is theirs for ours, theirs in zip(packed_state(layer).values(), state.values()))
+    assert torch.equal(model(x), y)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(seed)
+    assert torch.equal(PeftModel.from_pretrained(pack(), tmp_path)(x), y)
     merged = model.merge_and_unload(dequantize=True)
     assert type(merged[0]) is nn.Embedding
-    assert_close(merged(x), table.T[x], rtol=1e-4, atol=1e-4)
+    close(merged(x), expected, 1e-5)
 
 
 def test_blockwise_embeddings_of_a_class_of_their_own():

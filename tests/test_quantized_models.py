@@ -262,8 +262,9 @@ def test_train_evaluate_and_merge_on_the_command_line(tmp_path, capsys, monkeypa
     options = ["--data", str(data), "--eval-size", "5", "--max-steps", "4", "--lr", "0.02", "--overwrite"]
     verbosity = transformers.logging.get_verbosity()
     try:
-        for quantize in ("nf4", "int8", "quanto-int8"):
-            assert not main(["train", "--model", model, "--quantize", quantize, "--output", str(output), *options])
+        for quantize, more in (("nf4", ["--packing"]), ("int8", []), ("quanto-int8", [])):
+            command = ["train", "--model", model, "--quantize", quantize, "--output", str(output), *options, *more]
+            assert not main(command)
             metrics = json.loads((output / "metrics.json").read_text())
             assert metrics["arguments"]["quantize"] == quantize and metrics["after"] < metrics["before"]
             assert not main(["evaluate", str(output), "--check"])

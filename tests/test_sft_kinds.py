@@ -152,6 +152,18 @@ def test_the_sampled_product_is_the_entries_of_the_dense_one(kind, window_bytes,
     assert not sampled
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [0, 1, 128, 129, 300])
+def test_rows_are_sampled_in_blocks(rows, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    gy, x = torch.randn(rows, 7).double(), torch.randn(rows, 5).double()
+    blocks = gradients.transposed_blocks(gy), gradients.transposed_blocks(x)
+    assert len(blocks[0]) == len(blocks[1]) == (1 if threads == 1 or rows <= 128 else 2 if rows == 129 else 3)
+    positions = torch.tensor([0, 3, 11, 34], dtype=torch.int32)
+    expected = (gy.T @ x).flatten()[positions.long()]
+    torch.testing.assert_close(gradients._sampled_product(*blocks, positions), expected)
+
+
 @pytest.mark.parametrize("kind", ["2d", "depthwise", "one image"])
 def test_adapters_of_all_granularities_in_one_convolution(kind):
     make, shape = CONVOLUTIONS[kind]

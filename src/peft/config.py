@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import enum
 import functools
 import inspect
@@ -230,6 +231,15 @@ class PeftConfigMixin:
             write_structure(self.structure, save_directory)
 
     @classmethod
+    def _class_and_fields(cls, content: Mapping[str, Any]) -> tuple[type, set[str]]:
+        """The class that `content["peft_type"]` (or else `cls`) names, and what it can be given."""
+        from .mapping import config_class
+
+        peft_type = content.get("peft_type")
+        target = config_class(peft_type) if peft_type is not None else cls
+        return target, {field.name for field in dataclasses.fields(target) if field.init}
+
+    @classmethod
     def from_peft_type(cls, **kwargs):
         """Build the configuration class that `kwargs["peft_type"]` (or else `cls`) names.
 
@@ -238,11 +248,7 @@ class PeftConfigMixin:
         Raises:
             KeyError: a method that does not exist here.
         """
-        from .mapping import config_class
-
-        peft_type = kwargs.get("peft_type")
-        target = config_class(peft_type) if peft_type is not None else cls
-        known = {field.name for field in dataclasses.fields(target) if field.init}
+        target, known = cls._class_and_fields(kwargs)
         unknown = sorted(set(kwargs) - known)
         if unknown:
             writer = kwargs.get("peft_version") or "an unknown version"
@@ -259,7 +265,8 @@ class PeftConfigMixin:
         Args:
             pretrained_model_name_or_path: folder or hub id.
             subfolder: folder inside it.
-            kwargs: arguments of `huggingface_hub.hf_hub_download`; any others overwrite fields.
+            kwargs: arguments of `huggingface_hub.hf_hub_download`, and fields to overwrite. Others are passed over,
+                since loaders of whole models pass theirs on (`num_labels`); what looks like a field is warned of.
 
         Raises:
             ValueError: there is no such file, or it is not a JSON object.
@@ -269,6 +276,11 @@ class PeftConfigMixin:
         content = cls.from_json_file(path)
         if cls.__name__ not in ("PeftConfig", "PeftConfigMixin") and "peft_type" not in content:
             content["peft_type"] = cls().peft_type
+        _, known = cls._class_and_fields(content)
+        for name in overrides.keys() - known:
+            if close := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+                warn(f"from_pretrained passes {name} over: it is no field. Is {close[0]} meant?")
+        overrides = {name: value for name, value in overrides.items() if name in known}
         config = cls.from_peft_type(**{**content, **overrides})
         config.from_file = True
         return config

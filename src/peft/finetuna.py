@@ -48,6 +48,13 @@ _HEAD = frozenset({"lm_head"})
 _PACKED: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Blockwise]] = weakref.WeakKeyDictionary()
 
 
+def _check(config: EmbeddingAdapterConfig | LinearAdapterConfig) -> None:
+    try:
+        LoraConfig(**config.lora_fields())
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("lora_", "")) from None  # by the names that the fields have here
+
+
 @documented
 @dataclass(frozen=True)
 class EmbeddingAdapterConfig:
@@ -59,7 +66,7 @@ class EmbeddingAdapterConfig:
     """The delta is scaled by alpha / r."""
 
     def __post_init__(self):
-        LoraConfig(**self.lora_fields())
+        _check(self)
 
     def lora_fields(self) -> dict:
         return {"r": self.r, "lora_alpha": self.alpha}
@@ -80,7 +87,7 @@ class LinearAdapterConfig:
     """Whether the adapter has a trainable bias b."""
 
     def __post_init__(self):
-        LoraConfig(**self.lora_fields())
+        _check(self)
 
     def lora_fields(self) -> dict:
         return {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "lora_bias": self.bias}

@@ -158,7 +158,7 @@ def estimate_memory(
             trained.to(kind) if halved else trained,
             peft_config,
             optimizer or _default_optimizer(peft_config),
-            lambda: _batch(task_type, batch_size, sequence_length, padding),
+            lambda: _batch(task_type, peft_config, batch_size, sequence_length, padding),
             autocast=mixed_precision and not halved,
             halved=halved,
             accumulated=gradient_accumulation,
@@ -209,6 +209,12 @@ def _check_combination(
         raise ValueError("FSDP moves weights and optimizer state away together: use offload='all'")
     if sharding and getattr(peft_config, "peft_type", None) == PeftType.SFT:
         raise ValueError(refusal(f"sharding={sharding!r}"))
+    if getattr(peft_config, "search", None) is not None:
+        raise ValueError(
+            "a structure is searched for with the model's weights, which are not here: give best_structure"
+        )
+    if getattr(peft_config, "peft_type", None) == PeftType.FINETUNA:
+        raise ValueError("models of finetuna are not estimated: the nearest is LoRA with quantization='int8'")
 
 
 # ---- The model and what it is given ----
@@ -263,7 +269,7 @@ def _adapt(base: PreTrainedModel, config: PeftConfig) -> nn.Module:
         return get_peft_model(base, config).train()
 
 
-def _batch(task_type: str, rows: int, length: int, padding: bool) -> dict[str, Tensor]:
+def _batch(task_type: str, peft_config: PeftConfig | None, rows: int, length: int, padding: bool) -> dict[str, Tensor]:
     """What the forward of a model for this task takes in training."""
     tokens = torch.zeros(rows, length, dtype=torch.int64)
     batch = {"input_ids": tokens}
@@ -275,6 +281,8 @@ def _batch(task_type: str, rows: int, length: int, padding: bool) -> dict[str, T
         batch["labels"] = tokens.new_zeros(rows)
     elif task_type == "QUESTION_ANS":
         batch |= {name: tokens.new_zeros(rows) for name in ("start_positions", "end_positions")}
+    if hasattr(peft_config, "num_tasks"):
+        batch["task_ids"] = tokens.new_zeros(rows)
     return batch
 
 

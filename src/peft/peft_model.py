@@ -18,19 +18,21 @@ import torch
 from torch import nn
 
 from ._lazy import explain_missing
-from .config import PeftConfig, split_hub_kwargs
+from .config import PeftConfig, find_file, split_hub_kwargs
 from .mapping import PEFT_TYPE_TO_TUNER_MAPPING, config_class
 from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 from .tuners.base import BASE_ADAPTER, BaseTuner, check_adapter_name
 from .tuners.parts import modules_with_adapters
 from .tuners.prompt_learning import PromptTuner
 from .tuners.tuners_utils import BaseTunerLayer
+from .utils.constants import CONFIG_NAME
 from .utils.other import AuxiliaryTrainingWrapper
 from .utils.peft_types import PeftType, TaskType
 from .utils.placement import reshard
 from .utils.save_and_load import (
-    get_peft_model_state_dict,
+    adapter_content,
     load_peft_weights,
+    load_prompt_network,
     report_incompatible,
     set_peft_model_state_dict,
     write_adapter,
@@ -385,12 +387,8 @@ class PeftModel(nn.Module):
         kwargs.pop("save_function", None)
         if kwargs:
             warn(f"save_pretrained has no use for {sorted(kwargs)}")
-        tensors = {
-            name: get_peft_model_state_dict(
-                self, state_dict, adapter_name=name, save_embedding_layers=save_embedding_layers
-            )
-            for name in names
-        }
+        content = {name: adapter_content(self, state_dict, name, save_embedding_layers) for name in names}
+        tensors = {name: own for name, (own, _) in content.items()}
         configs = {name: self._config_to_save(name) for name in names}
         if path_initial_model_for_weight_conversion is not None:
             from .tuners.lora.init import without_initial
@@ -405,7 +403,7 @@ class PeftModel(nn.Module):
         for name in names:
             folder = os.path.join(save_directory, name) if name != "default" else save_directory
             os.makedirs(folder, exist_ok=True)
-            write_adapter(tensors[name], folder, safe_serialization)
+            write_adapter(tensors[name], folder, safe_serialization, content[name][1])
             configs[name].save_pretrained(folder)
         if push:
             from .utils.hub import upload_folder
@@ -532,7 +530,10 @@ class PeftModel(nn.Module):
             config.inference_mode = not is_trainable
             _set_runtime(config, ephemeral_gpu_offload)
             self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
+        elif (path := find_file(model_id, CONFIG_NAME, **hub)) is not None:
+            self._tuner.before_loading(adapter_name, PeftConfig.from_json_file(path))
         try:
+            tensors |= load_prompt_network(self, adapter_name, model_id, torch_device, **hub)
             result = set_peft_model_state_dict(
                 self,
                 tensors,

@@ -21,7 +21,8 @@ class ConvNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.line = nn.Sequential(nn.Conv1d(4, 6, 3, padding=1), nn.ReLU())
-        self.plane = nn.Sequential(nn.Conv2d(6, 8, (3, 1), stride=(2, 1), padding=(1, 0)), nn.ReLU())
+        oblong, square = nn.Conv2d(6, 8, (3, 1), stride=(2, 1), padding=(1, 0)), nn.Conv2d(8, 8, 2)
+        self.plane = nn.Sequential(oblong, nn.ReLU(), nn.ZeroPad2d((1, 0, 1, 0)), square, nn.Conv2d(8, 8, 1))
         self.space = nn.Sequential(nn.Conv3d(8, 4, 2, bias=False), nn.ReLU())
         self.head = nn.Linear(12, 5)
 
@@ -114,6 +115,7 @@ class Case:
             none to train on.
         extra: further inputs for the adapters, one entry per row.
         upstream_mixes: whether upstream's model heeds the names of a mixed batch.
+        upstream_freezes: whether upstream's adapters train only while they are active.
     """
 
     name: str
@@ -126,6 +128,7 @@ class Case:
     is_prompt: bool = False
     extra: dict[str, list] = field(default_factory=dict)
     upstream_mixes: bool = True
+    upstream_freezes: bool = True
 
 
 @dataclass
@@ -158,8 +161,8 @@ def _lycoris_cases(config: str) -> list[Case]:
         _Family("llama", _causal, config)(f"{name}, patterns, all-linear", r=2, target_modules="all-linear",
                                           rank_pattern={"up_proj": 3}, alpha_pattern={"q_proj": 3.0}),
         _Family("bert-sequences", {"task_type": "SEQ_CLS"}, config)(f"{name}, BERT", r=4, alpha=16),
-        _Family("conv", {}, config)(f"{name}, convolutions", r=1, target_modules=images),
-        _Family("conv", {}, config)(f"{name}, convolutions, full", r=8, target_modules=images),
+        _Family("conv", {}, config)(f"{name}, convolutions", r=1, alpha=32, target_modules=images),
+        _Family("conv", {}, config)(f"{name}, convolutions, full", r=8, alpha=64, target_modules=images),
     ]  # fmt: skip
 
 
@@ -170,13 +173,18 @@ _prompts = {
     "PrefixTuningConfig": {},
 }
 _tasks = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert-sequences": "SEQ_CLS", "bert-tokens": "TOKEN_CLS",
-          "t5": "SEQ_2_SEQ_LM"}  # fmt: skip
+          "bert-questions": "QUESTION_ANS", "bert": "FEATURE_EXTRACTION", "t5": "SEQ_2_SEQ_LM"}  # fmt: skip
+# With decoder_input_ids, for question answering and for features upstream's multitask prompt tuning fails.
+_multitask = ("llama", "gpt2", "bert-sequences", "bert-tokens")
 
 
-def _prompt_case(base: str, config: str, name: str, **fields) -> Case:
+def _prompt_case(base: str, config: str, name: str, two: bool = False, **fields) -> Case:
     own = {"num_virtual_tokens": 5, "task_type": _tasks[base], **_prompts.get(config, {}), **fields}
     extra = {"task_ids": [0, 2, 1]} if config.startswith("Multitask") else {}
-    return Case(name, base, {"default": own}, config=config, is_prompt=True, extra=extra)
+    adapters = {"default": own, "second": own | {"num_virtual_tokens": 3}} if two else {"default": own}
+    return Case(
+        name, base, adapters, config=config, is_prompt=True, extra=extra, upstream_mixes=False, upstream_freezes=False
+    )
 
 
 _classes = {"task_type": "SEQ_CLS"}
@@ -198,12 +206,8 @@ def _scaling_cases() -> list[Case]:
         _Family("t5", {"task_type": "SEQ_2_SEQ_LM"}, "IA3Config")("IA3, T5"),
         images("IA3Config")("IA3, convolutions", target_modules=["plane.0", "space.0", "head"],
                             feedforward_modules=["space.0"]),
-        Case("IA3, two adapters", "llama", {"default": _causal, "second": _causal}, config="IA3Config",
-             upstream_mixes=False),
         llama("LNTuningConfig")("LN tuning, defaults"),
         _Family("gpt2", _causal, "LNTuningConfig")("LN tuning, GPT-2"),
-        Case("LN tuning, two adapters", "llama", {"default": _causal, "second": _causal}, config="LNTuningConfig",
-             upstream_mixes=False),
         llama("TrainableTokensConfig")("Trainable tokens", **_tokens),
         llama("TrainableTokensConfig", "llama-tied")("Trainable tokens, tied", **_tokens),
         llama("LoraConfig")("LoRA, trainable tokens", trainable_token_indices=[*range(2, 60)]),
@@ -220,9 +224,22 @@ def _scaling_cases() -> list[Case]:
         llama("BOFTConfig")("BOFT, 2 blocks, all-linear", boft_block_size=0, boft_block_num=2,
                             target_modules="all-linear"),
         _Family("opt", _causal, "BOFTConfig")("BOFT, OPT, biases", bias="boft_only", target_modules=["fc1", "q_proj"]),
-        Case("BOFT, two adapters", "llama", {"default": _causal, "second": _causal}, config="BOFTConfig",
-             upstream_mixes=False),
+        # Upstream's BOFT fails on kernels that are not square, its OFT is itself when merged for those of size 1 alone.
+        images("OFTConfig")("OFT, convolutions", oft_block_size=2, target_modules=["plane.4", "head"]),
+        images("BOFTConfig")("BOFT, convolutions", boft_block_size=2, target_modules=["plane.3", "head"]),
+        images("LNTuningConfig")("LN tuning, linear", target_modules=["head"]),
     ]  # fmt: skip
+
+
+_two = {
+    "AdaLoraConfig": {"total_step": 100, "inference_mode": True, "lora_alpha": 100}, "BOFTConfig": {}, "IA3Config": {},
+    "LNTuningConfig": {}, "LoHaConfig": {}, "LoKrConfig": {}, "OFTConfig": {"oft_block_size": 8},
+    "TrainableTokensConfig": _tokens, "VeraConfig": {"r": 8},
+}  # fmt: skip
+
+
+def _name(config: str) -> str:
+    return f"{config.removesuffix('Config')}, two adapters"
 
 
 CASES = [
@@ -284,17 +301,17 @@ CASES = [
     *_lycoris_cases("LoHaConfig"),
     *_lycoris_cases("LoKrConfig"),
     # (Upstream's LoKr fails on such kernels as these here.)
-    _Family("conv", {}, "LoHaConfig")("LoHa, convolutions, kernels apart", r=2, use_effective_conv2d=True,
+    _Family("conv", {}, "LoHaConfig")("LoHa, convolutions, kernels apart", r=2, alpha=32, use_effective_conv2d=True,
                                       target_modules=["line.0", "plane.0", "head"]),
     _Family("llama", _ranks, "AdaLoraConfig")("AdaLoRA, defaults"),
     _Family("llama", _ranks, "AdaLoraConfig")("AdaLoRA, all-linear, dropout", init_r=5, target_r=3, lora_alpha=16,
                                               lora_dropout=0.1, target_modules="all-linear"),
     _Family("gpt2", {**_ranks, "fan_in_fan_out": True}, "AdaLoraConfig")("AdaLoRA, GPT-2 (Conv1D)"),
     _Family("opt", _ranks, "AdaLoraConfig")("AdaLoRA, OPT, bias lora_only", bias="lora_only"),
-    _Family("conv", {"total_step": 100}, "AdaLoraConfig")("AdaLoRA, convolutions",
+    _Family("conv", {"total_step": 100}, "AdaLoraConfig")("AdaLoRA, convolutions", lora_alpha=100,
                                                           target_modules=["plane.0", "head"]),
-    *(_prompt_case(base, config, f"{config.removesuffix('Config')}, {base}") for config in _prompts for base in _tasks
-      if (config, base) != ("MultitaskPromptTuningConfig", "t5")),  # where upstream fails with decoder_input_ids
+    *(_prompt_case(base, config, f"{config.removesuffix('Config')}, {base}") for config in _prompts
+      for base in (_multitask if config.startswith("Multitask") else _tasks)),
     _prompt_case("llama", "PromptEncoderConfig", "PromptEncoder, LSTM", encoder_reparameterization_type="LSTM"),
     _prompt_case("llama", "PrefixTuningConfig", "PrefixTuning, projection", prefix_projection=True),
     Case("CPT", "llama", {"default": {"cpt_token_ids": [5, 6, 7, 8], "cpt_tokens_type_mask": [1, 2, 3, 4],
@@ -311,4 +328,7 @@ CASES = [
     _Family("llama", _causal, "LoKrConfig")("LoKr, both decomposed, lycoris's start", r=2, decompose_both=True,
                                             decompose_factor=8, target_modules="all-linear", init_weights="lycoris"),
     *_scaling_cases(),
+    *(Case(_name(config), "llama", {"default": _causal | own, "second": _causal | own}, config=config,
+           upstream_mixes=False) for config, own in _two.items()),
+    *(_prompt_case("llama", config, _name(config), two=True) for config in _prompts),
 ]  # fmt: skip

@@ -72,7 +72,7 @@ def compute(model: nn.Module, inputs: dict[str, torch.Tensor], case: Case) -> di
         else:
             with model.disable_adapter():
                 results["(disabled)"] = outputs(model(**inputs))
-        if len(case.adapters) > 1:
+        if len(case.adapters) > 1 and case.upstream_mixes:
             results["(mixed)"] = outputs(model(**inputs, adapter_names=[*case.adapters, "__base__"]))
         model.set_adapter(next(iter(case.adapters)))
     return {name: result.clone() for name, result in results.items()}

@@ -101,6 +101,8 @@ def find_memory_conflict(args: argparse.Namespace) -> str | None:
     """What is wrong with options of `peft memory` that are right each by itself, or None."""
     if args.method == "full" and args.target_modules is not None:
         return "--target-modules is for adapters and has no effect on --method full"
+    if args.adapter_args is not None and args.method in ("full", *METHODS):
+        return f"--adapter-args is for other methods than {args.method}"
     return find_foreign_option(args, METHOD_OPTIONS)
 
 
@@ -375,7 +377,14 @@ def add_memory(commands: argparse._SubParsersAction) -> None:
     text = "Tell how much memory training takes. Only the configuration of the model is read."
     memory = commands.add_parser("memory", help="tell how much memory training takes", description=text)
     memory.add_argument("model", metavar="MODEL", help="folder, hub id, or smollm2, from its package")
-    memory.add_argument("--method", default="sft", choices=("full", *METHODS), help="default: sft")
+    memory.add_argument(
+        "--method",
+        default="sft",
+        help="full, sft (default), lora, ssf, or another of the library: ia3, prefix_tuning, ...",
+    )
+    memory.add_argument(
+        "--adapter-args", type=json_object, metavar="JSON", help='another method\'s fields: {"num_virtual_tokens": 20}'
+    )
     memory.add_argument("--task", default=None, help="head and loss: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, ...")
     memory.add_argument(
         "--batch", "--batch-size", type=positive_int, default=8, metavar="N", help="sequences per GPU; default: 8"

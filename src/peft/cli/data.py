@@ -297,9 +297,9 @@ def check_packing(model: PreTrainedModel) -> None:
     import torch
 
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    first, second = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0))[:8].view(2, 4).tolist()
     if vocabulary < 8:
         raise CliError(f"--packing needs a model with at least 8 tokens, got {vocabulary}")
+    first, second = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0))[:8].view(2, 4).tolist()
     training = model.training
     model.eval()
     with torch.no_grad():

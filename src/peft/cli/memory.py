@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from .arguments import ALL_LINEAR
+from .arguments import ALL_LINEAR, METHODS
 from .common import CliError, first_line
 from .models import load_config, make_adapter_config, quiet_transformers
+
+if TYPE_CHECKING:
+    from ..config import PeftConfig
 
 
 def run(args: argparse.Namespace) -> None:
@@ -17,9 +21,8 @@ def run(args: argparse.Namespace) -> None:
     model = load_config(args.model)
     adapter = None
     if args.method != "full":
-        args.target_modules = args.target_modules or ALL_LINEAR
-        adapter = make_adapter_config(args)
-        adapter.task_type = args.task
+        adapter = _adapter_config(args)
+        adapter.task_type = args.task or ("SEQ_2_SEQ_LM" if model.is_encoder_decoder else "CAUSAL_LM")
     try:
         estimate = estimate_memory(
             model,
@@ -42,3 +45,23 @@ def run(args: argparse.Namespace) -> None:
     except (ValueError, NotImplementedError) as error:
         raise CliError(first_line(error)) from error
     print(estimate)
+
+
+def _adapter_config(args: argparse.Namespace) -> PeftConfig:
+    """The adapter; of a method without options here, what --adapter-args says and its defaults.
+
+    Raises:
+        CliError: there is no such method, or it refuses what it is given.
+    """
+    if args.method in METHODS:
+        args.target_modules = args.target_modules or ALL_LINEAR
+        return make_adapter_config(args)
+    from ..mapping import config_class
+
+    fields = dict(args.adapter_args or {})
+    if args.target_modules is not None:
+        fields["target_modules"] = args.target_modules
+    try:
+        return config_class(args.method.upper())(**fields)
+    except (KeyError, ValueError, TypeError) as error:
+        raise CliError(f"--method {args.method}: {first_line(error)}") from error

@@ -60,14 +60,14 @@ def run(args: argparse.Namespace) -> None:
     source.tokenize(tokenizer, args.max_length, args.loss_on)
     base = load_model(args.model, resolve_dtype(args.dtype), quantize=args.quantize)
     source.check_fit(base)
-    if args.packing:
-        check_packing(base)
     if args.gradient_checkpointing:
         from ..utils.other import enable_checkpointing
 
         enable_checkpointing(base, {"use_reentrant": False})
     transformers.set_seed(args.seed)  # from here come SFT's first positions and LoRA's A
     model = add_adapter(base, config)
+    if args.packing:
+        check_packing(base)  # with an adapter: else bitsandbytes may repack 4-bit weights for inference
     training_args = make_training_args(args, output)
     for digest in gather_object([source.digest]):
         source.check_digest(digest, "the processes of this run do not have the same data")

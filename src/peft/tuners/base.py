@@ -150,6 +150,9 @@ class BaseTuner(nn.Module):
         """What `update_layer` gets besides the name and the configuration, for the layer `key`."""
         return {}
 
+    def before_loading(self, adapter_name: str, saved: dict) -> None:
+        """Called before a file's tensors are put into an adapter that exists, with the configuration beside them."""
+
     def add_parts(self, config, adapter_name: str) -> None:
         """Called when all layers have the new adapter, for what it has beside them."""
 

@@ -74,6 +74,17 @@ def check_probability(config, name: str) -> None:
         raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)!r}")
 
 
+def check_least(config, **least: int) -> None:
+    """Check that options are at least what is given for them.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, bound in least.items():
+        if getattr(config, name) < bound:
+            raise ValueError(f"{name} must be at least {bound}, got {getattr(config, name)!r}")
+
+
 def check_rank_and_alpha(config, alpha_name: str) -> None:
     """Check `r`, the option `alpha_name`, `rank_pattern` and `alpha_pattern`; patterns that are None become empty.
 

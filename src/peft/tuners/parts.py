@@ -17,7 +17,7 @@ from ..utils.other import (
     AdapterParts,
     AuxiliaryTrainingWrapper,
     Places,
-    id_tensor_storage,
+    memory_of,
     shared_parameters,
     walk,
 )
@@ -264,9 +264,7 @@ def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> dic
     places, replaced, weights = Places(model), {}, {}
     for layer in packed:
         plain = make_op(layer).plain(dtype)
-        held = stored_weight(layer)
-        has_memory = not (held.is_meta or hasattr(held, "__tensor_flatten__"))  # tensors around others have none
-        plain.weight = weights.setdefault(id_tensor_storage(held) if has_memory else id(held), plain.weight)
+        plain.weight = weights.setdefault(memory_of(stored_weight(layer)), plain.weight)
         places.replace(layer, plain)
         replaced[plain] = layer
     shared = shared_parameters(model)

@@ -212,6 +212,9 @@ class Insertion:
         prompt, own = (each[:, stack].to(device) for each in self._rows(batch))
         cache = kwargs.get("past_key_values")
         seen = 0 if cache is None else cache.get_seq_length()
+        _refuse_packed(
+            kwargs.get(keys["attention_mask"]), kwargs.get(keys["position_ids"]), kwargs.get("cu_seq_lens_q")
+        )
         self._lengthen_masks(kwargs, keys, own, seen, length)
         if seen:
             return
@@ -256,6 +259,11 @@ class Insertion:
         """Labels of tokens get -100 for the virtual ones."""
         labels = kwargs.get("labels")
         if self.own_loss is not None:
+            if kwargs.get("fused_lm_head"):
+                raise ValueError(
+                    "CPT has a loss of its own, made of logits, which TRL's SFTTrainer does not compute: use "
+                    "transformers' Trainer"
+                )
             self.labels = kwargs.pop("labels", None)
             if self.labels is not None and (len(set(self.names)) > 1 or BASE_ADAPTER in self.names):
                 raise ValueError("The loss of CPT is that of one adapter: a mixed batch cannot have labels")
@@ -289,7 +297,8 @@ class Insertion:
         if self.model.training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules()):
             raise ValueError(
                 "Prefix tuning needs the cache, which models drop with gradient checkpointing: switch that off "
-                "(gradient_checkpointing_disable()), or use prompt tuning"
+                "(gradient_checkpointing_disable(), or gradient_checkpointing=False in a trainer's arguments), or use "
+                "prompt tuning"
             )
         if kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = new_cache(self.model.config)
@@ -326,6 +335,22 @@ def _shape_of(kwargs: dict[str, Any], keys: dict[str, str]) -> tuple[int, int, t
         if kwargs.get(key) is not None:
             return _shape(kwargs[key])
     raise ValueError(f"A model with a prompt adapter needs {keys['input_ids']} or {keys['inputs_embeds']}")
+
+
+def _refuse_packed(mask: torch.Tensor | None, positions: torch.Tensor | None, lengths: torch.Tensor | None) -> None:
+    """Refuse rows of several texts: of these positions start again, or the lengths are given."""
+    is_packed = lengths is not None
+    if positions is not None and positions.dim() == 2:
+        falls = positions[:, 1:] < positions[:, :-1]
+        if mask is not None and mask.dim() == 2:  # those of padding may be anything
+            attended = mask[:, -positions.shape[1] :].bool()
+            falls = falls & attended[:, 1:] & attended[:, :-1]
+        is_packed |= bool(falls.any())
+    if is_packed:
+        raise ValueError(
+            "Several texts are packed into a row, of which only the first would have the prompt: give one text per row "
+            "(packing=False and padding_free=False in TRL)"
+        )
 
 
 def _padded_left(mask: torch.Tensor) -> bool:

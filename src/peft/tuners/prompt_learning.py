@@ -30,8 +30,8 @@ _IN_MEMORY = "prompt_encoder."  # what stands before an encoder's own names in t
 class BasePromptEncoder(nn.Module):
     """Makes the prompt of one adapter.
 
-    An encoder whose prompt is computed (`head` is a module) has no place for it in adapter files, which hold the
-    finished prompt: loaded, or made for inference, it is a table of numbers.
+    Adapter files hold the finished prompt: loaded, or made for inference, an encoder is a table of numbers. What a
+    prompt is computed from (where `head` is a module) stands in a file beside them, with which training goes on.
 
     Args:
         config: with the fields that the model fills in (`PromptLearningConfig.for_model`).
@@ -92,6 +92,12 @@ class BasePromptEncoder(nn.Module):
         others = {key: tensor for key, tensor in tensors.items() if not key.startswith(_IN_MEMORY)}
         return {**{name: own[name] for name in self.kept}, "prompt_embeddings": self.finished(own), **others}
 
+    def network(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Of these tensors those that the prompt is computed from; none where it is a table."""
+        if self.head is None:
+            return {}
+        return {key: tensor for key, tensor in tensors.items() if key.startswith(_IN_MEMORY)}
+
     @torch.no_grad()
     def finished(self, own: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The prompt as files have it, (S T, D), from these tensors in place of the encoder's own."""
@@ -106,8 +112,13 @@ class BasePromptEncoder(nn.Module):
             self.train(training)
 
     def from_file(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The way back. An encoder with a head loses it: what the file has is the prompt that it made."""
+        """The way back. Without its `network`, or with that of another prompt, an encoder loses its head."""
+        network = self.network(tensors)
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in network}
         if self.head is not None and "prompt_embeddings" in tensors:
+            if self._makes(network, tensors["prompt_embeddings"]):
+                del tensors["prompt_embeddings"]
+                return {**tensors, **network}
             warn(
                 f"The file holds the finished prompt, not the {self.head_name} of {type(self).__name__} that made it: "
                 "from now on the prompt itself is trained (an optimizer that was made before has to be made anew)"
@@ -115,6 +126,14 @@ class BasePromptEncoder(nn.Module):
             self._drop_head()
         names = {"prompt_embeddings": "embedding.weight", **{name: name for name in self.kept}}
         return {_IN_MEMORY + names[key] if key in names else key: tensor for key, tensor in tensors.items()}
+
+    def _makes(self, network: Mapping[str, torch.Tensor], prompt: torch.Tensor) -> bool:
+        """Whether the prompt, which may have been trained on without it, is what this `network` computes."""
+        own = {key.removeprefix(_IN_MEMORY): tensor for key, tensor in network.items()}
+        if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in self.state_dict().items()}:
+            return False
+        made = self.finished(own)
+        return made.shape == prompt.shape and torch.allclose(made, prompt.to(made), rtol=1e-3, atol=1e-4)
 
     def _drop_head(self) -> None:
         old, shape = self.embedding.weight, self.finished(self.state_dict()).shape

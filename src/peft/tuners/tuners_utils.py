@@ -11,7 +11,7 @@ Several active adapters compose in the order in which they are listed: layer `F_
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -133,12 +133,12 @@ class BaseTunerLayer(AdapterParts):
         """Undo `fold`."""
         return memory
 
-    def before_load(self, name: str, path: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    def before_load(self, name: str, path: str, tensors: dict[str, torch.Tensor]) -> None:
         """Called before tensors are loaded into adapter `name`; a method whose sizes may change adapts them here.
 
         Args:
             path: of this layer in the model.
-            tensors: by their names in the model, those of all layers.
+            tensors: by their names in the model, those of all layers; it may change those that it has.
         """
 
     def before_save(self, name: str, path: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -481,18 +481,19 @@ class ScaledLayer(AdditiveLayer):
 
 
 class LowRankLayer(AdditiveLayer):
-    """`W + B A` with plain factors over all inputs of an output: give `factors`, and `dropped` where there is dropout.
+    """`W + B A` with plain factors over all inputs of an output: give `factors`, and `dropout` where there is some.
 
     I K is the number of weights of one output channel: input channels (of one group) times the kernel's size.
     """
+
+    dropout: str  # attribute that maps an adapter's name to the module that drops inputs of the delta (not tokens)
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """`A (r, I K)` and `B (O, r)`, scaled."""
         raise NotImplementedError
 
     def dropped(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """The delta's input after dropout; tokens are not dropped."""
-        return x
+        return getattr(self, self.dropout)[name](x)
 
     def delta_weight(self, name):
         A, B = self.factors(name)

@@ -7,6 +7,7 @@ from .._lazy import explain_missing
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.bin"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
+PROMPT_NETWORK_NAME = "prompt_network.safetensors"  # beside an adapter whose prompt is computed, for training to go on
 STRUCTURE_NAME = "best_model_structure.txt"  # beside an adapter that DE-NAS found, as deltatuner has it
 SAFETENSORS_INDEX_NAME = "adapter_model.safetensors.index.json"
 INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"

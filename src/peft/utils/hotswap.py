@@ -122,7 +122,8 @@ def hotswap_adapter_from_state_dict(
     """Write another adapter's tensors into an adapter that is in place. Layers that it lacks do nothing then.
 
     Args:
-        state_dict: by their keys in a file, with or without `base_model.model.`.
+        state_dict: by their keys in a file or in the model (diffusers has put the adapter's name into them), with or
+            without `base_model.model.`.
         config: the other adapter's; its scaling is taken over.
         parameter_prefix: of the tensors' names; others are refused.
 
@@ -135,7 +136,8 @@ def hotswap_adapter_from_state_dict(
         raise ValueError(f"There is no LoRA adapter {adapter_name!r} in the model to be replaced")
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"Adapter {adapter_name!r} is merged: call unmerge_adapter() before replacing it")
-    places = {file.removeprefix(_PREFIX): name for name, file in adapter_keys(model, adapter_name).items()}
+    keys = adapter_keys(model, adapter_name)
+    places = {key.removeprefix(_PREFIX): name for name, file in keys.items() for key in (name, file)}
     found = {key.removeprefix(_PREFIX): tensor for key, tensor in state_dict.items()}
     unexpected = [key for key in found if key not in places or f".{parameter_prefix}" not in f".{key}"]
     if unexpected:

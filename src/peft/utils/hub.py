@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 
+from .constants import PROMPT_NETWORK_NAME
+
 
 def push_to_hub(obj, repo_id: str, *, save_kwargs: dict | None = None, **upload_kwargs) -> str:
     """Save `obj` into a temporary folder and upload that folder; see `upload_folder`.
@@ -28,7 +30,7 @@ def upload_folder(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Upload a folder to the hub.
+    """Upload a folder to the hub, without what prompts are computed from.
 
     Args:
         repo_id: `user/name`; the repository is created if need be.
@@ -44,6 +46,7 @@ def upload_folder(
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
+        ignore_patterns=f"*{PROMPT_NETWORK_NAME}",  # for training, not for use, and it may be a hundred times as large
         commit_message=commit_message or "Upload adapter",
         revision=revision,
         create_pr=create_pr,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -242,6 +242,12 @@ def id_tensor_storage(tensor: torch.Tensor) -> tuple[torch.device, int, int]:
     """`(device, storage address, bytes)`: equal for tensors that are views of the whole of the same memory."""
     storage = tensor.untyped_storage()
     return tensor.device, storage.data_ptr(), storage.nbytes()
+
+
+def memory_of(weight: torch.Tensor) -> Hashable:
+    """What is equal for weights that are the same memory; a tensor that has none is itself."""
+    has_memory = not (weight.is_meta or hasattr(weight, "__tensor_flatten__"))  # tensors around others have none
+    return id_tensor_storage(weight) if has_memory else id(weight)
 
 
 def infer_device() -> str:

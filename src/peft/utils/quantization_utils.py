@@ -164,6 +164,18 @@ def keep_packed(model: nn.Module, is_trainable: bool) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def held_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """`model.state_dict()` without what refuses to be in one: the packed embeddings of bitsandbytes raise an error."""
+    embeddings = [m for m in model.modules() if _named(m, "bitsandbytes", "Embedding4bit", "Embedding8bit")]
+    for module in embeddings:
+        module.__dict__["_save_to_state_dict"] = lambda *args: None
+    try:
+        return model.state_dict()
+    finally:
+        for module in embeddings:
+            del module.__dict__["_save_to_state_dict"]
+
+
 def forget_quantization(model: nn.Module) -> None:
     """Let a transformers model whose weights are plain numbers again know so: saving and Trainer ask."""
     model.__dict__.pop("hf_quantizer", None)
@@ -327,7 +339,21 @@ def _is_packed(layer: nn.Module) -> bool:
     return weight is not None and not _in_the_clear(weight) and not weight.is_complex()
 
 
+def _is_cast(layer: nn.Module) -> bool:
+    """torch's own layer with a weight of 8 bits and no scales, which somebody casts for each forward (diffusers)."""
+    return type(layer) in _TORCH_LAYERS and _is_packed(layer) and layer.weight.is_floating_point()
+
+
+def _cast(layer: nn.Module, weight: torch.Tensor) -> None:
+    layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
+
+
 register_backend(QuantizationBackend("packed", _is_packed, read_through_forward))
+register_backend(
+    QuantizationBackend(
+        "cast", _is_cast, lambda layer: layer.weight.float(), _cast, shape=lambda layer: layer.weight.shape
+    )
+)
 for _name, _attributes, _weight_name in (
     ("FP8", ("weight_scale_inv",), "weight"),
     ("AQLM", ("codes", "codebooks"), "codes"),

@@ -16,8 +16,14 @@ import torch
 from torch import nn
 
 from .._lazy import explain_missing
-from .constants import DUMMY_TARGET_MODULES, SAFETENSORS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from .other import AdapterParts, AuxiliaryTrainingWrapper, walk
+from .constants import (
+    DUMMY_TARGET_MODULES,
+    PROMPT_NETWORK_NAME,
+    SAFETENSORS_INDEX_NAME,
+    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+)
+from .other import AdapterParts, AuxiliaryTrainingWrapper, infer_device, walk
 from .placement import (
     OffloadedTensor,
     home_device,
@@ -30,7 +36,7 @@ from .placement import (
     whole_tensor,
     whole_tensors,
 )
-from .quantization_utils import is_quantized
+from .quantization_utils import held_state, is_quantized
 from .warning import warn
 
 IncompatibleKeys = namedtuple("IncompatibleKeys", ["missing_keys", "unexpected_keys"])
@@ -125,11 +131,17 @@ def _embedding_keys(model: nn.Module, save_embedding_layers: bool | str, config,
             )
     bases = [module.get_base_layer() if isinstance(module, BaseTunerLayer) else module for module in modules]
     bases = [base for base in bases if not isinstance(base, AuxiliaryTrainingWrapper)]
+    for base in bases if save_embedding_layers is True else ():
+        if not held_state(base):
+            raise ValueError(
+                f"save_embedding_layers=True, but {type(base).__name__} cannot be saved: leave it out, and the adapter "
+                "is loaded on a base model that is packed anew"
+            )
     return {
         f"{path}.{name}": _plain_name(f"{path}.{name}")
         for path, module in model.named_modules(remove_duplicate=False)
         if any(module is base for base in bases)
-        for name in module.state_dict()
+        for name in held_state(module)
     }
 
 
@@ -172,6 +184,13 @@ def get_peft_model_state_dict(
     """
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
+    return adapter_content(model, state_dict, adapter_name, save_embedding_layers)[0]
+
+
+def adapter_content(
+    model: nn.Module, state_dict: dict[str, torch.Tensor] | None, adapter_name: str, save_embedding_layers: bool | str
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """`get_peft_model_state_dict`, and, of a prompt that is still computed, the tensors that it is computed from."""
     config = _config_of(model, adapter_name)
     keys = adapter_keys(model, adapter_name)
     if not keys and getattr(config, "target_modules", None) != DUMMY_TARGET_MODULES:
@@ -187,7 +206,7 @@ def get_peft_model_state_dict(
             "call unmerge_adapter() first"
         )
     keys.update(embeddings)
-    tensors = model.state_dict() if state_dict is None else state_dict
+    tensors = held_state(model) if state_dict is None else state_dict
     if state_dict is not None:
         tensors = {_plain_name(name): tensor for name, tensor in state_dict.items()}
         keys = {_plain_name(name): file for name, file in keys.items()}
@@ -207,7 +226,7 @@ def get_peft_model_state_dict(
             module.before_save(adapter_name, path if state_dict is None else _plain_name(path), wanted)
     result = {file: wanted[name] for name, file in keys.items()}
     encoder = _prompt_encoder(model, adapter_name)
-    return result if encoder is None else encoder.to_file(result)
+    return (result, {}) if encoder is None else (encoder.to_file(result), encoder.network(result))
 
 
 def set_peft_model_state_dict(
@@ -246,25 +265,15 @@ def set_peft_model_state_dict(
     expected = {file: name for name, file in adapter_keys(model, adapter_name).items()}
     expected.update({_plain_name(name): name for name in _bias_keys(model, config, adapter_name)})
     # Of the base model a file may bring the embeddings, nothing else.
-    embeddings = {file: name for name, file in _embedding_keys(model, True, config, adapter_name).items()}
+    embeddings = {file: name for name, file in _embedding_keys(model, "any", config, adapter_name).items()}
     renamed = {_file_key(key, expected): tensor for key, tensor in peft_model_state_dict.items()}
     incoming = {expected[key]: tensor for key, tensor in renamed.items() if key in expected}
     for path, module in walk(model):
         if isinstance(module, BaseTunerLayer) and adapter_name in module._available_adapters:
             module.before_load(adapter_name, path, incoming)
-    found: dict[str, torch.Tensor] = {}
-    unexpected: list[str] = []
-    current = model.state_dict()
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    mismatched: list[str] = []
-    for key, tensor in renamed.items():
-        name = expected.get(key) or embeddings.get(key)
-        if name is None:
-            unexpected.append(key)
-        elif (shape := logical_shape(parameters.get(name, current[name]))) != tensor.shape:
-            mismatched.append(f"{key}: {tuple(tensor.shape)} in the file, {tuple(shape)} in the model")
-        else:
-            found[name] = tensor
+    renamed |= {key: incoming[expected[key]] for key in renamed if key in expected}  # as the layers have changed them
+    current = held_state(model)
+    found, unexpected, mismatched = _places(model, current, renamed, {**embeddings, **expected})
     if mismatched:
         message = f"{len(mismatched)} tensors have another shape than the adapter's, such as {mismatched[:3]}"
         if not ignore_mismatched_sizes:
@@ -292,6 +301,23 @@ def set_peft_model_state_dict(
                 with module.whole_adapter(adapter_name, write=True):
                     module.after_load(adapter_name)
     return IncompatibleKeys(missing, unexpected)
+
+
+def _places(
+    model: nn.Module, current: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], names: dict[str, str]
+) -> tuple[dict[str, torch.Tensor], list[str], list[str]]:
+    """Where a file's tensors go, by their `names` in the model: those, what has no name, and what has another shape."""
+    found, unexpected, mismatched = {}, [], []
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for key, tensor in tensors.items():
+        name = names.get(key)
+        if name is None:
+            unexpected.append(key)
+        elif (shape := logical_shape(parameters.get(name, current[name]))) != tensor.shape:
+            mismatched.append(f"{key}: {tuple(tensor.shape)} in the file, {tuple(shape)} in the model")
+        else:
+            found[name] = tensor
+    return found, unexpected, mismatched
 
 
 def _is_elsewhere(model: nn.Module, name: str) -> bool:
@@ -381,7 +407,6 @@ def load_peft_weights(
     import re
 
     from ..config import find_first
-    from .other import infer_device
 
     hub = {key: value for key, value in hf_hub_download_kwargs.items() if value is not None}
     device = infer_device() if device is None else device
@@ -395,6 +420,17 @@ def load_peft_weights(
     for pattern, replacement in (key_mapping or {}).items():
         tensors = {re.sub(pattern, replacement, key): tensor for key, tensor in tensors.items()}
     return tensors
+
+
+def load_prompt_network(
+    model: nn.Module, adapter_name: str, model_id: str | os.PathLike, device: str | None = None, **hub
+) -> dict[str, torch.Tensor]:
+    """What an adapter's prompt is computed from, if the adapter computes it and the folder or the hub has that."""
+    from ..config import find_file
+
+    encoder = _prompt_encoder(model, adapter_name)
+    path = None if encoder is None or encoder.head is None else find_file(model_id, PROMPT_NETWORK_NAME, **hub)
+    return {} if path is None else read_tensors(path, device or infer_device())
 
 
 def _shards(index_path: str, model_id, hub: dict) -> list[str]:
@@ -425,11 +461,28 @@ def read_tensors(path: str, device: str | torch.device = "cpu") -> dict[str, tor
         raise ValueError(f"{path!r} is damaged, or no file of tensors: {error}") from error
 
 
-def write_adapter(tensors: dict[str, torch.Tensor], folder: str, safe_serialization: bool = True) -> None:
+def write_adapter(
+    tensors: dict[str, torch.Tensor], folder: str, safe_serialization: bool = True, network: dict | None = None
+) -> None:
     """Write an adapter's tensors into `folder`, beside and then renamed.
 
-    Tensors that share memory are written separately (safetensors refuses shared memory).
+    Args:
+        network: what its prompt is computed from, if it is; for training to go on.
     """
+    files = {SAFETENSORS_WEIGHTS_NAME if safe_serialization else WEIGHTS_NAME: tensors}
+    if network:
+        files[PROMPT_NETWORK_NAME] = network
+    for name, content in files.items():
+        _write_tensors(content, os.path.join(folder, name))
+    # What an earlier save left in another form would be found first.
+    for name in (SAFETENSORS_WEIGHTS_NAME, SAFETENSORS_INDEX_NAME, WEIGHTS_NAME, PROMPT_NETWORK_NAME):
+        other = os.path.join(folder, name)
+        if name not in files and os.path.exists(other):
+            os.remove(other)
+
+
+def _write_tensors(tensors: dict[str, torch.Tensor], path: str) -> None:
+    """Write tensors, those that share memory separately (safetensors refuses shared memory)."""
     from ..config import write_atomically
 
     seen: set[tuple] = set()
@@ -439,19 +492,12 @@ def write_adapter(tensors: dict[str, torch.Tensor], folder: str, safe_serializat
         memory = (tensor.device, tensor.untyped_storage().data_ptr())
         content[key] = tensor.clone() if memory in seen and tensor.numel() else tensor
         seen.add(memory)
-    if safe_serialization:
+    if path.endswith(".safetensors"):
         from safetensors.torch import save_file
 
-        path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
         write_atomically(path, lambda file: save_file(content, file, metadata={"format": "pt"}))
     else:
-        path = os.path.join(folder, WEIGHTS_NAME)
         write_atomically(path, lambda file: torch.save(content, file))
-    # What an earlier save left in another form would be found first.
-    for name in (SAFETENSORS_WEIGHTS_NAME, SAFETENSORS_INDEX_NAME, WEIGHTS_NAME):
-        other = os.path.join(folder, name)
-        if other != path and os.path.exists(other):
-            os.remove(other)
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -107,10 +107,7 @@ class RankAllocator:
     def update_and_allocate(
         self, model: nn.Module, global_step: int, force_mask: bool = False
     ) -> tuple[int, dict[str, list[bool]] | None]:
-        """Take one step's gradients in and allocate the ranks if it is time.
-
-        Args:
-            force_mask: allocate in any case (which is so at the last allocation, where no gradients are taken in).
+        """Take one step's gradients in and allocate the ranks if it is time, or with `force_mask`.
 
         Returns:
             The budget, and which ranks stay; None: nothing was allocated.

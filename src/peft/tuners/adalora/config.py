@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ...config import documented
 from ...utils.peft_types import PeftType
 from ...utils.warning import warn
-from ..common_config import check_probability
+from ..common_config import check_least, check_probability
 from ..lora.config import LoraConfig
 
 WITHOUT_EFFECT = ("use_rslora", "lora_bias", "alpha_pattern")  # fields of LoraConfig that AdaLoRA has no use for
@@ -59,12 +59,8 @@ class AdaLoraConfig(LoraConfig):
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect in AdaLoRA: leave it out")
         if not 1 <= self.target_r <= self.init_r:
-            raise ValueError(
-                f"target_r must be in 1..init_r, got target_r={self.target_r!r} and init_r={self.init_r!r}"
-            )
-        for name, least in (("tinit", 0), ("tfinal", 0), ("deltaT", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)!r}")
+            raise ValueError(f"target_r must be in 1..init_r, got target_r={self.target_r} and init_r={self.init_r}")
+        check_least(self, tinit=0, tfinal=0, deltaT=1)
         check_probability(self, "beta1")
         check_probability(self, "beta2")
         if not self.orth_reg_weight >= 0:

@@ -23,6 +23,7 @@ class AdaLoraLayer(LowRankLayer, LoraLayer, nn.Module):
     """AdaLoRA on a layer of any kind that has a matrix or a kernel as its weight."""
 
     adapter_layer_names = tuple(RANK_DIM)
+    dropout = "lora_dropout"
     other_param_names = (*LoraLayer.other_param_names, "ranknum", "configs")
 
     def __init__(self, base_layer: nn.Module):
@@ -42,12 +43,10 @@ class AdaLoraLayer(LowRankLayer, LoraLayer, nn.Module):
         self.ranknum[name] = nn.Parameter(torch.full((1,), float(config.init_r), device=device), requires_grad=False)
         outputs, inputs = self.op.weight_shape[0], self.op.weight_shape[1:].numel()
         self.r[name] = r
-        self.lora_A[name] = nn.Parameter(torch.randn(r, inputs))
-        self.lora_B[name] = nn.Parameter(torch.randn(outputs, r))
-        self.lora_E[name] = nn.Parameter(torch.randn(r, 1))
-        if config.init_lora_weights is not False:
-            for attribute, scale in (("lora_A", 0.02), ("lora_B", 0.02), ("lora_E", 0.0)):
-                getattr(self, attribute)[name].data.mul_(scale)
+        starts = {"lora_A": ((r, inputs), 0.02), "lora_B": ((outputs, r), 0.02), "lora_E": ((r, 1), 0.0)}
+        for attribute, (shape, scale) in starts.items():
+            scale = 1.0 if config.init_lora_weights is False else scale
+            getattr(self, attribute)[name] = nn.Parameter(torch.randn(shape) * scale)
 
     def _initial_scaling(self, name):
         return self.lora_alpha[name]
@@ -57,25 +56,29 @@ class AdaLoraLayer(LowRankLayer, LoraLayer, nn.Module):
         scaling = self.scaling[name] / (self.ranknum[name].to(E) + 1e-5)
         return self.lora_A[name] * (E * scaling), self.lora_B[name]
 
-    def dropped(self, name, x):
-        return self.lora_dropout[name](x)
-
     def before_load(self, name, path, tensors):
-        """Take over the number of ranks that the file has; none of those is lost."""
-        incoming = tensors.get(f"{path}.lora_E.{name}")
-        if incoming is None:
+        """Put the file's ranks where `rank_pattern` says, or else first; others are lost. Make room for more.
+
+        The parameters of a layer that has lost ranks keep their sizes, so that an optimiser's state goes on to fit.
+        """
+        ranks, r = len(tensors.get(f"{path}.lora_E.{name}", ())), self.r[name]
+        if f"{path}.lora_E.{name}" not in tensors or (ranks == r and self._left(name) is None):
             return
-        ranks = len(incoming)
-        if ranks != self.r[name]:
-            self.r[name] = ranks
-            for attribute, old in list(self.adapter_tensors(name)):
-                shape = list(old.shape)
-                shape[RANK_DIM[attribute]] = ranks
-                getattr(self, attribute)[name] = nn.Parameter(old.new_zeros(shape), old.requires_grad)
-        elif self._left(name) is None:
-            return
-        config = self.configs[name]
-        config.rank_pattern = {**(config.rank_pattern or {}), self.pattern_key: [True] * ranks}
+        config, self.r[name] = self.configs[name], max(r, ranks)
+        pattern = (config.rank_pattern or {}).get(self.pattern_key, ())
+        if len(pattern) != self.r[name] or sum(pattern) != ranks:
+            pattern = [i < ranks for i in range(self.r[name])]
+        config.rank_pattern = {**(config.rank_pattern or {}), self.pattern_key: pattern}
+        places = torch.tensor(pattern, dtype=torch.bool).nonzero().squeeze(1)
+        for attribute, own in list(self.adapter_tensors(name)):
+            key, dim, shape = f"{path}.{attribute}.{name}", RANK_DIM[attribute], list(own.shape)
+            shape[dim] = ranks
+            if ranks > r:
+                getattr(self, attribute)[name] = nn.Parameter(own.new_zeros(shape), own.requires_grad)
+            elif key in tensors and list(tensors[key].shape) == shape:
+                new, is_zero = tensors[key], own.is_meta or attribute == "lora_E"
+                whole = new.new_zeros(own.shape) if is_zero else own.detach().to(new, copy=True)
+                tensors[key] = whole.index_copy_(dim, places.to(new.device), new)
 
     def _left(self, name: str) -> list[bool] | None:
         """Which of the layer's ranks are left; None: all. (A pattern of another length is what it was made by.)"""

@@ -30,6 +30,11 @@ class AdaLoraModel(LoraModel):
         pattern = (config.rank_pattern or {}).get(f"{key}.lora_E")
         return {"key": key, "r": config.init_r if pattern is None else sum(pattern)}
 
+    def before_loading(self, adapter_name, saved):
+        """Take over which ranks are left in the file."""
+        if saved.get("peft_type") == self.peft_config[adapter_name].peft_type:
+            self.peft_config[adapter_name].rank_pattern = saved.get("rank_pattern")
+
     def forward(self, *args, **kwargs):
         """The base model's forward. A loss that it returns includes the regularisation of the adapters that train."""
         output = super().forward(*args, **kwargs)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ...config import documented
 from ...utils.peft_types import PeftType
-from ..common_config import TargetedConfig, check_probability
+from ..common_config import TargetedConfig, check_least, check_probability
 
 
 @documented
@@ -36,9 +36,7 @@ class BOFTConfig(TargetedConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.BOFT
-        for name, least in (("boft_block_size", 0), ("boft_block_num", 0), ("boft_n_butterfly_factor", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_least(self, boft_block_size=0, boft_block_num=0, boft_n_butterfly_factor=1)
         if (self.boft_block_size == 0) == (self.boft_block_num == 0):
             raise ValueError(
                 "boft_block_size and boft_block_num multiply to the number of features: give one of them and set the "

@@ -62,7 +62,10 @@ class MultitaskPromptEmbedding(PromptEmbedding):
         """
         tasks = len(self.prefix_task_cols)
         if task_ids is None:
-            raise ValueError(f"Multitask prompt tuning needs task_ids, the task of each row (0 to {tasks - 1})")
+            raise ValueError(
+                f"Multitask prompt tuning needs task_ids, the task of each row (0 to {tasks - 1}). (A Trainer hands "
+                "them on with remove_unused_columns=False and a data collator that keeps them)"
+            )
         task_ids = torch.as_tensor(task_ids, device=self.prefix_task_cols.device)
         if task_ids.shape != (batch,) or not ((task_ids >= 0) & (task_ids < tasks)).all():
             raise ValueError(f"task_ids must be {batch} numbers from 0 to {tasks - 1}, got {task_ids.tolist()}")

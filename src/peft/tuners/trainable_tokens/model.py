@@ -6,7 +6,7 @@ from collections.abc import Hashable
 
 from torch import nn
 
-from ...utils.other import AuxiliaryTrainingWrapper, id_tensor_storage
+from ...utils.other import AuxiliaryTrainingWrapper, memory_of
 from ...utils.placement import offload_hook
 from ...utils.quantization_utils import stored_weight
 from ..base import BaseTuner, model_config
@@ -70,14 +70,14 @@ def tied_modules(model: nn.Module, base: nn.Module) -> list[str]:
     Raises:
         ValueError: one of them is trained whole, or is adapted in another way.
     """
-    memory, partner, found, inside = _memory(base), _offloaded_partner(model, base), [], ()
+    memory, partner, found, inside = _weight_of(base), _offloaded_partner(model, base), [], ()
     for key, module in model.named_modules():
         if inside and key.startswith(inside) or not getattr(module, "adapter_layer_names", True):
             continue  # a wrapper of trainable tokens stands for the layer in it
         bare = _bare(module)
         if bare is not module:
             inside = (*inside, key + ".")
-        if bare is base or not (bare is partner or memory is not None and _memory(bare) == memory):
+        if bare is base or not (bare is partner or memory is not None and _weight_of(bare) == memory):
             continue
         if bare is not module and not isinstance(module, TrainableTokensLayer):
             raise ValueError(
@@ -96,10 +96,6 @@ def _offloaded_partner(model: nn.Module, base: nn.Module) -> nn.Module | None:
     return next((end for end in ends if end is not base), None)
 
 
-def _memory(module: nn.Module) -> Hashable | None:
+def _weight_of(module: nn.Module) -> Hashable | None:
     """What is equal for layers that hold the same weight, packed or not; None: it is no layer, or not known."""
-    if make_op(module) is None:
-        return None
-    weight = stored_weight(module)
-    has_memory = not (weight.is_meta or hasattr(weight, "__tensor_flatten__"))
-    return id_tensor_storage(weight) if has_memory else id(weight)
+    return None if make_op(module) is None else memory_of(stored_weight(module))

@@ -15,6 +15,7 @@ class VeraLayer(LowRankLayer, nn.Module):
     """VeRA on a layer of any kind that has a matrix or a kernel as its weight."""
 
     adapter_layer_names = ("vera_lambda_b", "vera_lambda_d")
+    dropout = "vera_dropout"
     other_param_names = ("vera_A", "vera_B", "vera_dropout", "r")
 
     def __init__(self, base_layer: nn.Module):
@@ -45,9 +46,6 @@ class VeraLayer(LowRankLayer, nn.Module):
         b, d = self.vera_lambda_b[name], self.vera_lambda_d[name]
         outputs, inputs = len(b), self.op.weight_shape[1:].numel()
         return self.vera_A[name][:, :inputs].to(d) * d[:, None], b[:, None] * self.vera_B[name][:outputs].to(b)
-
-    def dropped(self, name, x):
-        return self.vera_dropout[name](x)
 
 
 class Linear(VeraLayer):
