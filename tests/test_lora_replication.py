@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -49,6 +50,12 @@ def test_a_deeper_model_that_shares_its_weights(tmp_path):
     assert loaded.config.num_hidden_layers == 6
     merged = loaded.merge_and_unload()
     torch.testing.assert_close(logits(merged, ids), adapted, atol=1e-5, rtol=1e-4)
+    model.delete_adapter("default")
+    model.add_adapter("c", lora([(0, 3), (1, 4)]))
+    assert base.config.num_hidden_layers == len(base.model.layers) == 6
+    copied = pickle.loads(pickle.dumps(model)).unload()
+    assert len(copied.model.layers) == 4 and torch.equal(logits(copied, ids), before)
+    assert base.config.num_hidden_layers == len(base.model.layers) == 6
     plain = model.unload()
     assert plain.config.num_hidden_layers == len(plain.model.layers) == 4
     assert [layer.self_attn.layer_idx for layer in plain.model.layers] == [0, 1, 2, 3]

@@ -23,7 +23,7 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper, walk
 from peft.utils.warning import PeftWarning
 
 
@@ -584,17 +584,21 @@ def test_the_number_of_walks_over_the_model_does_not_grow_with_its_layers(method
     def walks(layers: int) -> list[int]:
         counts = []
         base = llama(num_hidden_layers=layers)
-        walk = nn.Module.named_modules
 
-        def named_modules(module, *args, **kwargs):
-            if module is base:
-                counts[-1] += 1
-            return walk(module, *args, **kwargs)
+        def counted(method):
+            def counting(module, *args, **kwargs):
+                if module is base:
+                    counts[-1] += 1
+                return method(module, *args, **kwargs)
+
+            return counting
 
         folder = tmp_path / str(layers)
         adapted(llama(num_hidden_layers=layers), "default", method=method).save_pretrained(folder)
         with monkeypatch.context() as patch:
-            patch.setattr(nn.Module, "named_modules", named_modules)
+            patch.setattr(nn.Module, "named_modules", counted(nn.Module.named_modules))
+            for module in ("tuners.base", "tuners.parts", "utils.other", "utils.save_and_load"):
+                patch.setattr(f"peft.{module}.walk", counted(walk))
             counts.append(0)
             model = adapted(base, "a", method=method)
             for change in (

@@ -71,6 +71,10 @@ BASES: dict[str, Callable[[], nn.Module]] = {
         "T5ForConditionalGeneration", "T5Config", vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=INNER,
         num_layers=2, num_heads=HEADS,
     ),
+    "mixtral": _transformers_model(
+        "MixtralForCausalLM", "MixtralConfig", vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=INNER,
+        num_hidden_layers=2, num_attention_heads=HEADS, num_key_value_heads=2, num_local_experts=3,
+    ),
     "conv": ConvNet,
 }  # fmt: skip
 
@@ -141,6 +145,9 @@ class _Family:
 
 _llama_case = _Family("llama", {"task_type": "CAUSAL_LM"})
 _gpt2_case = _Family("gpt2", {"task_type": "CAUSAL_LM", "fan_in_fan_out": True})
+_experts_case = _Family(
+    "mixtral", {"task_type": "CAUSAL_LM", "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+)
 _opt_case = _Family("opt", {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj", "fc1"]})
 
 _causal = {"task_type": "CAUSAL_LM"}
@@ -253,6 +260,14 @@ CASES = [
     _llama_case("Llama, modules_to_save", target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"]),
     _llama_case("Llama, init orthogonal", target_modules=["o_proj"], init_lora_weights="orthogonal"),
     _llama_case("Llama, init PiSSA", target_modules=["q_proj", "up_proj"], init_lora_weights="pissa"),
+    _llama_case("Llama, init EVA, to come", init_lora_weights="eva", eva_config={"rho": 3.0}),
+    # Upstream merges into weights that several layers share.
+    Case("Llama, layer replication", "llama",
+         {"default": {**_causal, "target_modules": ["q_proj"], "layer_replication": [(0, 2), (1, 3)]}},
+         upstream_merges=False),
+    _experts_case("Mixtral, experts", target_modules=["q_proj"]),
+    _experts_case("Mixtral, experts only", target_modules=[], use_rslora=True,
+                  rank_pattern={"experts.down_proj": 3}),
     _llama_case("Llama, init OLoRA", target_modules=["q_proj", "up_proj"], init_lora_weights="olora", use_rslora=True),
     _llama_case("Llama, DoRA", target_modules="all-linear", use_dora=True),
     _llama_case("Llama, DoRA, embeddings", target_modules=["embed_tokens", "q_proj"], use_dora=True),

@@ -94,7 +94,7 @@ def differences(ours, upstream, path: str = "") -> Iterator[str]:
 def comparable(config: dict) -> dict:
     """A configuration with lists, which all stand for sets, in one order and without repetitions."""
     return {
-        key: sorted(set(value)) if isinstance(value, list) else value
+        key: sorted({str(item) for item in value}) if isinstance(value, list) else value
         for key, value in config.items()
         if key not in DIFFERENT_CONFIG
     }

@@ -23,6 +23,7 @@ from ..utils.other import (
     Places,
     _get_submodules,
     shared_parameters,
+    walk,
 )
 from ..utils.placement import home_device, offload_hook, own_tensor, reshard
 from ..utils.quantization_utils import forget_quantization, is_quantized, keep_packed
@@ -290,7 +291,7 @@ class BaseTuner(nn.Module):
             warned = warn_of_single_experts(self.model, config.target_modules)
         default = self.target_module_mapping.get(model_config(self.model).get("model_type", "custom"))
         chosen = not isinstance(given, str) and given is not None and set(given) != set(default or ())
-        keys = [key for key, _ in self.model.named_modules() if key]
+        keys = [key for key, _ in walk(self.model) if key]
         parameters = self.parameter_targets(config)
         # Experts are warned of once.
         useless = unmatched_entries(config, [*keys, *warned], [*targets, *parameters], chosen)
@@ -352,7 +353,7 @@ class BaseTuner(nn.Module):
             wanted -= {owner for owner, _ in self.parameter_targets(config).values()}
         targets: dict[str, nn.Module] = {}
         inside: tuple[str, ...] = ()
-        for key, module in self.model.named_modules():
+        for key, module in walk(self.model):
             if not key or (inside and key.startswith(inside)):
                 continue
             if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
@@ -444,10 +445,10 @@ class BaseTuner(nn.Module):
     # All layers at once
 
     def layers(self) -> Iterator[BaseTunerLayer]:
-        return (module for module in self.model.modules() if isinstance(module, BaseTunerLayer))
+        return (module for _, module in walk(self.model) if isinstance(module, BaseTunerLayer))
 
     def wrappers(self) -> Iterator[AuxiliaryTrainingWrapper]:
-        return (module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
+        return (module for _, module in walk(self.model) if isinstance(module, AuxiliaryTrainingWrapper))
 
     @property
     def active_adapters(self) -> list[str]:

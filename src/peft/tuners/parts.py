@@ -19,6 +19,7 @@ from ..utils.other import (
     Places,
     memory_of,
     shared_parameters,
+    walk,
 )
 from ..utils.placement import reshard
 from ..utils.quantization_utils import is_quantized, stored_weight
@@ -93,7 +94,7 @@ def drop_trained_biases(model: nn.Module) -> None:
 
 def modules_with_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """Adapter layers, modules that are trained whole, and what holds the encoders of prompts."""
-    for module in model.modules():
+    for _, module in walk(model):
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             yield module
         elif PROMPTS in vars(module):
@@ -102,7 +103,7 @@ def modules_with_adapters(model: nn.Module) -> Iterator[nn.Module]:
 
 def parts(model: nn.Module) -> Iterator[AdapterParts]:
     """Everything in `model` that holds something of an adapter: biases of the base model, layers, whole modules."""
-    for module in model.modules():
+    for _, module in walk(model):
         if _BIASES in vars(module):
             yield vars(module)[_BIASES]
     yield from modules_with_adapters(model)
@@ -236,7 +237,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     """Widen an adapter's half-precision parameters to float32, for stable training (where its method wants that)."""
     if not autocast_adapter_dtype:
         return
-    for layer in model.modules():
+    for _, layer in walk(model):
         if isinstance(layer, BaseTunerLayer) and layer.widens_parameters:
             for _, parameter in layer.adapter_tensors(adapter_name):
                 if parameter.dtype in (torch.float16, torch.bfloat16):

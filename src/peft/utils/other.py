@@ -84,6 +84,22 @@ class AdapterParts:
             self._shown_flags[key] = flag
 
 
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As `model.named_modules()`, but not into what adapter layers hold for every adapter: there may be many."""
+    seen, waiting = set(), [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield path, module
+        children = module._modules
+        if isinstance(module, AdapterParts) and "base_layer" in children:
+            children = {"base_layer": children["base_layer"]}
+        prefix = f"{path}." if path else ""
+        waiting.extend((prefix + name, child) for name, child in reversed(children.items()) if child is not None)
+
+
 class AuxiliaryTrainingWrapper(AdapterParts, nn.Module):
     """A module of the base model of which adapters have something of their own."""
 
@@ -194,12 +210,13 @@ def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, s
 class Places:
     """Where a model holds each of its modules; one module may stand in several places.
 
-    Found in one walk, so that replacing many modules does not walk the model once for each of them.
+    Found in one walk, so that replacing many modules does not walk the model once for each of them. Not for what is
+    inside of adapters.
     """
 
     def __init__(self, model: nn.Module):
         self._of: dict[nn.Module, list[tuple[nn.Module, str]]] = {}  # module -> its parents, and its names in them
-        for parent in model.modules():
+        for _, parent in walk(model):
             for name, child in parent._modules.items():
                 if child is not None:
                     self._of.setdefault(child, []).append((parent, name))
@@ -214,7 +231,7 @@ class Places:
 def shared_parameters(model: nn.Module) -> set[int]:
     """`id`s of the parameters that more than one module holds (tied weights)."""
     seen: dict[int, int] = {}
-    for module in model.modules():
+    for _, module in walk(model):
         for parameter in module._parameters.values():
             if parameter is not None:
                 seen[id(parameter)] = seen.get(id(parameter), 0) + 1

@@ -23,7 +23,7 @@ from .constants import (
     SAFETENSORS_WEIGHTS_NAME,
     WEIGHTS_NAME,
 )
-from .other import AdapterParts, AuxiliaryTrainingWrapper, infer_device
+from .other import AdapterParts, AuxiliaryTrainingWrapper, infer_device, walk
 from .placement import (
     OffloadedTensor,
     home_device,
@@ -52,7 +52,7 @@ def _holders(model: nn.Module):
     """`(path, module)` of everything in a model that holds tensors of adapters."""
     from ..tuners.base import BaseTuner
 
-    return ((path, part) for path, part in model.named_modules() if isinstance(part, (AdapterParts, BaseTuner)))
+    return ((path, part) for path, part in walk(model) if isinstance(part, (AdapterParts, BaseTuner)))
 
 
 def adapter_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
@@ -95,7 +95,7 @@ def _holds_prompts(module: nn.Module, adapter_name: str) -> bool:
 
 
 def _prompt_encoder(model: nn.Module, adapter_name: str) -> nn.Module | None:
-    return next((module[adapter_name] for module in model.modules() if _holds_prompts(module, adapter_name)), None)
+    return next((module[adapter_name] for _, module in walk(model) if _holds_prompts(module, adapter_name)), None)
 
 
 def _config_of(model: nn.Module, adapter_name: str):
@@ -254,7 +254,7 @@ def set_peft_model_state_dict(
 
     reshard(model)
     config = _config_of(model, adapter_name)
-    if any(adapter_name in getattr(module, "merged_adapters", ()) for module in model.modules()):
+    if any(adapter_name in getattr(module, "merged_adapters", ()) for _, module in walk(model)):
         raise ValueError(
             f"Adapter {adapter_name!r} is merged, and with other tensors it could not be taken out again: call "
             "unmerge_adapter() before loading into it"
@@ -268,7 +268,7 @@ def set_peft_model_state_dict(
     embeddings = {file: name for name, file in _embedding_keys(model, "any", config, adapter_name).items()}
     renamed = {_file_key(key, expected): tensor for key, tensor in peft_model_state_dict.items()}
     incoming = {expected[key]: tensor for key, tensor in renamed.items() if key in expected}
-    for path, module in model.named_modules():
+    for path, module in walk(model):
         if isinstance(module, BaseTunerLayer) and adapter_name in module._available_adapters:
             module.before_load(adapter_name, path, incoming)
     renamed |= {key: incoming[expected[key]] for key in renamed if key in expected}  # as the layers have changed them
@@ -291,11 +291,11 @@ def set_peft_model_state_dict(
     if low_cpu_mem_usage:
         # Assigned tensors keep their dtype, so they have to be given the one that the adapter should have.
         found = {name: t.to(current[name].dtype).to(_device_of(model, name, t.device)) for name, t in found.items()}
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()} if low_cpu_mem_usage else {}
     model.load_state_dict(found, strict=False, assign=low_cpu_mem_usage)
     for name, parameter in model.named_parameters() if low_cpu_mem_usage else ():
         parameter.requires_grad_(flags[name])
-    for module in model.modules():
+    for _, module in walk(model):
         if isinstance(module, BaseTunerLayer) and adapter_name in module._available_adapters:
             if not any(t.is_meta for _, t in module.adapter_tensors(adapter_name)):
                 with module.whole_adapter(adapter_name, write=True):

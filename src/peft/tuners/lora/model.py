@@ -18,7 +18,7 @@ from .combine import Combination, combined_config, fill
 from .config import LoraConfig
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 from .parameters import walk_parameters, wrapper_of
-from .replication import replicate_layers
+from .replication import Replication, replicate_layers
 
 
 def rank_and_alpha(config, key: str) -> tuple[int, float]:
@@ -34,9 +34,7 @@ def _ranges(config) -> list[list[int]]:
 class LoraModel(BaseTuner):
     """A model with LoRA adapters (arXiv 2106.09685); see `BaseTuner`."""
 
-    @staticmethod
-    def _undo_replication() -> None:  # there is none
-        pass
+    _replication: Replication | None = None  # of its layers, once for all adapters
 
     prefix = "lora_"
     tuner_layer_cls = LoraLayer
@@ -67,15 +65,20 @@ class LoraModel(BaseTuner):
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         config = self.peft_config[adapter_name]
-        first = len(self.peft_config) == 1 and config.layer_replication
-        if first:
-            self._undo_replication = replicate_layers(model, config.layer_replication)
+        new = config.layer_replication and self._replication is None
+        if new:
+            self._replication = replicate_layers(model, config.layer_replication)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
-            if first:
+            if new:
                 self._undo_replication()
             raise
+
+    def _undo_replication(self) -> None:
+        if self._replication is not None:
+            self._replication.undo()
+            self._replication = None
 
     def unload(self):
         model = super().unload()

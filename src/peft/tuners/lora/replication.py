@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -14,7 +15,25 @@ def clone_module(module: nn.Module, share_weights: bool = False) -> nn.Module:
     return copy.deepcopy(module, {id(tensor): tensor for tensor in held})
 
 
-def replicate_layers(model: nn.Module, layer_map: Sequence[tuple[int, int]]) -> Callable[[], None]:
+@dataclass
+class Replication:
+    """What a replication has replaced."""
+
+    parent: nn.Module
+    name: str
+    layers: nn.ModuleList
+    config: object
+    said: dict[str, object]
+
+    def undo(self) -> None:
+        """Give the model its own layers back."""
+        setattr(self.parent, self.name, self.layers)
+        _number(self.layers)
+        for key, value in self.said.items():
+            setattr(self.config, key, value)
+
+
+def replicate_layers(model: nn.Module, layer_map: Sequence[tuple[int, int]]) -> Replication:
     """Let the model have the layers of these ranges, one after the other: [(0, 3), (1, 4)] is 0, 1, 2, 1, 2, 3.
 
     The configuration says so too. What comes again shares its weights with the first time.
@@ -23,7 +42,7 @@ def replicate_layers(model: nn.Module, layer_map: Sequence[tuple[int, int]]) -> 
         layer_map: (first, last + 1) each.
 
     Returns:
-        What undoes it.
+        What it takes to undo it.
 
     Raises:
         ValueError: the model has not one list of layers, or not as many as named.
@@ -50,22 +69,16 @@ def replicate_layers(model: nn.Module, layer_map: Sequence[tuple[int, int]]) -> 
         replicated.append(clone_module(layers[i], share_weights=True) if i in used else layers[i])
         used.add(i)
     # What configurations say of each layer (layer_types, ...) is said of those that there are now.
-    said = {key: value for key, value in vars(config).items() if "layer" in key} if config is not None else {}
+    said = {} if count is None else {key: value for key, value in vars(config).items() if "layer" in key}
     said = {key: value for key, value in said.items() if isinstance(value, (list, tuple)) and len(value) == len(layers)}
+    replication = Replication(parent, name, layers, config, said)
+    for key, value in said.items():
+        setattr(config, key, [value[i] for i in order])
+    if count is not None:
+        config.num_hidden_layers, replication.said = len(order), said | {"num_hidden_layers": count}
     setattr(parent, name, nn.ModuleList(replicated))
     _number(replicated)
-    if count is not None:
-        vars(config).update({key: [value[i] for i in order] for key, value in said.items()})
-        config.num_hidden_layers = len(order)
-
-    def undo() -> None:
-        setattr(parent, name, layers)
-        _number(layers)
-        if count is not None:
-            vars(config).update(said)
-            config.num_hidden_layers = count
-
-    return undo
+    return replication
 
 
 def _number(layers: Sequence[nn.Module]) -> None:
