@@ -125,6 +125,12 @@ def test_lorafa_refuses_another_adapters_numbers():
         create_lorafa_optimizer(model, r=2, lora_alpha=6, lr=0.1)
 
 
+def test_lorafa_refuses_bare_parameters():
+    model = get_peft_model(Net(), LoraConfig(r=2, lora_alpha=6, target_modules=[], target_parameters=["linear.weight"]))
+    with pytest.raises(ValueError, match="adapters of target_parameters have one per expert"):
+        create_lorafa_optimizer(model, r=2, lora_alpha=6, lr=0.1)
+
+
 def test_lorafa_takes_a_closure_and_goes_on_from_its_state():
     model, x = adapted(), []
     optimizer = create_lorafa_optimizer(model, r=2, lora_alpha=6, lr=0.05, weight_decay=0.1)

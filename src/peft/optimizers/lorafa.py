@@ -67,9 +67,14 @@ def create_lorafa_optimizer(
             included.
 
     Raises:
-        ValueError: they are not the adapter's, or the model has no LoRA that trains.
+        ValueError: they are not the adapter's, or the model has no LoRA that trains, or one of bare parameters.
     """
     config = model.active_peft_config
+    if getattr(config, "target_parameters", None):
+        raise ValueError(
+            "LoRA-FA corrects the gradient of B by one A per layer, and adapters of target_parameters have one per "
+            "expert: use another optimiser, such as AdamW"
+        )
     given = {"r": r, "lora_alpha": lora_alpha} | ({} if use_rslora is None else {"use_rslora": use_rslora})
     other = {name: value for name, value in given.items() if getattr(config, name, None) != value}
     if other:
