@@ -364,10 +364,6 @@ def _scalar(tensor: Tensor) -> bool | int | float:
     return True if tensor.dtype == torch.bool else 1
 
 
-def _sampled(values: Tensor, left: Tensor, right: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
-    return torch.empty_like(values)
-
-
 _STAND_INS: dict[Any, Callable] = {
     torch.ops.aten._local_scalar_dense.default: _scalar,
     torch.ops.aten.searchsorted.Tensor: _searchsorted,
@@ -375,7 +371,7 @@ _STAND_INS: dict[Any, Callable] = {
     torch.ops.aten.nonzero.default: lambda tensor: tensor.new_empty(0, tensor.dim(), dtype=torch.int64),
     # There are no fake sparse tensors in compressed form; their values alone stand for them.
     torch.ops.aten.sparse_compressed_tensor.comp_plain_value_size: lambda starts, columns, values, *_, **__: values,
-    torch.ops.aten.sparse_sampled_addmm.default: _sampled,
+    torch.ops.aten.sparse_sampled_addmm.out: lambda values, left, right, *, out, **_: out,
     torch.ops.aten.values.default: torch.ops.aten.alias.default,
 }
 
