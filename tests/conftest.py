@@ -24,3 +24,15 @@ def seed() -> int:
     np.random.seed(seed)
     torch.manual_seed(seed)
     return seed
+
+
+@pytest.fixture(scope="module")
+def quiet_transformers():
+    """Trainers and loaders without their logs and progress bars."""
+    from transformers import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+    logging.set_verbosity_warning()

@@ -349,6 +349,13 @@ class MethodCase:
     wide: dict = field(default_factory=dict)  # what makes the parameters as wide as a float64 base
 
 
+BAD_LYCORIS = (
+    ({"r": 0}, "rank must be a positive whole number, got r=0"),
+    ({"alpha": 0}, "alpha scales the delta, so it must be finite and not 0, got 0"),
+    ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\]=0"),
+    ({"rank_dropout": 1.0}, r"rank_dropout must be in \[0, 1\), got 1.0"),
+    ({"module_dropout": -0.1}, "got -0.1"),
+)
 METHODS: dict[str, MethodCase] = {
     "lora": MethodCase(
         lambda **kw: LoraConfig(**{"r": 4, "lora_alpha": 8, **kw}),
@@ -377,11 +384,7 @@ METHODS: dict[str, MethodCase] = {
         loha_formula,
         ops=MATRICES,
         bad=(
-            ({"r": 0}, "rank must be a positive whole number, got r=0"),
-            ({"alpha": 0}, "alpha scales the delta, so it must be finite and not 0, got 0"),
-            ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\]=0"),
-            ({"rank_dropout": 1.0}, r"rank_dropout must be in \[0, 1\), got 1.0"),
-            ({"module_dropout": -0.1}, "got -0.1"),
+            *BAD_LYCORIS,
             ({"init_weights": "lycoris"}, "init_weights must be bool, got 'lycoris'"),
         ),
     ),
@@ -390,11 +393,7 @@ METHODS: dict[str, MethodCase] = {
         lokr_formula,
         ops=MATRICES,
         bad=(
-            ({"r": 0}, "rank must be a positive whole number, got r=0"),
-            ({"alpha": 0}, "alpha scales the delta, so it must be finite and not 0, got 0"),
-            ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\]=0"),
-            ({"rank_dropout": 1.0}, r"rank_dropout must be in \[0, 1\), got 1.0"),
-            ({"module_dropout": -0.1}, "got -0.1"),
+            *BAD_LYCORIS,
             ({"init_weights": "best"}, "init_weights must be True, False or 'lycoris', got 'best'"),
             ({"decompose_factor": 0}, "decompose_factor must be -1 or at least 1, got 0"),
         ),

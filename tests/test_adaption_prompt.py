@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import bert, gpt2, llama, logits, tokens, trained
+from tiny_models import bert, gpt2, llama, logits, losses_of_training, tokens, trained
 from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -157,14 +157,7 @@ def test_packed_bases(bits, tmp_path):
     )
     model, ids = adapted(base, adapter_layers=2).train(), tokens()
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    losses = []
-    for _ in range(8):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = losses_of_training(model, ids, steps=8, lr=0.05)
     assert losses[-1] < losses[0]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from invariant_cases import OPS, loha_formula, lokr_formula
-from tiny_models import llama, logits, tokens
+from tiny_models import llama, logits, losses_of_training, tokens
 from torch import nn
 from torch.testing import assert_close
 
@@ -219,12 +219,5 @@ def test_training_lowers_the_loss(method):
     model = get_peft_model(llama(), CONFIGS[method](target_modules="all-linear", task_type="CAUSAL_LM"))
     batch = tokens()
     before = logits(model, batch)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(8):
-        loss = model(input_ids=batch, labels=batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of_training(model, batch, steps=8, lr=1e-2)
     assert losses[-1] < losses[0] and not torch.equal(logits(model, batch), before)

@@ -8,7 +8,6 @@ import copy
 
 import pytest
 import torch
-import transformers
 import trl
 from datasets import Dataset
 from tiny_models import llama, make_tokenizer, tokens
@@ -74,13 +73,7 @@ methods = pytest.mark.parametrize("method", METHODS)
 layers = pytest.mark.parametrize("method", LAYERS)  # of prompts test_prompts.py has the same
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quiet():
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    yield
-    transformers.logging.enable_progress_bar()
-    transformers.logging.set_verbosity_warning()
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 def config(method: str):

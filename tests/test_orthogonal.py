@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from peft import BOFTConfig, OFTConfig, PeftModel, PeftWarning, get_peft_model
-from peft.tuners.boft.layer import butterfly_order
+from peft.tuners.boft.layer import butterfly
 from peft.tuners.oft import OFTRotationModule
 from peft.tuners.ops import Op
 
@@ -139,8 +139,9 @@ def test_butterfly_factors_mix_all_features():
     R = layer._turned(torch.eye(8), layer.rotations("default"), inverse=False)
     assert is_rotation(R) and (R.abs() > 1e-7).all()
     assert_close(layer._turned(torch.eye(8), layer.rotations("default"), inverse=True), R.T)
-    assert butterfly_order(8, 2, 1).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    assert butterfly_order(16, 4, 2).tolist() == [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+    assert butterfly(torch.arange(8), 2, 1).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert butterfly(torch.arange(16), 4, 2).tolist() == [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+    assert butterfly(butterfly(torch.arange(48), 6, 2), 6, 2, back=True).tolist() == list(range(48))
     x = torch.randn(3, 8)
     expected = model(x)
     assert_close(model.merge_and_unload()(x), expected)

@@ -25,7 +25,7 @@ from prompt_models import (
     t5,
     tasks,
 )
-from tiny_models import SIZES, bert, gpt2, llama, tokens
+from tiny_models import SIZES, bert, gpt2, llama, losses_of_training, tokens
 from torch.testing import assert_close
 from transformers import (
     BertConfig,
@@ -415,14 +415,7 @@ def test_packed_bases(method, bits, tmp_path):
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=packing, dtype=torch.float32)
     model = get_peft_model(base, METHODS[method](task_type="CAUSAL_LM")).train()
     ids = tokens()
-    optimizer = torch.optim.AdamW(model.prompt_encoder.parameters(), lr=0.05)
-    losses = []
-    for _ in range(6):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = losses_of_training(model, ids, steps=6, lr=0.05)
     assert losses[-1] < losses[0]
 
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from quantized_bases import BASES, REWRITABLE, four_bit
 from safetensors.torch import load_file, save_file
-from tiny_models import CONFIGS, gpt2, llama, logits, make_tokenizer, methods, save_llama, tokens
+from tiny_models import CONFIGS, gpt2, llama, logits, losses_of_training, make_tokenizer, methods, save_llama, tokens
 from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -59,14 +59,7 @@ def test_from_loading_to_a_plain_model_on_disk(name, method, folder, tmp_path):
     base = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
     model = get_peft_model(base, CONFIGS[method]()).train()
     ids = tokens()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(5):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = losses_of_training(model, ids, steps=5, lr=1e-2)
     assert losses[-1] < losses[0]
     expected = logits(model, ids).float()
     merged = model.merge_and_unload(dequantize=torch.float32)

@@ -77,6 +77,19 @@ def adapted(base: nn.Module, *names: str, method: str = "lora", **kw) -> PeftMod
     return model.eval()
 
 
+def losses_of_training(model: nn.Module, ids: torch.Tensor, steps: int, lr: float) -> list[float]:
+    """Of a language model that learns one batch by heart, with AdamW."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 def trained(model: nn.Module) -> set[str]:
     """Which adapters train; "base" stands for the base model."""
     found = set()

@@ -6,7 +6,6 @@ from importlib import resources
 
 import pytest
 import torch
-import transformers
 from datasets import Dataset
 from safetensors.torch import load_file
 from sentence_transformers import (
@@ -29,13 +28,7 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 POSITIVES = ["it rained for a week", "the train was late", "three is a number", "she plays the flute"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quiet():
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    yield
-    transformers.logging.enable_progress_bar()
-    transformers.logging.set_verbosity_warning()
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 def minilm() -> SentenceTransformer:

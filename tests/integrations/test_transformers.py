@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from accelerate import Accelerator, cpu_offload
 from accelerate.utils.fsdp_utils import _get_model_state_dict, _set_model_state_dict
 from accelerate.utils.modeling import is_peft_model
@@ -45,13 +44,7 @@ from peft.utils.warning import PeftWarning
 TARGETS = ["q_proj", "v_proj"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quiet():
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    yield
-    transformers.logging.enable_progress_bar()
-    transformers.logging.set_verbosity_warning()
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 @pytest.fixture(scope="module")

@@ -15,18 +15,18 @@ import torch
 from torch import nn
 
 from ...utils.placement import onloaded, whole_tensor
-from ..tuners_utils import BaseTunerLayer
+from ..rotation import RotationLayer
 
 
-class BOFTLayer(BaseTunerLayer, nn.Module):
+class BOFTLayer(RotationLayer):
     """BOFT on linear layers and convolutions."""
 
+    method = "BOFT"
     adapter_layer_names = ("boft_R", "boft_s")
     other_param_names = ("boft_block_size", "boft_block_num", "boft_dropout")
 
     def __init__(self, base_layer: nn.Module):
-        nn.Module.__init__(self)
-        BaseTunerLayer.__init__(self, base_layer)
+        super().__init__(base_layer)
         self.boft_R = nn.ParameterDict()
         self.boft_s = nn.ParameterDict()
         self.boft_block_size: dict[str, int] = {}
@@ -34,11 +34,7 @@ class BOFTLayer(BaseTunerLayer, nn.Module):
         self.boft_dropout: dict[str, float] = {}
 
     def update_layer(self, name, config):
-        if getattr(self.op, "groups", 1) > 1:
-            raise ValueError(
-                f"BOFT rotates all input features together, which a grouped convolution (groups={self.op.groups}) does "
-                "not see together: leave it out of target_modules"
-            )
+        self.refuse_groups()
         features = math.prod(self.op.weight_shape[1:])
         for what in ("boft_block_size", "boft_block_num"):
             if getattr(config, what) and features % getattr(config, what):
@@ -82,10 +78,9 @@ class BOFTLayer(BaseTunerLayer, nn.Module):
         """Rows of features (..., r b) times the product of the factors `R`, or times its transpose."""
         factors = list(enumerate(R.to(t.dtype)))
         for i, blocks in reversed(factors) if inverse else factors:
-            order = butterfly_order(t.shape[-1], R.shape[-1], i).to(t.device)
-            rows = t[..., order].unflatten(-1, R.shape[1:3])
+            rows = butterfly(t, R.shape[-1], i).unflatten(-1, R.shape[1:3])
             product = torch.einsum("...rb,rcb->...rc" if inverse else "...rb,rbc->...rc", rows, blocks)
-            t = product.flatten(-2)[..., order.argsort()].to(t.dtype)
+            t = butterfly(product.flatten(-2), R.shape[-1], i, back=True).to(t.dtype)
         return t
 
     def pre(self, name, x):
@@ -99,31 +94,20 @@ class BOFTLayer(BaseTunerLayer, nn.Module):
                 scaled = scaled + (1 - s) * whole_tensor(base.bias)
         return scaled.to(y.dtype)
 
-    def _apply_adapters(self, names, x, *args, **kwargs):
-        if not self.op.kind.startswith("Conv"):
-            return super()._apply_adapters(names, x, *args, **kwargs)
-        W, b = self.op.load()
-        for name in names:
-            W = self._folded(name, W, self.training)
-        return self.op.op(x, W.to(x.dtype), b)
-
-    def _folded(self, name: str, W: torch.Tensor, training: bool = False) -> torch.Tensor:
+    def turned_weight(self, name, W, training=False):
         turned = self._turned(W.flatten(1), self.rotations(name, training), inverse=True).reshape(W.shape)
         return self.op.scale_channels(turned, self.boft_s[name].flatten().to(W))
 
-    def fold(self, name, W, b):
-        return self._folded(name, W), b
 
-
-def butterfly_order(features: int, block_size: int, factor: int) -> torch.Tensor:
-    """The features in the order in which factor `factor` takes them for its blocks, (r b).
+def butterfly(t: torch.Tensor, block_size: int, factor: int, back: bool = False) -> torch.Tensor:
+    """Features (..., r b) in the order in which factor `factor` takes them for its blocks, or back from it.
 
     A block is made of half blocks number u and u + 2^factor, where u has no such bit; factor 0 takes them in order.
     """
     if factor == 0:
-        return torch.arange(features)
-    halves = torch.arange(features).view(-1, block_size // 2)  # (2 r, b / 2)
-    return halves.view(-1, 2, 2**factor, block_size // 2).transpose(1, 2).flatten()
+        return t
+    halves = (2**factor, 2) if back else (2, 2**factor)
+    return t.unflatten(-1, (-1, *halves, block_size // 2)).transpose(-3, -2).flatten(-4)
 
 
 class Linear(BOFTLayer):

@@ -82,6 +82,10 @@ class LoraLayer(ScaledLayer):
         """The parameters `A (r, I, *K)` and `B (O, r, ...)`."""
         return self.lora_A[name].weight, self.lora_B[name].weight
 
+    def product(self, name):
+        A, B = self.factors(name)
+        return B @ A
+
     def reset_lora_parameters(self, name: str, init_lora_weights: bool | str) -> None:
         A, B = self.factors(name)
         if A.is_meta:
@@ -231,10 +235,6 @@ class Linear(LoraLayer, nn.Module):
         self.lora_A[name] = nn.Linear(self.in_features, r, bias=False)
         self.lora_B[name] = nn.Linear(r, self.out_features, bias=bias)
 
-    def product(self, name):
-        A, B = self.factors(name)
-        return B @ A
-
     def delta(self, name, x):
         A, B, s = self.lora_A[name], self.lora_B[name], self.scaling[name]
         return lora_delta(self.lora_dropout[name](x), A, B, s, self.cast_input_dtype_enabled)
@@ -338,10 +338,6 @@ class Embedding(LoraLayer, nn.Module):
             nn.init.normal_(B)
         else:
             init_function(init_lora_weights)(A, B, self.r[name])
-
-    def product(self, name):
-        A, B = self.factors(name)
-        return B @ A
 
     def delta(self, name, x):
         A, B = self.factors(name)

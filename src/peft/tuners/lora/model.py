@@ -56,7 +56,6 @@ class LoraModel(BaseTuner):
                 "All adapters of a model must have the same target_parameters: the others have "
                 f"{others[0].target_parameters}, got {config.target_parameters}"
             )
-
         if any(_ranges(other) != _ranges(config) for other in others):
             raise ValueError(
                 "All adapters of a model must have the same layer_replication: the others have "

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ...utils.warning import warn
-from ..tuners_utils import BaseTunerLayer
+from ..rotation import RotationLayer
 
 
 class OFTRotationModule(nn.Module):
@@ -79,15 +79,15 @@ class OFTRotationModule(nn.Module):
         return values if factor is None else values * factor
 
 
-class OFTLayer(BaseTunerLayer, nn.Module):
+class OFTLayer(RotationLayer):
     """OFT on linear layers, convolutions and embeddings."""
 
+    method = "OFT"
     adapter_layer_names = ("oft_R", "oft_embedding_R")
     other_param_names = ("r", "oft_block_size")
 
     def __init__(self, base_layer: nn.Module):
-        nn.Module.__init__(self)
-        BaseTunerLayer.__init__(self, base_layer)
+        super().__init__(base_layer)
         self.oft_R = nn.ModuleDict()
         self.oft_embedding_R = nn.ModuleDict()
         self.r: dict[str, int] = {}
@@ -98,11 +98,7 @@ class OFTLayer(BaseTunerLayer, nn.Module):
         return self.oft_embedding_R if self.op.kind == "Embedding" else self.oft_R
 
     def update_layer(self, name, config):
-        if getattr(self.op, "groups", 1) > 1:
-            raise ValueError(
-                f"OFT rotates all input features together, which a grouped convolution (groups={self.op.groups}) does "
-                "not see together: leave it out of target_modules"
-            )
+        self.refuse_groups()
         shape = self.op.weight_shape
         features = shape[0] if self.op.kind == "Embedding" else math.prod(shape[1:])
         given = config.oft_block_size or config.r
@@ -131,24 +127,13 @@ class OFTLayer(BaseTunerLayer, nn.Module):
         blocks = t.unflatten(-1, R.shape[:2])
         return torch.einsum("...rb,rbc->...rc", blocks, R).flatten(-2).to(t.dtype)
 
-    def _apply_adapters(self, names, x, *args, **kwargs):
-        if not self.op.kind.startswith("Conv"):
-            return super()._apply_adapters(names, x, *args, **kwargs)
-        W, b = self.op.load()
-        for name in names:
-            W = self._turned_weight(name, W, self.training)
-        return self.op.op(x, W.to(x.dtype), b)
-
-    def _turned_weight(self, name: str, W: torch.Tensor, training: bool = False) -> torch.Tensor:
+    def turned_weight(self, name, W, training=False):
         """`W R^T`, and for embeddings `R^T W`."""
         R = self._rotations[name](training).to(W)
         if self.op.kind == "Embedding":
             return torch.einsum("rbi,rbc->rci", W.unflatten(0, R.shape[:2]), R).flatten(0, 1)
         blocks = W.flatten(1).unflatten(1, R.shape[:2])
         return torch.einsum("orb,rcb->orc", blocks, R).reshape(W.shape)
-
-    def fold(self, name, W, b):
-        return self._turned_weight(name, W), b
 
 
 def nearest_divisor(features: int, wanted: int) -> int:

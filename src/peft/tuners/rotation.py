@@ -1,0 +1,46 @@
+"""What OFT and BOFT share: layers that rotate the features which a weight takes in."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .tuners_utils import BaseTunerLayer
+
+
+class RotationLayer(BaseTunerLayer, nn.Module):
+    """Rotates the input of linear layers (`pre`), and the weight of convolutions, whose features are the patches that
+    they see: give `turned_weight`."""
+
+    method = ""  # its name, for messages
+
+    def __init__(self, base_layer: nn.Module):
+        nn.Module.__init__(self)
+        BaseTunerLayer.__init__(self, base_layer)
+
+    def refuse_groups(self) -> None:
+        """Refuse a layer whose input features are not seen together.
+
+        Raises:
+            ValueError: a grouped convolution.
+        """
+        if getattr(self.op, "groups", 1) > 1:
+            raise ValueError(
+                f"{self.method} rotates all input features together, which a grouped convolution (groups="
+                f"{self.op.groups}) does not see together: leave it out of target_modules"
+            )
+
+    def turned_weight(self, name: str, W: torch.Tensor, training: bool = False) -> torch.Tensor:
+        """`W` (O, I, *K) with the adapter in it; what drops rotations does so in training."""
+        raise NotImplementedError
+
+    def _apply_adapters(self, names, x, *args, **kwargs):
+        if not self.op.kind.startswith("Conv"):
+            return super()._apply_adapters(names, x, *args, **kwargs)
+        W, b = self.op.load()
+        for name in names:
+            W = self.turned_weight(name, W, self.training)
+        return self.op.op(x, W.to(x.dtype), b)
+
+    def fold(self, name, W, b):
+        return self.turned_weight(name, W), b
