@@ -71,6 +71,22 @@ def test_a_larger_rank_needs_no_preparation_in_a_plain_model(tmp_path):
     torch.testing.assert_close(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), wanted(x))
 
 
+@pytest.mark.parametrize("other", ["ab", "xa", "lora"])
+def test_other_adapters_stay_as_they_are(other):
+    base = Net()
+    wanted, model = adapted(base, lora("linear")), get_peft_model(copy.deepcopy(base), lora(), "a")
+    model.add_adapter(other, lora())
+    for key, parameter in model.named_parameters():
+        if "lora_" in key:
+            nn.init.normal_(parameter)
+    before = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model, adapter_name=other).items()}
+    hotswap_adapter_from_state_dict(model, get_peft_model_state_dict(wanted), "a", wanted.peft_config["default"])
+    after = get_peft_model_state_dict(model, adapter_name=other)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    x = torch.randn(2, 6, 5)
+    torch.testing.assert_close(model(x), wanted(x))
+
+
 def test_dora_and_a_model_without_peft_model_around_it():
     from peft import inject_adapter_in_model
 

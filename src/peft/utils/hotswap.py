@@ -149,7 +149,8 @@ def hotswap_adapter_from_state_dict(
     current = dict(model.named_parameters(remove_duplicate=False))
     _check_room(current, new, _is_compiled(model))
     for path, layer in layers.items():
-        _fill(path, layer, adapter_name, config, current, new)
+        own = {key: current[key] for key in keys if key.startswith(f"{path}.lora_")}
+        _fill(path, layer, adapter_name, config, own, new)
     configs = getattr(model, "peft_config", None)
     if isinstance(configs, dict) and adapter_name in configs:
         config.inference_mode = configs[adapter_name].inference_mode
@@ -179,8 +180,8 @@ def _check_room(current: Mapping[str, nn.Parameter], new: Mapping[str, torch.Ten
 
 
 @torch.no_grad()
-def _fill(path: str, layer: LoraLayer, name: str, config: LoraConfig, current, new) -> None:
-    own = {key: current[key] for key in current if key.startswith(f"{path}.lora_") and f".{name}" in key}
+def _fill(path: str, layer: LoraLayer, name: str, config: LoraConfig, own, new) -> None:
+    """Write what is `new` into the adapter's parameters `own` of one layer; those that it lacks become zero."""
     given = {key: new[key] for key in own if key in new}
     grown = [tensor.shape[axis] for key, tensor in given.items() if (axis := _rank_axis(key)) is not None]
     A, B = layer.factors(name)
