@@ -25,9 +25,10 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
     load_peft_weights,
+    mapping,
     set_peft_model_state_dict,
 )
-from peft.mapping import METHODS, register_peft_method
+from peft.mapping import register_peft_method
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.warning import PeftWarning
 
@@ -406,10 +407,9 @@ class ToyModel(BaseTuner):
 
 
 @pytest.fixture
-def toy():
+def toy(monkeypatch):
+    monkeypatch.setattr(mapping, "METHODS", dict(mapping.METHODS))
     register_peft_method(name="toy", config_cls=ToyConfig, model_cls=ToyModel)
-    yield
-    del METHODS["TOY"]
 
 
 def test_a_method_of_ones_own(toy, tmp_path):
