@@ -398,7 +398,7 @@ def test_unsupported_layer_is_refused_and_the_model_left_alone(method, op):
     flags = {name: p.requires_grad for name, p in base.named_parameters()}
     kind = type(base[0].layer[0]).__name__
     config = METHODS[method].config(target_modules=["first", "layer.0"])
-    with pytest.raises(ValueError, match=rf"0\.layer\.0 \({kind}\) is not supported"):
+    with pytest.raises(ValueError, match=rf"0\.layer\.0 \({kind}\)( is|:) not supported"):
         get_peft_model(base, config)
     assert {name: type(m) for name, m in base.named_modules()} == modules
     assert {name: p.requires_grad for name, p in base.named_parameters()} == flags
@@ -432,11 +432,6 @@ class InAndOut(BaseTunerLayer, nn.Module):
     """A method that does everything at once: `y = scale (W + D)(gain x)`, with D applied to its own, changed input."""
 
     adapter_layer_names = ("gain", "scale", "D")
-
-    def __init__(self, base_layer):
-        nn.Module.__init__(self)
-        BaseTunerLayer.__init__(self, base_layer)
-        self.gain, self.scale, self.D = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
 
     def update_layer(self, name, config=None):
         self.gain[name] = nn.Parameter(torch.randn(self.in_features, dtype=torch.float64))

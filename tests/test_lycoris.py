@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from peft import LoHaConfig, LoKrConfig, get_peft_model
-from peft.tuners.loha.layer import Conv2d, FormedTwice, Linear, LoHaLayer
+from peft.tuners.loha.layer import Conv2d, Linear, LoHaLayer
 from peft.tuners.lokr.layer import LoKrLayer, factorization
 from peft.tuners.lycoris_utils import LycorisConfig, LycorisLayer, LycorisTuner
 
@@ -179,12 +179,12 @@ def test_loha_keeps_nothing_as_large_as_the_weight():
 
 
 def test_second_derivatives_of_loha():
-    _, layer = adapted(nn.Linear(5, 4), "loha")
+    _, layer = adapted(nn.Linear(5, 4), "loha", alpha=3)  # scaled by 1.5
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     factors = [t for _, t in layer.adapter_tensors("default")]
 
     def delta(x, *factors):
-        return FormedTwice.apply(x, 1.5, *factors)
+        return layer.delta("default", x)
 
     assert torch.autograd.gradcheck(delta, (x, *factors))
     assert torch.autograd.gradgradcheck(delta, (x, *factors))

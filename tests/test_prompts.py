@@ -443,7 +443,7 @@ def run(method: str, **kw):
         (lambda: MultitaskPromptTuningConfig(prompt_tuning_init="EXACT_SOURCE_TASK"), "needs prompt_tuning_init_state"),
         (lambda: PromptEncoderConfig(encoder_reparameterization_type="GRU"), "must be one of .* got 'GRU'"),
         (lambda: PromptEncoderConfig(encoder_dropout=1.0), r"encoder_dropout must be in \[0, 1\), got 1.0"),
-        (lambda: PrefixTuningConfig(init_weights="one"), "init_weights must be None or 'zero', got 'one'"),
+        (lambda: PrefixTuningConfig(init_weights="one"), "init_weights must be 'zero' or None, got 'one'"),
         (lambda: CPTConfig(task_type="SEQ_CLS"), "CPT is for causal language models"),
         (lambda: CPTConfig(cpt_token_ids=[1, 2], cpt_mask=[1]), r"must be of one length, got \[2, 1, 2\]"),
         (lambda: CPTConfig(opt_weighted_loss_type="x"), "must be 'none' or 'decay', got 'x'"),

@@ -60,6 +60,19 @@ def test_matrices_move_and_copy_with_the_model():
     assert all(layer.vera_A is tuner.vera_A for layer in tuner.layers())
 
 
+def test_adapters_that_are_injected_one_by_one_share_too():
+    """Every injection has a tuner of its own; transformers' `add_adapter` is one."""
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 9)), torch.randn(2, 6)
+    config = VeraConfig(r=4, target_modules=["0", "1"], init_weights=False)
+    inject_adapter_in_model(config, model, "a")
+    expected = model(x)
+    inject_adapter_in_model(config, model, "b")
+    for layer in model:
+        assert layer.vera_A["a"] is layer.vera_A["b"]
+        layer.set_adapter("a")
+    assert torch.equal(model(x), expected)
+
+
 def test_seed_and_rank_decide_what_is_shared():
     model = vera(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 9)), "a", "b", target_modules=["0"])
     model.add_adapter("other seed", VeraConfig(r=4, projection_prng_key=1, target_modules=["0"]))

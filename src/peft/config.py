@@ -1,7 +1,7 @@
 """Adapter configurations: dataclasses that read and write `adapter_config.json`.
 
 The base classes know where a file comes from (folder or hub), which keys a class has, and how to name bad values.
-What a method's fields mean is said once, by the string literal below each field (see `documented`). Reading a
+What a method's fields mean is said once, by the string literal below each field (see `documented_dataclass`). Reading a
 configuration never imports or executes anything that the file names.
 """
 
@@ -22,7 +22,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from .utils.constants import CONFIG_NAME
 from .utils.peft_types import PeftType, TaskType
@@ -116,28 +116,54 @@ class _LazyHelp(Mapping):
 _cached_docs = functools.lru_cache(maxsize=None)(field_docs)
 
 
-def documented(cls: type) -> type:
-    """Class decorator: let `dataclasses.fields(cls)[i].metadata["help"]` be the string below the field.
+if TYPE_CHECKING:  # who checks types knows dataclasses by their decorator
+    from dataclasses import dataclass as documented_dataclass
+else:
 
-    `HfArgumentParser` and our own command line show these texts.
-    """
-    for field in dataclasses.fields(cls):
-        field.metadata = _LazyHelp(cls, field.name, field.metadata)
-    return cls
+    def documented_dataclass(cls: type) -> type:
+        """As `dataclass`; `dataclasses.fields(cls)[i].metadata["help"]` is the string below the field.
+
+        `HfArgumentParser` and our own command line show these texts.
+        """
+        cls = dataclass(cls)
+        for field in dataclasses.fields(cls):
+            field.metadata = _LazyHelp(cls, field.name, field.metadata)
+        return cls
 
 
 def check_types(config) -> None:
     """Check each field of a dataclass by its annotation.
 
     A whole number passes for a float, any sequence or set for a list, and a dict for the object that it was written
-    from. What a Literal permits is left to the class, which knows the rule.
+    from.
 
     Raises:
         TypeError: a value of another type.
+        ValueError: a value that is not one of those that a Literal lists.
     """
     for name, (kind, text) in _annotations(type(config)).items():
         if not _is_a(getattr(config, name), kind):
-            raise TypeError(f"{name} must be {text}, got {getattr(config, name)!r}")
+            error = ValueError if literal_values(kind) else TypeError
+            raise error(f"{name} must be {_in_words(kind) or text}, got {getattr(config, name)!r}")
+
+
+def literal_values(kind: Any) -> tuple:
+    """The values that the Literals in an annotation list."""
+    parts = (kind, *typing.get_args(kind))
+    return tuple(value for part in parts if typing.get_origin(part) is Literal for value in typing.get_args(part))
+
+
+def _in_words(kind: Any) -> str:
+    """An annotation with a Literal as "True, False or 'lycoris'"; "" for others."""
+    if not literal_values(kind):
+        return ""
+    words: list[str] = []
+    for part in (kind,) if typing.get_origin(kind) is Literal else typing.get_args(kind):
+        if typing.get_origin(part) is Literal:
+            words += map(repr, typing.get_args(part))
+        else:
+            words += {bool: ["True", "False"], types.NoneType: ["None"]}.get(part, [part.__name__])
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 @functools.cache
@@ -152,7 +178,7 @@ def _is_a(value: Any, kind: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(_is_a(value, one) for one in inner)
     if kind is Any or origin is Literal:
-        return True
+        return kind is Any or value in inner
     if kind in (int, float):
         return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
     of = origin or kind
@@ -165,17 +191,34 @@ def _is_a(value: Any, kind: Any) -> bool:
     return isinstance(value, (of, Mapping)) if dataclasses.is_dataclass(of) else isinstance(value, of)
 
 
+def check_least(config, **least: int) -> None:
+    """Check that options are at least what is given for them, or None.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and not value >= bound:
+            raise ValueError(f"{name} must be at least {bound}, got {value!r}")
+
+
 @dataclass
 class PeftConfigMixin:
-    """Reading, writing and converting of configurations."""
+    """Reading, writing and converting of configurations.
+
+    Raises (every configuration):
+        TypeError, ValueError: a value of another type or outside its range; it is named with the rule.
+    """
 
     structure: ClassVar[dict | None] = None  # what DE-NAS found, which is written beside the file; no field
     from_file = False  # whether it was read from a file, and so describes an adapter that exists; no field
+    method: ClassVar[PeftType | str | None] = None  # what the configurations of a method have as their `peft_type`
 
     task_type: str | TaskType | None = None
     """The task, one of `TaskType`; it chooses the `PeftModelFor...` class."""
     peft_type: str | PeftType | None = None
-    """The method, one of `PeftType`; every configuration class sets its own."""
+    """The method, one of `PeftType`; every configuration class has its own."""
     auto_mapping: dict | None = None
     """Class and library of a base model that no task class covers; written for information, never imported."""
     peft_version: str | None = None
@@ -185,6 +228,7 @@ class PeftConfigMixin:
         check_types(self)
         if self.task_type is not None and self.task_type not in list(TaskType):
             raise ValueError(f"task_type must be one of {[t.value for t in TaskType]} or None, got {self.task_type!r}")
+        self.peft_type = self.method or self.peft_type
         if self.peft_version is None:
             from . import __version__
 
@@ -322,8 +366,7 @@ class PeftConfigMixin:
         return False
 
 
-@documented
-@dataclass
+@documented_dataclass
 class PeftConfig(PeftConfigMixin):
     """What every method's configuration has."""
 
@@ -335,8 +378,7 @@ class PeftConfig(PeftConfigMixin):
     """Whether the adapter is only to be used, not trained."""
 
 
-@documented
-@dataclass
+@documented_dataclass
 class PromptLearningConfig(PeftConfig):
     """What the prompt methods have in common; what describes the base model is filled in from it.
 
@@ -359,20 +401,12 @@ class PromptLearningConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_positive(
-            "num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"
-        )
+        check_least(self, num_virtual_tokens=1, token_dim=1, num_transformer_submodules=1)
+        check_least(self, num_attention_heads=1, num_layers=1)
 
     @property
     def is_prompt_learning(self) -> bool:
         return True
-
-    def check_positive(self, *names: str) -> None:
-        """Refuse fields that are below 1 (None is left open)."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
 
     def member(self, kind: type, name: str):
         """The value of a field as a member of the enumeration `kind`; it may be given in lower case."""

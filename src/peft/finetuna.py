@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from .config import PeftConfig, documented
+from .config import PeftConfig, documented_dataclass
 from .mapping_func import get_peft_model
 from .peft_model import PeftModel
 from .tuners.common_config import TargetedConfig
@@ -55,7 +55,6 @@ def _check(config: EmbeddingAdapterConfig | LinearAdapterConfig) -> None:
         raise type(error)(str(error).replace("lora_", "")) from None  # by the names that the fields have here
 
 
-@documented
 @dataclass(frozen=True)
 class EmbeddingAdapterConfig:
     """The adapter of an embedding: `alpha / r * B A` beside its table."""
@@ -72,7 +71,6 @@ class EmbeddingAdapterConfig:
         return {"r": self.r, "lora_alpha": self.alpha}
 
 
-@documented
 @dataclass(frozen=True)
 class LinearAdapterConfig:
     """The adapter of a linear layer: `alpha / r * (B A x + b)` beside its output."""
@@ -93,10 +91,11 @@ class LinearAdapterConfig:
         return {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "lora_bias": self.bias}
 
 
-@documented
-@dataclass
+@documented_dataclass
 class FinetunaConfig(TargetedConfig):
     """A LoRA of which every layer has its own rank, alpha, dropout and bias, as `new_finetuned` makes it."""
+
+    method = PeftType.FINETUNA
 
     # What LoRA asks of a configuration.
     init_lora_weights: ClassVar[bool] = True
@@ -113,7 +112,6 @@ class FinetunaConfig(TargetedConfig):
     def __post_init__(self):
         self.target_modules = list(self.adapters) or DUMMY_TARGET_MODULES
         super().__post_init__()
-        self.peft_type = PeftType.FINETUNA
         for fields in self.adapters.values():
             LoraConfig(**fields)
 

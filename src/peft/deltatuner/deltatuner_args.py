@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 
-from ..config import documented
+from ..config import documented_dataclass
 from ..tuners.denas.config import ENGINES, SCORES, DenasConfig, SearchSettings
 
 ALGOS = ("auto", "lora", "ssf", "sft")
@@ -17,8 +16,7 @@ SEARCH_ENGINES = {
 """deltatuner's names of engines, and ours."""
 
 
-@documented
-@dataclass
+@documented_dataclass
 class DeltaTunerArguments(SearchSettings):
     """What `optimize` does; for programs and `transformers.HfArgumentParser`.
 

@@ -9,11 +9,23 @@ from torch import nn
 
 
 class BufferDict(nn.Module):
-    """A mapping of names to buffers. One that several modules hold is one: what happens to it, all of them see."""
+    """A mapping of names to buffers. One that several modules hold is one: what happens to it, all of them see.
+
+    Buffers that are equal when they come share their memory, until another value is loaded under one of the names.
+    """
 
     def add(self, name: str, tensor: torch.Tensor, persistent: bool = True) -> None:
         """Put a tensor under a name; `persistent` says whether it is in the state dict."""
-        self.register_buffer(name, tensor, persistent)
+        here = [own for own in self.values() if own.shape == tensor.shape and not (own.is_meta or tensor.is_meta)]
+        equal = (own for own in here if torch.equal(own, tensor.to(own)))
+        self.register_buffer(name, next(equal, tensor), persistent)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        for name, own in self.items():
+            new, is_shared = state_dict.get(prefix + name), sum(own is other for other in self.values()) > 1
+            if is_shared and new is not None and not torch.equal(new.to(own), own):
+                self._buffers[name] = own.clone()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
         self.add(name, tensor)

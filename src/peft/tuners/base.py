@@ -28,6 +28,7 @@ from ..utils.other import (
 from ..utils.placement import home_device, offload_hook, own_tensor, reshard
 from ..utils.quantization_utils import forget_quantization, is_quantized, keep_packed
 from ..utils.warning import warn
+from ._buffer_dict import BufferDict
 from .ops import OP_KINDS, make_op
 from .parts import (
     cast_adapter_dtype,
@@ -98,7 +99,7 @@ class BaseTuner(nn.Module):
     """
 
     prefix: str = ""
-    # Attributes that map an adapter's name to a tensor that all its layers share.
+    # Attributes that map an adapter's name to a tensor that all its layers share, and have under the same name.
     adapter_layer_names: tuple[str, ...] = ()
     tuner_layer_cls: type[BaseTunerLayer] = BaseTunerLayer
     # Whether layers of other methods may be around and inside of its own.
@@ -119,6 +120,9 @@ class BaseTuner(nn.Module):
     ):
         super().__init__()
         self.model = model
+        for attribute in self.adapter_layer_names:  # an earlier tuner of the model has made them, too
+            held = (getattr(layer, attribute) for layer in self.layers() if isinstance(layer, self.tuner_layer_cls))
+            setattr(self, attribute, next(held, BufferDict()))
         self.targeted_module_names: list[str] = []
         self.merge_errors: dict[str, MergeError] = {}  # of the last merge, by the layer's name; packed weights only
         new = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
@@ -178,18 +182,27 @@ class BaseTuner(nn.Module):
     def prepare_config(self, config):
         """Fill in what the configuration leaves to the model (here: the targets)."""
         if config.target_modules is None:
-            model_type = model_config(self.model).get("model_type", "custom")
-            targets = self.target_module_mapping.get(model_type, self.default_targets)
-            if targets is None:
-                raise ValueError(
-                    f"No default target_modules for model type {model_type!r}: give `target_modules` in the "
-                    "configuration (a list of names, a regular expression, or 'all-linear')"
-                )
+            what = "a list of names, a regular expression, or 'all-linear'"
+            targets = self.usual_modules("target_modules", self.target_module_mapping, what, self.default_targets)
             config.target_modules = targets if isinstance(targets, str) else set(targets)
         config.target_modules = resolve_all_linear(
             self.model, config.target_modules, lambda module: isinstance(module, BaseTunerLayer)
         )
         return config
+
+    def usual_modules(self, field: str, mapping: dict[str, list[str]], what: str, default: str | None = None):
+        """What `mapping` has for the model's type, to be the value of the configuration's `field`.
+
+        Raises:
+            ValueError: it has nothing, and there is no `default`; `what` says what to give.
+        """
+        model_type = model_config(self.model).get("model_type", "custom")
+        modules = mapping.get(model_type, default)
+        if modules is None:
+            raise ValueError(
+                f"No default {field} for model type {model_type!r}: give `{field}` in the configuration ({what})"
+            )
+        return modules
 
     @classmethod
     def targets_of(cls, model: nn.Module, config) -> dict[str, nn.Module]:
@@ -403,7 +416,13 @@ class BaseTuner(nn.Module):
             layer = self.layer_class(target.get_base_layer() if is_adapted else target, current_key)(target)
             layer.train(target.training)
             setattr(parent, target_name, layer)
-        layer.update_layer(adapter_name, config, **self.layer_kwargs(config, current_key))
+        for attribute in self.adapter_layer_names:
+            setattr(layer, attribute, getattr(self, attribute))
+        try:
+            layer.update_layer(adapter_name, config, **self.layer_kwargs(config, current_key))
+        except ValueError as error:
+            kind = type(layer.get_base_layer()).__name__
+            raise ValueError(f"Target module {current_key} ({kind}): {error}") from error
         self._move_to_base(layer, adapter_name)
 
     def _own_layer(self, module: nn.Module) -> BaseTunerLayer | None:

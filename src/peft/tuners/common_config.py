@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from ..config import PeftConfig, documented
+from ..config import PeftConfig, documented_dataclass
 
 
-@documented
-@dataclass
+@documented_dataclass
 class ModulesConfig(PeftConfig):
     """A configuration that names modules of the base model.
 
@@ -33,8 +31,7 @@ class ModulesConfig(PeftConfig):
         check_modules(self)
 
 
-@documented
-@dataclass
+@documented_dataclass
 class TargetedConfig(ModulesConfig):
     """A configuration that names modules and, by number, the layers in which they are meant.
 
@@ -64,25 +61,15 @@ def check_pattern(pattern: str, name: str) -> None:
         raise ValueError(f"{name}={pattern!r} is not a valid regular expression: {error}") from error
 
 
-def check_probability(config, name: str) -> None:
-    """Check that the option `name` is a probability, and not that of certain loss.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if not 0 <= getattr(config, name) < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)!r}")
-
-
-def check_least(config, **least: int) -> None:
-    """Check that options are at least what is given for them.
+def check_probability(config, *names: str) -> None:
+    """Check that options are probabilities, and not that of certain loss.
 
     Raises:
         ValueError: one is not.
     """
-    for name, bound in least.items():
-        if getattr(config, name) < bound:
-            raise ValueError(f"{name} must be at least {bound}, got {getattr(config, name)!r}")
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)!r}")
 
 
 def check_rank_and_alpha(config, alpha_name: str) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import torch
 from torch import nn
 
-from ..config import documented
+from ..config import documented_dataclass
 from .base import BaseTuner
 from .common_config import TargetedConfig, check_probability, check_rank_and_alpha
 from .targeting import for_module
 from .tuners_utils import ScaledLayer
 
 
-@documented
-@dataclass
+@documented_dataclass
 class LycorisConfig(TargetedConfig):
     """A delta of rank `r`, scaled by alpha / r.
 
@@ -41,8 +40,7 @@ class LycorisConfig(TargetedConfig):
     def __post_init__(self):
         super().__post_init__()
         check_rank_and_alpha(self, "alpha")
-        check_probability(self, "rank_dropout")
-        check_probability(self, "module_dropout")
+        check_probability(self, "rank_dropout", "module_dropout")
 
 
 class LycorisLayer(ScaledLayer, nn.Module):
@@ -50,40 +48,34 @@ class LycorisLayer(ScaledLayer, nn.Module):
 
     other_param_names = ("r", "alpha", "scaling", "rank_dropout", "rank_dropout_scale", "module_dropout")
 
-    def __init__(self, base_layer: nn.Module):
-        nn.Module.__init__(self)
-        super().__init__(base_layer)
-        self.alpha: dict[str, float] = {}
-        self.rank_dropout: dict[str, float] = {}
-        self.rank_dropout_scale: dict[str, bool] = {}
-        self.module_dropout: dict[str, float] = {}
-        for attribute in self.adapter_layer_names:
-            setattr(self, attribute, nn.ParameterDict())
-
-    def update_layer(self, name, config, *, r: int, alpha: float, rank_dropout_scale: bool) -> None:
+    def update_layer(self, name, config, *, r: int, alpha: float) -> None:
         self.r[name], self.alpha[name] = r, alpha
         self.scaling[name] = self._initial_scaling(name)
         self.rank_dropout[name] = config.rank_dropout
-        self.rank_dropout_scale[name] = rank_dropout_scale
+        self.rank_dropout_scale[name] = getattr(config, "rank_dropout_scale", True)  # LoHa has no choice
         self.module_dropout[name] = config.module_dropout
         for attribute, shape in self.shapes(r, config).items():
             factor = nn.Parameter(torch.empty(shape))
             nn.init.kaiming_uniform_(factor, a=5**0.5)  # as nn.Linear draws its weight
             getattr(self, attribute)[name] = factor
-        if config.init_weights is not False:
-            nn.init.zeros_(getattr(self, self.zero_factor(name, config))[name])
+        for attribute in self.zero_factors(config) if config.init_weights else ():
+            if name in getattr(self, attribute):
+                nn.init.zeros_(getattr(self, attribute)[name])
 
     def shapes(self, r: int, config) -> dict[str, tuple[int, ...]]:
         """`{attribute: shape}` of the factors."""
         raise NotImplementedError
 
-    def zero_factor(self, name: str, config) -> str:
-        """The attribute of the factor that starts at zero."""
+    def zero_factors(self, config) -> tuple[str, ...]:
+        """The attributes of factors that start at zero, where they are there."""
         raise NotImplementedError
 
-    def has_own_kernel(self, config) -> bool:
-        """Whether the kernel gets factors of its own."""
-        return config.use_effective_conv2d and any(size > 1 for size in self.op.kernel)
+    def kernel_shape(self, r: int, config) -> tuple[int, ...] | None:
+        """Shape (r, r, *K) of the factor of its own that a kernel gets, in one dimension (r, r, K, 1); None: none."""
+        kernel = self.op.kernel
+        if not config.use_effective_conv2d or all(size == 1 for size in kernel):
+            return None
+        return (r, r, *kernel, *[1] * (len(kernel) == 1))
 
     def _initial_scaling(self, name):
         return self.alpha[name] / self.r[name]

@@ -93,6 +93,12 @@ class Op:
         shape = self.stored_shape
         return torch.Size((shape[1], shape[0])) if self.transposed else shape
 
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Shape of `W` with all weights of an output channel in one row, (O, I K)."""
+        shape = self.weight_shape
+        return shape[0], shape[1:].numel()
+
     def to_view(self, stored: torch.Tensor) -> torch.Tensor:
         """The weight as stored -> `W[O, I, *K]` (and back: it is its own inverse). No copy."""
         return stored.T if self.transposed else stored
@@ -513,6 +519,29 @@ class NormOp(Op):
                 "merging, or leave the norms out of the adapter's targets"
             )
         return super().add_shift(W, b, shift)
+
+
+class BlockOp(Op):
+    """The view of a module that holds layers, and has no weight of its own: its sizes."""
+
+    kind = "Block"
+
+    @functools.cached_property
+    def _ops(self) -> list[Op]:
+        return [op for part in self.layer.modules() if (op := make_op(part)) is not None]
+
+    @property
+    def in_features(self) -> int:
+        return self._ops[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        return self._ops[-1].out_features
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Any of its parameters in floating point, for its type; all may be packed."""
+        return next((p for p in self.layer.parameters() if p.is_floating_point()), torch.empty(0))
 
 
 def _is_conv1d(layer: nn.Module) -> bool:

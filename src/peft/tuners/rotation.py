@@ -12,12 +12,6 @@ class RotationLayer(BaseTunerLayer, nn.Module):
     """Rotates the input of linear layers (`pre`), and the weight of convolutions, whose features are the patches that
     they see: give `turned_weight`."""
 
-    method = ""  # its name, for messages
-
-    def __init__(self, base_layer: nn.Module):
-        nn.Module.__init__(self)
-        BaseTunerLayer.__init__(self, base_layer)
-
     def refuse_groups(self) -> None:
         """Refuse a layer whose input features are not seen together.
 
@@ -26,8 +20,8 @@ class RotationLayer(BaseTunerLayer, nn.Module):
         """
         if getattr(self.op, "groups", 1) > 1:
             raise ValueError(
-                f"{self.method} rotates all input features together, which a grouped convolution (groups="
-                f"{self.op.groups}) does not see together: leave it out of target_modules"
+                f"All input features are rotated together, which a grouped convolution (groups={self.op.groups}) does "
+                "not see together: leave it out of target_modules"
             )
 
     def turned_weight(self, name: str, W: torch.Tensor, training: bool = False) -> torch.Tensor:

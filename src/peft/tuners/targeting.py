@@ -96,15 +96,17 @@ def unmatched_entries(
     """
     keys = [key.replace(".base_layer", "").replace(".original_module", "") for key in keys]
 
-    def strangers(patterns) -> list[str]:
-        """Entries of a list, or a whole expression, that no module has."""
+    def strangers(field: str, keys: Iterable[str]) -> list[str]:
+        """Entries of a field's list, or its whole expression, that no module has."""
+        patterns = getattr(config, field, None)
         entries = [patterns] if isinstance(patterns, str) else [[entry] for entry in sorted(patterns or ())]
         useless = [entry for entry in entries if entry and not any(name_matches(entry, key) for key in keys)]
         return [entry if isinstance(entry, str) else entry[0] for entry in useless]
 
-    found: dict[str, list] = {"exclude_modules": strangers(getattr(config, "exclude_modules", None))}
+    found = {"exclude_modules": strangers("exclude_modules", keys)}
     if check_targets:
-        found["target_modules"] = strangers(config.target_modules)
+        found["target_modules"] = strangers("target_modules", keys)
+    found["feedforward_modules"] = strangers("feedforward_modules", targets)
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, field, None) or {}
         found[field] = [p for p in patterns if all(get_pattern_key([p], key) != p for key in targets)]

@@ -23,7 +23,7 @@ from ..utils.mixed_batch import run_by_row
 from ..utils.other import AdapterParts
 from ..utils.placement import onloaded as onload_layer, whole_modules  # noqa: F401  (others import the first)
 from ..utils.warning import warn
-from .ops import Op, make_op
+from .ops import BlockOp, Op, make_op
 
 __all__ = [
     "AdditiveLayer", "BASE_ADAPTER", "BaseTunerLayer", "LowRankLayer", "MergeError", "ScaledLayer", "WeightSpaceLayer",
@@ -71,11 +71,13 @@ class BaseTunerLayer(AdapterParts):
     """Mixin of all adapter layers; a concrete layer also inherits `nn.Module`, after this class.
 
     Class attributes of a method:
-        adapter_layer_names: attributes that map an adapter's name to its module or parameter.
-        other_param_names: attributes that map an adapter's name to anything else.
-        bare_in_files: of the former those whose modules' `weight` has no name of its own in files.
+        adapter_layer_names: attributes that map an adapter's name to its module or parameter: ParameterDicts.
+        other_param_names: attributes that map an adapter's name to anything else: plain dicts.
+        module_dicts: of both those that hold modules: ModuleDicts.
+        bare_in_files: of the first those whose modules' `weight` has no name of its own in files.
     """
 
+    module_dicts: tuple[str, ...] = ()
     bare_in_files: tuple[str, ...] = ()
     # Whether files tell several layers around one base layer by how deep they are inside of each other.
     numbered_in_files = False
@@ -88,10 +90,18 @@ class BaseTunerLayer(AdapterParts):
     keeps_ties: bool = False
     # Whether the base model's embeddings belong into the file of an adapter that targets them.
     saves_embeddings: bool = True
+    # What users are told who merge adapters of a method without `fold`.
+    not_merged_because: str = "The adapter's method has no form as a change of its base layer's weights"
     cast_input_dtype_enabled: bool = True  # see helpers.disable_input_dtype_casting
 
     def __init__(self, base_layer: nn.Module):
+        if "_modules" not in vars(self):  # other libraries' layers inherit nn.Module first, and have called it
+            nn.Module.__init__(self)
         self.base_layer = base_layer
+        for attribute in self.adapter_layer_names:
+            setattr(self, attribute, nn.ModuleDict() if attribute in self.module_dicts else nn.ParameterDict())
+        for attribute in self.other_param_names:
+            setattr(self, attribute, nn.ModuleDict() if attribute in self.module_dicts else {})
         self.merged_adapters: list[str] = []
         self._merges: list[_Merge] = []
         self._init_flags()
@@ -123,7 +133,7 @@ class BaseTunerLayer(AdapterParts):
 
     def fold(self, name: str, W: torch.Tensor, b: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The same change on the weights: `W[O, I, *K]`, `b[O]` or None."""
-        raise TypeError(f"{type(self).__name__} cannot be merged into its base layer")
+        raise TypeError(self.not_merged_because)
 
     def remember(self, name: str, W: torch.Tensor, b: torch.Tensor | None):
         """What `unfold` will need; called with the weights before `fold`. By default all of it (no copy is made)."""
@@ -162,7 +172,7 @@ class BaseTunerLayer(AdapterParts):
         layer = self.get_base_layer()
         op = self.__dict__.get("_op")
         if op is None or op.layer is not layer:
-            op = self.__dict__["_op"] = make_op(layer)
+            op = self.__dict__["_op"] = make_op(layer) or BlockOp(layer)
         return op
 
     @property
@@ -296,8 +306,8 @@ class BaseTunerLayer(AdapterParts):
 
     def whole_adapter(self, name: str, write: bool = False):
         """Within this context an adapter's parameters are whole and here, as in a forward; see `whole_modules`."""
-        containers = [getattr(self, attribute, None) for attribute in self.adapter_layer_names]
-        containers = [container for container in containers if container is not None and name in container]
+        containers = [getattr(self, attribute) for attribute in self.adapter_layer_names]
+        containers = [container for container in containers if name in container]
         # Bare parameters are held by the container itself; those of the other adapters come along with them.
         held = [c[name] if isinstance(c[name], nn.Module) else c for c in containers]
         parts = [part for holder in held for part in holder.modules()]
@@ -305,6 +315,8 @@ class BaseTunerLayer(AdapterParts):
 
     def _mergeable(self, names: Sequence[str]) -> list[str]:
         new = [name for name in names if name in self._available_adapters and name not in self.merged_adapters]
+        if new and type(self).fold is BaseTunerLayer.fold:
+            raise TypeError(self.not_merged_because)
         self.check_active([*self.merged_adapters, *new])
         return new
 
@@ -379,8 +391,7 @@ class BaseTunerLayer(AdapterParts):
         if adapter_name in self.merged_adapters:
             raise ValueError(f"Adapter {adapter_name!r} is merged: call unmerge_adapter() before deleting it")
         for attribute in (*self.adapter_layer_names, *self.other_param_names):
-            container = getattr(self, attribute, None)
-            if container is not None and adapter_name in container:
+            if adapter_name in (container := getattr(self, attribute)):
                 del container[adapter_name]
         self._forget_flags(adapter_name)
         if adapter_name in self.active_adapters:
@@ -433,10 +444,7 @@ class AdditiveLayer(BaseTunerLayer):
 class ScaledLayer(AdditiveLayer):
     """`W + scaling * product`: give `product` and `_initial_scaling`; callers may change the scaling at any time."""
 
-    def __init__(self, base_layer: nn.Module):
-        super().__init__(base_layer)
-        self.r: dict[str, int] = {}
-        self.scaling: dict[str, float] = {}
+    other_param_names = ("r", "scaling")
 
     def product(self, name: str) -> torch.Tensor:
         """The change of the weight without the scaling, (O, I, *K)."""

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from ...config import documented
+from ...config import check_least, documented_dataclass
 from ...utils.peft_types import PeftType
 from ...utils.warning import warn
-from ..common_config import check_least, check_probability
+from ..common_config import check_probability
 from ..lora.config import LoraConfig
 
 WITHOUT_EFFECT = ("use_rslora", "lora_bias", "alpha_pattern")  # fields of LoraConfig that AdaLoRA has no use for
 
 
-@documented
-@dataclass
+@documented_dataclass
 class AdaLoraConfig(LoraConfig):
     """AdaLoRA: a delta `B diag(E) A` per target, whose ranks training takes from where they matter least (arXiv
     2303.10512).
 
     Raises:
-        TypeError, ValueError: a value of another type or outside its range; it is named with the rule.
         NotImplementedError: a switch of LoRA's whose method is not in this version.
     """
 
+    method = PeftType.ADALORA
     target_r: int = 8
     """Mean rank of the layers when the budget is spent."""
     init_r: int = 12
@@ -47,7 +44,6 @@ class AdaLoraConfig(LoraConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.ADALORA
         if self.r != 8:
             warn(f"r={self.r} is not used: AdaLoRA goes from init_r={self.init_r} to target_r={self.target_r}")
 
@@ -60,11 +56,8 @@ class AdaLoraConfig(LoraConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect in AdaLoRA: leave it out")
         if not 1 <= self.target_r <= self.init_r:
             raise ValueError(f"target_r must be in 1..init_r, got target_r={self.target_r} and init_r={self.init_r}")
-        check_least(self, tinit=0, tfinal=0, deltaT=1)
-        check_probability(self, "beta1")
-        check_probability(self, "beta2")
-        if not self.orth_reg_weight >= 0:
-            raise ValueError(f"orth_reg_weight must not be negative, got {self.orth_reg_weight!r}")
+        check_least(self, tinit=0, tfinal=0, deltaT=1, orth_reg_weight=0)
+        check_probability(self, "beta1", "beta2")
         if self.total_step is None or self.total_step <= 0:
             raise ValueError(f"total_step must be the number of training steps, got {self.total_step!r}")
         if self.tinit >= self.total_step - self.tfinal:

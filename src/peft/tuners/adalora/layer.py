@@ -22,16 +22,15 @@ __all__ = ["AdaLoraLayer", "RankAllocator", "SVDConv2d", "SVDLinear"]
 class AdaLoraLayer(LowRankLayer, LoraLayer, nn.Module):
     """AdaLoRA on a layer of any kind that has a matrix or a kernel as its weight."""
 
-    adapter_layer_names = tuple(RANK_DIM)
-    dropout = "lora_dropout"
+    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_E")
+    # configs: the adapters' configurations, which hold what is left of their ranks.
     other_param_names = (*LoraLayer.other_param_names, "ranknum", "configs")
+    module_dicts = ("lora_magnitude_vector", "lora_dropout")
+    dropout = "lora_dropout"
 
     def __init__(self, base_layer: nn.Module):
-        nn.Module.__init__(self)
         super().__init__(base_layer)
-        self.lora_A, self.lora_B, self.lora_E = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         self.ranknum = nn.ParameterDict()  # the rank at the start, by which the delta is divided whatever is left of it
-        self.configs: dict[str, object] = {}  # the adapters' configurations, which hold what is left of their ranks
 
     def update_layer(self, name, config, *, key: str, r: int):
         self.pattern_key = f"{key}.lora_E"
@@ -41,7 +40,7 @@ class AdaLoraLayer(LowRankLayer, LoraLayer, nn.Module):
         self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         device = home_device(self.get_base_layer())  # never empty, and no tensor of a file
         self.ranknum[name] = nn.Parameter(torch.full((1,), float(config.init_r), device=device), requires_grad=False)
-        outputs, inputs = self.op.weight_shape[0], self.op.weight_shape[1:].numel()
+        outputs, inputs = self.op.matrix_shape
         self.r[name] = r
         starts = {"lora_A": ((r, inputs), 0.02), "lora_B": ((outputs, r), 0.02), "lora_E": ((r, 1), 0.0)}
         for attribute, (shape, scale) in starts.items():

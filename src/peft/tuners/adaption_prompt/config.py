@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from ...config import PeftConfig, documented
+from ...config import PeftConfig, check_least, documented_dataclass
 from ...utils.peft_types import PeftType
 
 
-@documented
-@dataclass
+@documented_dataclass
 class AdaptionPromptConfig(PeftConfig):
     """LLaMA-Adapter: trained tokens that the attention of the last layers reads, behind a gate that begins shut
     (arXiv 2303.16199).
-
-    Raises:
-        ValueError: a value outside its range; it is named with the rule.
     """
 
+    method = PeftType.ADAPTION_PROMPT
     target_modules: str | None = None
     """Name of the attention modules; None: that of the architecture."""
     adapter_len: int | None = None
@@ -27,11 +22,7 @@ class AdaptionPromptConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.ADAPTION_PROMPT
-        for name in ("adapter_len", "adapter_layers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_least(self, adapter_len=1, adapter_layers=1)
 
     @property
     def is_adaption_prompt(self) -> bool:

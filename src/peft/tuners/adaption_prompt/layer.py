@@ -62,28 +62,20 @@ class _GPT2:
 KINDS = {"llama": _Llama, "mistral": _Llama, "gpt2": _GPT2}
 
 
-class _Weightless:
-    """What stands for an `Op` where there is no weight to fold into."""
-
-    shared = False
-    is_parted = False
-
-    def retie(self) -> None:
-        """Nothing was merged that could have parted weights."""
-
-
 class AdaptedAttention(BaseTunerLayer, nn.Module):
     """An attention module with trained tokens, `adaption_prompt` (1, A, D) and `adaption_gate` (1)."""
 
     adapter_layer_names = ("adaption_prompt", "adaption_gate")
+    widens_parameters = False  # they are float32 beside any base model
+    not_merged_because = (
+        "LLaMA-Adapter adds tokens for the attention to read; they cannot be merged into weights: use the adapter as "
+        "it is, or unload() for the base model"
+    )
     kind: type  # one of `KINDS`
 
     def __init__(self, base_layer: nn.Module, kind: type, width: int):
-        nn.Module.__init__(self)
-        BaseTunerLayer.__init__(self, base_layer)
+        super().__init__(base_layer)
         self.kind, self.width = kind, width
-        self.adaption_prompt = nn.ParameterDict()
-        self.adaption_gate = nn.ParameterDict()
 
     def update_layer(self, name, config):
         self.adaption_prompt[name] = nn.Parameter(torch.randn(1, config.adapter_len, self.width))
@@ -119,22 +111,3 @@ class AdaptedAttention(BaseTunerLayer, nn.Module):
         if len(as_list(adapter_names)) > 1:
             raise ValueError(f"One adaption prompt can be active at a time, got {as_list(adapter_names)}")
         super().set_adapter(adapter_names, inference_mode)
-
-    # There is no weight that could hold it.
-
-    @property
-    def op(self) -> _Weightless:
-        return _Weightless()
-
-    @property
-    def weight(self) -> torch.Tensor:
-        return next(self.get_base_layer().parameters())
-
-    def merge(self, safe_merge=False, adapter_names=None) -> None:
-        raise TypeError(
-            "LLaMA-Adapter adds tokens for the attention to read; they cannot be merged into weights: use the adapter "
-            "as it is, or unload() for the base model"
-        )
-
-    def check_merge(self, adapter_names) -> None:
-        self.merge()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-from ...utils.placement import home_device
 from ..base import BaseTuner, model_config
 from .layer import KINDS, AdaptedAttention
 
@@ -42,12 +41,3 @@ class AdaptionPromptModel(BaseTuner):
             )
         last = list(found)[-config.adapter_layers :]
         return {key: getattr(found[key], "base_layer", found[key]) for key in last}
-
-    def _warn_of_names_without_use(self, config, given, targets) -> None:
-        """There are no patterns that could match nothing."""
-
-    def _move_to_base(self, layer, adapter_name) -> None:
-        """To its device; the parameters are float32 beside any base model."""
-        device = home_device(layer.get_base_layer())
-        for _, parameter in layer.adapter_tensors(adapter_name):
-            parameter.data = parameter.data.to(parameter.device if parameter.is_meta else device)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Literal
 
-from ...config import documented
+from ...config import check_least, documented_dataclass
 from ...utils.peft_types import PeftType
-from ..common_config import TargetedConfig, check_least, check_probability
+from ..common_config import TargetedConfig, check_probability
 
 
-@documented
-@dataclass
+@documented_dataclass
 class BOFTConfig(TargetedConfig):
-    """BOFT: every target's input features are rotated by a product of sparse rotations (arXiv 2311.06243, eq. 3).
+    """BOFT: every target's input features are rotated by a product of sparse rotations (arXiv 2311.06243, eq. 3)."""
 
-    Raises:
-        TypeError, ValueError: a value of another type or outside its range; it is named with the rule.
-    """
-
+    method = PeftType.BOFT
     boft_block_size: int = 4
     """Features in a block, rotated together; it must divide the features. 0: as boft_block_num makes it."""
     boft_block_num: int = 0
@@ -28,14 +24,13 @@ class BOFTConfig(TargetedConfig):
     """Probability of leaving a block as it is, in training."""
     fan_in_fan_out: bool = False
     """Kept for files of other tools: whether a weight is stored transposed is read from the layer."""
-    bias: str = "none"
-    """Which biases of the base model train: "none", "all", or "boft_only", those of adapted layers."""
+    bias: Literal["none", "all", "boft_only"] = "none"
+    """Which biases of the base model train: none, all, or those of adapted layers."""
     init_weights: bool = True
     """True: no rotation and scales of 1, so that the model starts as it was. False: random ones (for tests)."""
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.BOFT
         check_least(self, boft_block_size=0, boft_block_num=0, boft_n_butterfly_factor=1)
         if (self.boft_block_size == 0) == (self.boft_block_num == 0):
             raise ValueError(
@@ -43,5 +38,3 @@ class BOFTConfig(TargetedConfig):
                 f"other to 0, got boft_block_size={self.boft_block_size} and boft_block_num={self.boft_block_num}"
             )
         check_probability(self, "boft_dropout")
-        if self.bias not in ("none", "all", "boft_only"):
-            raise ValueError(f"bias must be 'none', 'all' or 'boft_only', got {self.bias!r}")

@@ -9,8 +9,6 @@ Shape letters: m factors, r blocks of b features, O output channels, I input cha
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 
@@ -21,21 +19,12 @@ from ..rotation import RotationLayer
 class BOFTLayer(RotationLayer):
     """BOFT on linear layers and convolutions."""
 
-    method = "BOFT"
     adapter_layer_names = ("boft_R", "boft_s")
     other_param_names = ("boft_block_size", "boft_block_num", "boft_dropout")
 
-    def __init__(self, base_layer: nn.Module):
-        super().__init__(base_layer)
-        self.boft_R = nn.ParameterDict()
-        self.boft_s = nn.ParameterDict()
-        self.boft_block_size: dict[str, int] = {}
-        self.boft_block_num: dict[str, int] = {}
-        self.boft_dropout: dict[str, float] = {}
-
     def update_layer(self, name, config):
         self.refuse_groups()
-        features = math.prod(self.op.weight_shape[1:])
+        features = self.op.matrix_shape[1]
         for what in ("boft_block_size", "boft_block_num"):
             if getattr(config, what) and features % getattr(config, what):
                 raise ValueError(f"{what}={getattr(config, what)} must divide the layer's {features} input features")
@@ -52,7 +41,7 @@ class BOFTLayer(RotationLayer):
         self.boft_s[name] = nn.Parameter(
             torch.ones((self.out_features, 1) if self.op.channel_dim == -1 else (1, self.out_features))
         )
-        if not config.init_weights and not self.boft_R[name].is_meta:
+        if not config.init_weights:
             nn.init.normal_(self.boft_R[name], std=0.1)
             nn.init.normal_(self.boft_s[name], mean=1.0, std=0.1)
 

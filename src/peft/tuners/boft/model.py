@@ -1,7 +1,5 @@
 """`BOFTModel`: BOFT layers in a model."""
 
-from __future__ import annotations
-
 from ...utils.constants import TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING
 from ..base import BaseTuner
 from .layer import BOFTLayer, Conv2d, Linear

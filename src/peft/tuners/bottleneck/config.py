@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
-from ...config import documented
+from ...config import check_least, documented_dataclass
 from ...utils.peft_types import PeftType
 from ..common_config import TargetedConfig, check_probability
 
-NON_LINEARITIES = ("relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu")  # functions of torch.nn.functional
 
-
-@documented
-@dataclass
+@documented_dataclass
 class BottleneckConfig(TargetedConfig):
-    """Two small layers with a non-linearity between them, beside or behind every target (arXiv 1902.00751, figure 2).
+    """Two small layers and a non-linearity between them, beside or behind every target (arXiv 1902.00751, figure 2)."""
 
-    Raises:
-        TypeError, ValueError: a value of another type or outside its range; it is named with the rule.
-    """
-
+    method = PeftType.BOTTLENECK
     bottleneck_size: int | None = None
     """Width of the bottleneck; None: the adapter's input width / reduction_factor."""
     reduction_factor: float = 16.0
@@ -30,7 +23,7 @@ class BottleneckConfig(TargetedConfig):
     """"sequential": the adapter works on the target's output (arXiv 1902.00751, 2005.00247). "parallel": on its input,
     and is added to its output (arXiv 2110.04366)."""
     non_linearity: Literal["relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu"] = "relu"
-    """The function in the bottleneck."""
+    """The function in the bottleneck, of torch.nn.functional."""
     scaling: float | Literal["learned"] = 1.0
     """What the adapter's output is multiplied by; "learned": a number that is trained and starts at 1."""
     residual: bool = True
@@ -44,15 +37,9 @@ class BottleneckConfig(TargetedConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.BOTTLENECK
-        if self.bottleneck_size is not None and self.bottleneck_size < 1:
-            raise ValueError(f"bottleneck_size must be at least 1 or None, got {self.bottleneck_size}")
+        check_least(self, bottleneck_size=1)
         if not 0 < self.reduction_factor < math.inf:
             raise ValueError(f"reduction_factor must be positive and finite, got {self.reduction_factor}")
-        if self.placement not in ("sequential", "parallel"):
-            raise ValueError(f"placement must be 'sequential' or 'parallel', got {self.placement!r}")
-        if self.non_linearity not in NON_LINEARITIES:
-            raise ValueError(f"non_linearity must be one of {NON_LINEARITIES}, got {self.non_linearity!r}")
         is_number = isinstance(self.scaling, (int, float)) and math.isfinite(self.scaling) and self.scaling != 0
         if self.scaling != "learned" and not is_number:
             raise ValueError(f"scaling must be 'learned' or a finite number other than 0, got {self.scaling!r}")

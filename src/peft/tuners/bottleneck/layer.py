@@ -16,27 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...utils.mixed_batch import run_by_row
-from ..ops import Op, make_op
+from ..ops import make_op
 from ..tuners_utils import BASE_ADAPTER, BaseTunerLayer
-
-
-class BlockOp(Op):
-    """The view of a module that holds layers: its sizes."""
-
-    kind = "Block"
-
-    def __init__(self, block: nn.Module):
-        super().__init__(block)
-        ops = [op for part in block.modules() if (op := make_op(part)) is not None]
-        self._sizes = ops[0].in_features, ops[-1].out_features
-
-    in_features = property(lambda self: self._sizes[0])
-    out_features = property(lambda self: self._sizes[1])
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """Any of its parameters in floating point, for its type; all may be packed."""
-        return next((p for p in self.layer.parameters() if p.is_floating_point()), torch.empty(0))
 
 
 def is_block(module: nn.Module) -> bool:
@@ -49,33 +30,24 @@ class BottleneckLayer(BaseTunerLayer, nn.Module):
 
     adapter_layer_names = ("bottleneck_down", "bottleneck_up", "bottleneck_scale")
     other_param_names = ("placement", "residual", "scaling", "non_linearity", "dropout")
-
-    def __init__(self, base_layer: nn.Module):
-        nn.Module.__init__(self)
-        BaseTunerLayer.__init__(self, base_layer)
-        if is_block(base_layer):
-            self.__dict__["_op"] = BlockOp(base_layer)
-        self.bottleneck_down = nn.ModuleDict()
-        self.bottleneck_up = nn.ModuleDict()
-        self.bottleneck_scale = nn.ParameterDict()
-        self.placement: dict[str, str] = {}
-        self.residual: dict[str, bool] = {}
-        self.scaling: dict[str, float] = {}
-        self.non_linearity: dict[str, str] = {}
-        self.dropout: dict[str, float] = {}
+    module_dicts = ("bottleneck_down", "bottleneck_up")
+    not_merged_because = (
+        "A bottleneck adapter is not linear, so that it cannot be merged into a weight: keep it beside the base model, "
+        "or take it off with unload()"
+    )
 
     def update_layer(self, name, config):
         is_parallel = config.placement == "parallel"
         if is_parallel and (self.op.kind == "Embedding" or self.op.channel_dim == 1):
             raise ValueError(
-                f"placement='parallel' needs an input with as many positions as the output, which "
-                f"{type(self.get_base_layer()).__name__} does not have: use 'sequential', or other targets"
+                "placement='parallel' needs an input with as many positions as the output: use 'sequential', or other "
+                "targets"
             )
         width = self.in_features if is_parallel else self.out_features
         size = config.bottleneck_size or max(1, round(width / config.reduction_factor))
         self.bottleneck_down[name] = nn.Linear(width, size)
         self.bottleneck_up[name] = up = nn.Linear(size, self.out_features)
-        if config.init_weights and not up.weight.is_meta:
+        if config.init_weights:
             nn.init.zeros_(up.weight)
             nn.init.zeros_(up.bias)
         if config.scaling == "learned":
@@ -119,15 +91,6 @@ class BottleneckLayer(BaseTunerLayer, nn.Module):
         if isinstance(results, tuple):
             return change(x, results[0]), *results[1:]
         return change(x, results)
-
-    def merge(self, safe_merge=False, adapter_names=None):
-        self.check_merge(adapter_names)
-
-    def check_merge(self, adapter_names):
-        raise TypeError(
-            "A bottleneck adapter is not linear, so that it cannot be merged into a weight: keep it beside the base "
-            "model, or take it off with unload()"
-        )
 
 
 def _product(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:

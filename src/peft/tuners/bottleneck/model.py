@@ -1,7 +1,5 @@
 """`BottleneckModel`: bottleneck adapters in a model."""
 
-from __future__ import annotations
-
 from ...utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
 from ..base import BaseTuner
 from .layer import BottleneckLayer, is_block

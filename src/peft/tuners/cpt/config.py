@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
-from ...config import PromptLearningConfig, documented
+from ...config import PromptLearningConfig, documented_dataclass
 from ...utils.peft_types import PeftType, TaskType
 
 
-@documented
-@dataclass
+@documented_dataclass
 class CPTConfig(PromptLearningConfig):
     """CPT: the tokens of in-context examples, whose embeddings are changed a little (arXiv 2410.17222).
 
     The kind of a token is `type % 4`: 1 is the template around an input, 2 the input, 3 the template around a label, 0
     the label; `type` 0 is none of them. So 1 to 4 are the first example's kinds, 5 to 8 those of the second.
-
-    Raises:
-        ValueError: a value outside its range; it is named with the rule.
     """
 
+    method = PeftType.CPT
     cpt_token_ids: list[int] | None = None
     """The tokens of the examples: they are the prompt. None: one token, 0."""
     cpt_mask: list[int] | None = None
     """Which of them are attended to, 1 or 0. None: all."""
     cpt_tokens_type_mask: list[int] | None = None
     """Their types (see above). None: 1 for all."""
-    opt_weighted_loss_type: Literal["none", "decay"] | None = "none"
+    opt_weighted_loss_type: Literal["none", "decay"] = "none"
     """"decay": the labels of the examples count less, the further they are from the text."""
     opt_loss_decay_factor: float | None = 1.0
     """By how much less, from one example to the one before it."""
@@ -46,7 +42,6 @@ class CPTConfig(PromptLearningConfig):
             if getattr(self, name) is None:
                 setattr(self, name, [1] * self.num_virtual_tokens)
         super().__post_init__()
-        self.peft_type = PeftType.CPT
         if self.task_type not in (None, TaskType.CAUSAL_LM):
             raise ValueError(f"CPT is for causal language models (task_type='CAUSAL_LM'), got {self.task_type!r}")
         self.task_type = TaskType.CAUSAL_LM
@@ -54,8 +49,6 @@ class CPTConfig(PromptLearningConfig):
         lengths = [len(each) for each in (self.cpt_token_ids, self.cpt_mask, self.cpt_tokens_type_mask)]
         if len(set(lengths)) > 1:
             raise ValueError(f"cpt_token_ids, cpt_mask and cpt_tokens_type_mask must be of one length, got {lengths}")
-        if self.opt_weighted_loss_type not in ("none", "decay"):
-            raise ValueError(f"opt_weighted_loss_type must be 'none' or 'decay', got {self.opt_weighted_loss_type!r}")
         for name in ("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon"):
             if getattr(self, name) is None or getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")

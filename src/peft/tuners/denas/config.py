@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ...config import documented
+from ...config import documented_dataclass
 from ...utils.peft_types import PeftType
 from ..lora.config import LoraConfig
 from .layout import GRANULARITIES
@@ -52,8 +52,7 @@ class SearchSettings:
     """Rows of the batch that is made where none is given."""
 
 
-@documented
-@dataclass
+@documented_dataclass
 class DenasConfig(SearchSettings):
     """A train-free search for the structure of an adapter: which layers get one, and of what size.
 
@@ -192,8 +191,7 @@ class DenasConfig(SearchSettings):
             )
 
 
-@documented
-@dataclass
+@documented_dataclass
 class CompactLoraConfig(LoraConfig):
     """LoRA on the layers and with the ranks of a structure, which is given or searched for.
 
@@ -204,6 +202,8 @@ class CompactLoraConfig(LoraConfig):
     Raises:
         ValueError: both or neither of best_structure and search, or a pattern beside them.
     """
+
+    method = PeftType.COMPACT_LORA
 
     result = None  # the SearchResult of the search, when it has run; no field
     _tokenizer = _batch = None
@@ -219,7 +219,6 @@ class CompactLoraConfig(LoraConfig):
         if isinstance(self.best_structure, os.PathLike):
             self.best_structure = os.fspath(self.best_structure)
         super().__post_init__()
-        self.peft_type = PeftType.COMPACT_LORA
         if self.best_structure is not None and self.search is not None:
             raise ValueError("best_structure and search exclude each other: give the structure, or search for one")
         if isinstance(self.search, dict):

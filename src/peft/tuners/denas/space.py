@@ -25,7 +25,7 @@ MILLION = 1_000_000
 
 def lora_parameters(op: Op, r: int, bias: bool = False) -> int:
     """Parameters of a LoRA of rank r: A (r, I, *K) and B (O, r), with `lora_bias` a bias (O)."""
-    inputs = op.weight_shape[1:].numel()
+    inputs = op.matrix_shape[1]
     return r * (inputs + op.out_features) + (op.out_features if bias else 0)
 
 

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from ...config import documented
+from ...config import documented_dataclass
 from ...utils.peft_types import PeftType
 from ..common_config import ModulesConfig, check_modules
 
 
-@documented
-@dataclass
+@documented_dataclass
 class IA3Config(ModulesConfig):
-    """IA3: one factor per feature, on the output of attention and the input of feed-forward layers (arXiv 2205.05638).
+    """IA3: a factor per feature, on the output of attention and the input of feed-forward layers (arXiv 2205.05638)."""
 
-    Raises:
-        TypeError, ValueError: a value of another type or outside its range; it is named with the rule.
-    """
-
+    method = PeftType.IA3
     feedforward_modules: list[str] | str | None = None
     """Those of the targets whose input is scaled instead of their output, named like target_modules; [] for none.
     None: the architecture's usual ones."""
@@ -28,7 +22,6 @@ class IA3Config(ModulesConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.IA3
         check_modules(self, "feedforward_modules")
         if isinstance(self.target_modules, set) and isinstance(self.feedforward_modules, set):
             others = sorted(self.feedforward_modules - self.target_modules)

@@ -19,19 +19,18 @@ class IA3Layer(BaseTunerLayer, nn.Module):
     """IA3 on linear layers and convolutions, and, scaling their output, on embeddings and norms."""
 
     adapter_layer_names = ("ia3_l",)
-    other_param_names = ("feedforward",)
-
-    def __init__(self, base_layer: nn.Module):
-        nn.Module.__init__(self)
-        BaseTunerLayer.__init__(self, base_layer)
-        self.ia3_l = nn.ParameterDict()
-        self.feedforward: dict[str, bool] = {}  # whether an adapter scales the input
+    other_param_names = ("feedforward",)  # whether an adapter scales the input
 
     @property
     def is_feedforward(self) -> bool:
         return any(self.feedforward.values())
 
     def update_layer(self, name, config, *, is_feedforward: bool):
+        if is_feedforward and self.op.kind in ("Embedding", "Norm"):
+            raise ValueError(
+                "not supported in feedforward_modules, since its input has no channels with weights of their own: "
+                "leave it out there, and its output is scaled"
+            )
         self.feedforward[name] = is_feedforward
         count = self.in_features if is_feedforward else self.out_features
         if self.op.channel_dim == 1:
@@ -39,7 +38,7 @@ class IA3Layer(BaseTunerLayer, nn.Module):
         else:
             shape = (1, count) if is_feedforward else (count, 1)
         self.ia3_l[name] = nn.Parameter(torch.ones(shape))
-        if not config.init_ia3_weights and not self.ia3_l[name].is_meta:
+        if not config.init_ia3_weights:
             nn.init.normal_(self.ia3_l[name])
 
     def _scaled(self, name: str, t: torch.Tensor) -> torch.Tensor:

@@ -16,14 +16,9 @@ from ..tuners_utils import BaseTunerLayer
 class LNTuningLayer(BaseTunerLayer, nn.Module):
     """Meant for norms; works on every layer whose weight is not packed."""
 
-    adapter_layer_names = ("ln_tuning_layers",)
+    adapter_layer_names = module_dicts = ("ln_tuning_layers",)
     widens_parameters = False  # the copies compute as the base layer does, in its type
     replaces_module = True
-
-    def __init__(self, base_layer: nn.Module):
-        nn.Module.__init__(self)
-        BaseTunerLayer.__init__(self, base_layer)
-        self.ln_tuning_layers = nn.ModuleDict()
 
     def update_layer(self, name, config):
         base = self.get_base_layer()

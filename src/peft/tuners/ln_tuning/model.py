@@ -1,7 +1,5 @@
 """`LNTuningModel`: LN-tuning layers in a model."""
 
-from __future__ import annotations
-
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
 from ..base import BaseTuner
 from .layer import LNTuningLayer

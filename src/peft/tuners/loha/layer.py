@@ -6,42 +6,17 @@ The product of two matrices of rank r may have rank r^2, from as many numbers as
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..lycoris_utils import LycorisLayer, kernel_factors
 from ..ops import no_global_hooks
 
 
-class FormedTwice(torch.autograd.Function):
-    """`apply(x, scaling, a1, b1, a2, b2)`: `scaling * x ((a1 b1) * (a2 b2))^T` for x (..., I), factors (O, r), (r, I).
-
-    Torch's operations would keep three matrices as large as the weight for the backward pass, in every layer; here the
-    backward pass forms them again.
-    """
-
-    @staticmethod
-    def forward(ctx, x, scaling, *factors):
-        ctx.scaling = scaling
-        ctx.save_for_backward(x, *factors)
-        return F.linear(x, (hadamard(*factors) * scaling).to(x.dtype))
-
-    @staticmethod
-    def backward(ctx, g):
-        x, *factors = ctx.saved_tensors
-        twice = torch.is_grad_enabled()  # create_graph
-        need_x, _, *needed = ctx.needs_input_grad
-        with torch.enable_grad():
-            D = hadamard(*factors) * ctx.scaling
-        gx = g @ (D if twice else D.detach()).to(g.dtype) if need_x else None
-        wanted = [factor for factor, need in zip(factors, needed) if need]
-        gradients = iter(())
-        if wanted:
-            gD = g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(g.dtype)  # (O, I)
-            gradients = iter(torch.autograd.grad(D, wanted, gD.to(D.dtype), create_graph=twice))
-        return gx, None, *(next(gradients) if need else None for need in needed)
+def product(x: torch.Tensor, scaling: float, *factors: torch.Tensor) -> torch.Tensor:
+    """`scaling * x ((a1 b1) * (a2 b2))^T` for x (..., I), factors (O, r), (r, I)."""
+    return F.linear(x, (hadamard(*factors) * scaling).to(x.dtype))
 
 
 def hadamard(a1: torch.Tensor, b1: torch.Tensor, a2: torch.Tensor, b2: torch.Tensor) -> torch.Tensor:
@@ -53,20 +28,16 @@ class LoHaLayer(LycorisLayer):
 
     adapter_layer_names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 
-    def update_layer(self, name, config, **kwargs):
-        super().update_layer(name, config, rank_dropout_scale=True, **kwargs)
-
     def shapes(self, r, config):
-        outputs, inputs, *kernel = self.op.weight_shape
-        if not self.has_own_kernel(config):
-            a, b = (outputs, r), (r, inputs * math.prod(kernel))
+        if (t := self.kernel_shape(r, config)) is None:
+            outputs, inputs = self.op.matrix_shape
+            a, b = (outputs, r), (r, inputs)
             return {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": a, "hada_w2_b": b}
-        a, b = (r, outputs), (r, inputs)
-        t = (r, r, *kernel, *[1] * (len(kernel) == 1))  # one-dimensional kernels are stored as (K, 1)
+        a, b = ((r, size) for size in self.op.weight_shape[:2])
         return {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": a, "hada_w2_b": b, "hada_t1": t, "hada_t2": t}
 
-    def zero_factor(self, name, config):
-        return "hada_w2_b"
+    def zero_factors(self, config):
+        return ("hada_w2_b",)
 
     def factors(self, name: str) -> tuple[torch.Tensor, ...]:
         return tuple(factor[name] for factor in (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b))
@@ -82,9 +53,11 @@ class LoHaLayer(LycorisLayer):
 
 class Linear(LoHaLayer):
     def delta(self, name, x):
-        if torch.compiler.is_compiling() or not no_global_hooks():
+        """Autograd would keep three matrices as large as the weight, in every layer: they are formed again instead."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not no_global_hooks():
             return super().delta(name, x)
-        return FormedTwice.apply(x, self.scaling[name], *self.factors(name))
+        given = x, self.scaling[name], *self.factors(name)  # as they are now: the layer may change before backward
+        return checkpoint(product, *given, use_reentrant=False, preserve_rng_state=False)
 
 
 class Conv1d(LoHaLayer):

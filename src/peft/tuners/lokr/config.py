@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
-from ...config import documented
+from ...config import documented_dataclass
 from ...utils.peft_types import PeftType
 from ..lycoris_utils import LycorisConfig
 
 
-@documented
-@dataclass
+@documented_dataclass
 class LoKrConfig(LycorisConfig):
-    """LoKr: the delta is a Kronecker product of a small and a larger matrix, the larger one of rank `r` (arXiv
-    2309.14859).
+    """LoKr: the delta is the Kronecker product of a small matrix and a larger one of rank `r` (arXiv 2309.14859)."""
 
-    Raises:
-        TypeError, ValueError: a value of another type or outside its range; it is named with the rule.
-    """
-
+    method = PeftType.LOKR
     decompose_both: bool = False
     """Make the small matrix a product of rank `r`, too, where that needs fewer numbers."""
     decompose_factor: int = -1
@@ -33,8 +27,5 @@ class LoKrConfig(LycorisConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.LOKR
         if self.decompose_factor < 1 and self.decompose_factor != -1:
             raise ValueError(f"decompose_factor must be -1 or at least 1, got {self.decompose_factor!r}")
-        if self.init_weights not in (True, False, "lycoris"):
-            raise ValueError(f"init_weights must be True, False or 'lycoris', got {self.init_weights!r}")

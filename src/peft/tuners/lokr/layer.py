@@ -27,26 +27,20 @@ class LoKrLayer(LycorisLayer):
 
     adapter_layer_names = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
-    def update_layer(self, name, config, **kwargs):
-        super().update_layer(name, config, rank_dropout_scale=config.rank_dropout_scale, **kwargs)
-
     def shapes(self, r, config):
-        outputs, inputs, *K = self.op.weight_shape
-        (O1, O2), (I1, I2) = (factorization(size, config.decompose_factor) for size in (outputs, inputs))
+        (O1, O2), (I1, I2) = (factorization(size, config.decompose_factor) for size in self.op.weight_shape[:2])
         if config.decompose_both and r < max(O1, I1) / 2:
             first = {"lokr_w1_a": (O1, r), "lokr_w1_b": (r, I1)}
         else:
             first = {"lokr_w1": (O1, I1)}
         if r >= max(O2, I2) / 2:
-            return first | {"lokr_w2": (O2, I2, *K)}
-        if self.has_own_kernel(config):  # one-dimensional kernels are stored as (K, 1)
-            return first | {"lokr_t2": (r, r, *K, *[1] * (len(K) == 1)), "lokr_w2_a": (r, O2), "lokr_w2_b": (r, I2)}
-        return first | {"lokr_w2_a": (O2, r), "lokr_w2_b": (r, I2 * math.prod(K))}
+            return first | {"lokr_w2": (O2, I2, *self.op.kernel)}
+        if (t := self.kernel_shape(r, config)) is not None:
+            return first | {"lokr_t2": t, "lokr_w2_a": (r, O2), "lokr_w2_b": (r, I2)}
+        return first | {"lokr_w2_a": (O2, r), "lokr_w2_b": (r, I2 * math.prod(self.op.kernel))}
 
-    def zero_factor(self, name, config):
-        if config.init_weights == "lycoris":
-            return "lokr_w2" if name in self.lokr_w2 else "lokr_w2_b"
-        return "lokr_w1" if name in self.lokr_w1 else "lokr_w1_a"
+    def zero_factors(self, config):
+        return ("lokr_w2", "lokr_w2_b") if config.init_weights == "lycoris" else ("lokr_w1", "lokr_w1_a")
 
     def first(self, name: str) -> torch.Tensor:
         """w1, (O1, I1)."""
@@ -72,10 +66,9 @@ class Linear(LoKrLayer):
         """`kron(w1, w2) x = w1 X w2^T` for the input as a matrix X (I1, I2): nothing as large as the weight is made."""
         w1 = self.first(name).to(x.dtype)
         X = x.unflatten(-1, (w1.shape[1], -1))
-        if name in self.lokr_w2:
-            X = F.linear(X, self.lokr_w2[name].to(x.dtype))
-        else:
-            X = F.linear(F.linear(X, self.lokr_w2_b[name].to(x.dtype)), self.lokr_w2_a[name].to(x.dtype))
+        w2 = (self.lokr_w2[name],) if name in self.lokr_w2 else (self.lokr_w2_b[name], self.lokr_w2_a[name])
+        for factor in w2:
+            X = F.linear(X, factor.to(x.dtype))
         return (w1 @ X).flatten(-2) * self.scaling[name]  # (..., O1, O2)
 
 
@@ -90,7 +83,6 @@ class Conv2d(LoKrLayer):
 class Embedding(LoKrLayer):
     def delta(self, name, x):
         """The rows of the tokens alone: a column of a Kronecker product is that of two columns."""
-        w1, w2 = self.first(name), self.second(name)
-        tokens = x // w2.shape[1], x % w2.shape[1]
-        first, second = F.embedding(tokens[0], w1.T), F.embedding(tokens[1], w2.T)
+        w1, w2 = self.first(name).T, self.second(name).T
+        first, second = F.embedding(x // len(w2), w1), F.embedding(x % len(w2), w2)
         return self.op.scaled((first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2) * self.scaling[name])

@@ -1,7 +1,5 @@
 """`LoKrModel`: LoKr layers in a model."""
 
-from __future__ import annotations
-
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING
 from ..lycoris_utils import LycorisTuner
 from .layer import Conv1d, Conv2d, Embedding, Linear, LoKrLayer

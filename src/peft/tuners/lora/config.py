@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
 from ..._lazy import explain_missing
-from ...config import check_types, documented
+from ...config import check_least, check_types, documented_dataclass
 from ...utils.peft_types import PeftType
 from ..common_config import TargetedConfig, check_probability, check_rank_and_alpha, check_tokens
 
@@ -76,8 +76,7 @@ class EvaConfig:
 
     def __post_init__(self):
         check_types(self)
-        if self.rho < 1:
-            raise ValueError(f"rho must be at least 1, got {self.rho!r}")
+        check_least(self, rho=1)
         check_probability(self, "tau")
 
 
@@ -105,8 +104,6 @@ class CordaConfig:
 
     def __post_init__(self):
         check_types(self)
-        if self.corda_method not in ("ipm", "kpm"):
-            raise ValueError(f"corda_method must be 'ipm' or 'kpm', got {self.corda_method!r}")
 
 
 @dataclass
@@ -128,14 +125,7 @@ class LoraGAConfig:
 
     def __post_init__(self):
         check_types(self)
-        for name, known in (
-            ("direction", ("ArBr", "A2rBr", "ArB2r", "random")),
-            ("scale", ("stable", "weight_svd", "gd_scale", "unit")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
-        if self.stable_gamma < 1:
-            raise ValueError(f"stable_gamma must be at least 1, got {self.stable_gamma!r}")
+        check_least(self, stable_gamma=1)
 
 
 INIT_CONFIGS: dict[str, tuple[str, type]] = {
@@ -154,16 +144,15 @@ class LoraRuntimeConfig:
     """When an adapter starts from weights that lie in main memory (DoRA, PiSSA, ...), work on the accelerator."""
 
 
-@documented
-@dataclass
+@documented_dataclass
 class LoraConfig(TargetedConfig):
     """LoRA: a delta `scaling * B A` of rank `r` beside every target (arXiv 2106.09685, eq. 3).
 
     Raises:
-        TypeError, ValueError: a value of another type or outside its range; it is named with the rule.
         NotImplementedError: a switch whose method is not in this version.
     """
 
+    method = PeftType.LORA
     r: int = 8
     """Rank of the delta."""
     lora_alpha: float = 8
@@ -236,7 +225,6 @@ class LoraConfig(TargetedConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.LORA
         self._check_loftq()
         self._check_init_configs()
         self._check_parameters()
@@ -258,8 +246,6 @@ class LoraConfig(TargetedConfig):
     def _check_numbers(self):
         check_rank_and_alpha(self, "lora_alpha")
         check_probability(self, "lora_dropout")
-        if self.bias not in ("none", "all", "lora_only"):
-            raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
         self._check_init()
 
     def _check_init(self):

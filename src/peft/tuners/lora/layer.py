@@ -39,20 +39,9 @@ class LoraLayer(ScaledLayer):
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "lora_bias", "lora_variant")
+    module_dicts = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_dropout")
     bare_in_files = ("lora_magnitude_vector",)
-
-    def __init__(self, base_layer: nn.Module):
-        super().__init__(base_layer)
-        self.lora_alpha: dict[str, float] = {}
-        self.use_rslora: dict[str, bool] = {}
-        self.lora_bias: dict[str, bool] = {}
-        self.lora_variant: dict[str, Variant] = {}
-        self.lora_dropout = nn.ModuleDict()
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
-        self.lora_embedding_A = nn.ParameterDict()
-        self.lora_embedding_B = nn.ParameterDict()
-        self.lora_magnitude_vector = nn.ModuleDict()
+    lora_variant: dict[str, Variant]
 
     def update_layer(self, name, config, *, r: int, lora_alpha: float) -> None:
         self.r[name] = r
@@ -227,10 +216,6 @@ class LoraLayer(ScaledLayer):
 class Linear(LoraLayer, nn.Module):
     """LoRA on `nn.Linear` and everything like it (transformers' Conv1D, packed linear layers)."""
 
-    def __init__(self, base_layer: nn.Module):
-        nn.Module.__init__(self)
-        LoraLayer.__init__(self, base_layer)
-
     def create_factors(self, name, r, bias):
         self.lora_A[name] = nn.Linear(self.in_features, r, bias=False)
         self.lora_B[name] = nn.Linear(r, self.out_features, bias=bias)
@@ -263,10 +248,6 @@ class Linear(LoraLayer, nn.Module):
 
 class _ConvNd(LoraLayer, nn.Module):
     """LoRA on convolutions: A has the base layer's kernel, B is a 1x1 convolution."""
-
-    def __init__(self, base_layer: nn.Module):
-        nn.Module.__init__(self)
-        LoraLayer.__init__(self, base_layer)
 
     def create_factors(self, name, r, bias):
         base = self.get_base_layer()
@@ -311,10 +292,6 @@ class Conv3d(_ConvNd):
 
 class Embedding(LoraLayer, nn.Module):
     """LoRA on `nn.Embedding`: A is (r, tokens), B is (width, r), both bare parameters. There is no dropout."""
-
-    def __init__(self, base_layer: nn.Module):
-        nn.Module.__init__(self)
-        LoraLayer.__init__(self, base_layer)
 
     def create_factors(self, name, r, bias):
         if bias:

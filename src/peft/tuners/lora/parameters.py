@@ -57,8 +57,7 @@ class ParamWrapper(LoraLayer, nn.Module):
     numbered_in_files = True
 
     def __init__(self, base_layer: nn.Module, parameter_name: str):
-        nn.Module.__init__(self)
-        LoraLayer.__init__(self, base_layer)
+        super().__init__(base_layer)
         self.parameter_name = parameter_name
         owner = self.get_base_layer()
         if offload_hook(owner) is not None:

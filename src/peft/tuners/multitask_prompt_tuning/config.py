@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 
-from ...config import documented
+from ...config import check_least, documented_dataclass
 from ...utils.peft_types import PeftType
 from ..prompt_tuning.config import PromptTuningConfig, PromptTuningInit
 
@@ -20,15 +19,11 @@ class MultitaskPromptTuningInit(str, enum.Enum):
     ONLY_SOURCE_SHARED = "ONLY_SOURCE_SHARED"
 
 
-@documented
-@dataclass
+@documented_dataclass
 class MultitaskPromptTuningConfig(PromptTuningConfig):
-    """Multitask prompt tuning: a shared prompt times a low-rank matrix of each task (arXiv 2303.02861).
+    """Multitask prompt tuning: a shared prompt times a low-rank matrix of each task (arXiv 2303.02861)."""
 
-    Raises:
-        ValueError: a value outside its range; it is named with the rule.
-    """
-
+    method = PeftType.MULTITASK_PROMPT_TUNING
     prompt_tuning_init: MultitaskPromptTuningInit | str = MultitaskPromptTuningInit.RANDOM
     """"RANDOM" or "TEXT" (a source training), or, from a file of a source training: "AVERAGE_SOURCE_TASKS" (each
     task's matrices are the mean of the source tasks'), "EXACT_SOURCE_TASK" (those of one), "ONLY_SOURCE_SHARED" (the
@@ -47,8 +42,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         self.prompt_tuning_init = wanted if wanted == "TEXT" else PromptTuningInit.RANDOM  # what the shared prompt does
         super().__post_init__()
         self.prompt_tuning_init = wanted
-        self.peft_type = PeftType.MULTITASK_PROMPT_TUNING
-        self.check_positive("num_ranks", "num_tasks")
+        check_least(self, num_ranks=1, num_tasks=1)
         if wanted not in ("TEXT", "RANDOM") and not self.prompt_tuning_init_state_dict_path:
             raise ValueError(f"prompt_tuning_init={wanted.value!r} needs prompt_tuning_init_state_dict_path")
         if wanted == "EXACT_SOURCE_TASK" and (self.prompt_tuning_init_task is None or self.prompt_tuning_init_task < 0):

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
-from ...config import documented
+from ...config import check_least, documented_dataclass
 from ...utils.peft_types import PeftType
 from ..common_config import TargetedConfig, check_probability
 
 
-@documented
-@dataclass
+@documented_dataclass
 class OFTConfig(TargetedConfig):
-    """OFT: the features of every target's input are rotated in blocks (arXiv 2306.07280; 2506.19847, eq. 4).
+    """OFT: the features of every target's input are rotated in blocks (arXiv 2306.07280; 2506.19847, eq. 4)."""
 
-    Raises:
-        TypeError, ValueError: a value of another type or outside its range; it is named with the rule.
-    """
-
+    method = PeftType.OFT
     r: int = 0
     """Number of blocks of each layer; 0: as many as oft_block_size makes. A number that does not divide the features is
     replaced by the nearest that does."""
@@ -45,18 +40,13 @@ class OFTConfig(TargetedConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.OFT
-        for name in ("r", "oft_block_size"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        check_least(self, r=0, oft_block_size=0)
         if (self.r == 0) == (self.oft_block_size == 0):
             raise ValueError(
                 "r and oft_block_size multiply to the number of features: give one of them and set the other to 0, "
                 f"got r={self.r} and oft_block_size={self.oft_block_size}"
             )
         check_probability(self, "module_dropout")
-        if self.bias not in ("none", "all", "oft_only"):
-            raise ValueError(f"bias must be 'none', 'all' or 'oft_only', got {self.bias!r}")
         if self.coft and not self.eps > 0:
             raise ValueError(f"eps must be positive, got {self.eps!r}")
         if self.use_cayley_neumann and self.num_cayley_neumann_terms < 2:

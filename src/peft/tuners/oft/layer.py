@@ -32,7 +32,7 @@ class OFTRotationModule(nn.Module):
         self.dropout = config.module_dropout
         count = 1 if config.block_share else r
         self.weight = nn.Parameter(torch.zeros(count, block_size * (block_size - 1) // 2))  # (r or 1, b (b - 1) / 2)
-        if not config.init_weights and not self.weight.is_meta:
+        if not config.init_weights:
             nn.init.normal_(self.weight, std=0.1)
 
     def forward(self, training: bool = False) -> torch.Tensor:
@@ -82,16 +82,8 @@ class OFTRotationModule(nn.Module):
 class OFTLayer(RotationLayer):
     """OFT on linear layers, convolutions and embeddings."""
 
-    method = "OFT"
-    adapter_layer_names = ("oft_R", "oft_embedding_R")
+    adapter_layer_names = module_dicts = ("oft_R", "oft_embedding_R")
     other_param_names = ("r", "oft_block_size")
-
-    def __init__(self, base_layer: nn.Module):
-        super().__init__(base_layer)
-        self.oft_R = nn.ModuleDict()
-        self.oft_embedding_R = nn.ModuleDict()
-        self.r: dict[str, int] = {}
-        self.oft_block_size: dict[str, int] = {}
 
     @property
     def _rotations(self) -> nn.ModuleDict:
@@ -99,8 +91,7 @@ class OFTLayer(RotationLayer):
 
     def update_layer(self, name, config):
         self.refuse_groups()
-        shape = self.op.weight_shape
-        features = shape[0] if self.op.kind == "Embedding" else math.prod(shape[1:])
+        features = self.op.matrix_shape[0 if self.op.kind == "Embedding" else 1]
         given = config.oft_block_size or config.r
         found = nearest_divisor(features, given)
         block_size = found if config.oft_block_size else features // found

@@ -1,7 +1,5 @@
 """`OFTModel`: OFT layers in a model."""
 
-from __future__ import annotations
-
 from ...utils.constants import TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING
 from ..base import BaseTuner
 from .layer import Conv2d, Embedding, Linear, OFTLayer

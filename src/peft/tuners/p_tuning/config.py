@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 
-from ...config import PromptLearningConfig, documented
+from ...config import PromptLearningConfig, check_least, documented_dataclass
 from ...utils.peft_types import PeftType
+from ..common_config import check_probability
 
 
 class PromptEncoderReparameterizationType(str, enum.Enum):
@@ -16,15 +16,11 @@ class PromptEncoderReparameterizationType(str, enum.Enum):
     LSTM = "LSTM"
 
 
-@documented
-@dataclass
+@documented_dataclass
 class PromptEncoderConfig(PromptLearningConfig):
-    """P-tuning: a small network makes the prompt out of trained vectors (arXiv 2103.10385).
+    """P-tuning: a small network makes the prompt out of trained vectors (arXiv 2103.10385)."""
 
-    Raises:
-        ValueError: a value outside its range; it is named with the rule.
-    """
-
+    method = PeftType.P_TUNING
     encoder_reparameterization_type: PromptEncoderReparameterizationType | str = PromptEncoderReparameterizationType.MLP
     """"MLP", or "LSTM": a bidirectional one, with an MLP behind it."""
     encoder_hidden_size: int | None = None
@@ -36,9 +32,7 @@ class PromptEncoderConfig(PromptLearningConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.P_TUNING
         kinds = PromptEncoderReparameterizationType
         self.encoder_reparameterization_type = self.member(kinds, "encoder_reparameterization_type")
-        self.check_positive("encoder_hidden_size", "encoder_num_layers")
-        if not 0 <= self.encoder_dropout < 1:
-            raise ValueError(f"encoder_dropout must be in [0, 1), got {self.encoder_dropout}")
+        check_least(self, encoder_hidden_size=1, encoder_num_layers=1)
+        check_probability(self, "encoder_dropout")

@@ -1,7 +1,5 @@
 """The prompt of P-tuning: `MLP(h)` or `MLP(BiLSTM(h))` of trained vectors h (arXiv 2103.10385, section 3.2)."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from ...utils.warning import warn

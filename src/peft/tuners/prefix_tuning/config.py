@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
-from ...config import PromptLearningConfig, documented, first_of
+from ...config import PromptLearningConfig, check_least, documented_dataclass, first_of
 from ...utils.peft_types import PeftType
 
 
-@documented
-@dataclass
+@documented_dataclass
 class PrefixTuningConfig(PromptLearningConfig):
-    """Prefix tuning: trained keys and values in front of those of every layer (arXiv 2101.00190).
+    """Prefix tuning: trained keys and values in front of those of every layer (arXiv 2101.00190)."""
 
-    Raises:
-        ValueError: a value outside its range; it is named with the rule.
-    """
-
+    method = PeftType.PREFIX_TUNING
     init_weights: Literal["zero"] | None = None
     """"zero": the prefix starts at zero, which a layer still attends to. None: at random."""
     encoder_hidden_size: int | None = None
@@ -27,10 +22,7 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.PREFIX_TUNING
-        self.check_positive("encoder_hidden_size")
-        if self.init_weights not in (None, "zero"):
-            raise ValueError(f"init_weights must be None or 'zero', got {self.init_weights!r}")
+        check_least(self, encoder_hidden_size=1)
 
     def _sizes(self, config) -> dict[str, int | None]:
         """Of the keys and values, which are in the decoder of an encoder-decoder."""

@@ -1,7 +1,5 @@
 """The prefix: trained keys and values in front of those of every layer (arXiv 2101.00190, section 4)."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from ..prompt_learning import BasePromptEncoder
@@ -26,7 +24,7 @@ class PrefixEncoder(BasePromptEncoder):
             self.transform = nn.Sequential(nn.Linear(config.token_dim, hidden), nn.Tanh(), nn.Linear(hidden, size))
         else:
             self.embedding = nn.Embedding(config.num_virtual_tokens, size)
-        if config.init_weights == "zero" and not self.embedding.weight.is_meta:
+        if config.init_weights == "zero":
             last = self.embedding if self.head is None else self.transform[2]
             for parameter in last.parameters():
                 nn.init.zeros_(parameter)

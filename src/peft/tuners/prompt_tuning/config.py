@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 
-from ...config import PromptLearningConfig, documented
+from ...config import PromptLearningConfig, documented_dataclass
 from ...utils.peft_types import PeftType
 
 
@@ -17,15 +16,11 @@ class PromptTuningInit(str, enum.Enum):
     RANDOM = "RANDOM"
 
 
-@documented
-@dataclass
+@documented_dataclass
 class PromptTuningConfig(PromptLearningConfig):
-    """Prompt tuning: trained vectors in front of the embeddings of the text (arXiv 2104.08691).
+    """Prompt tuning: trained vectors in front of the embeddings of the text (arXiv 2104.08691)."""
 
-    Raises:
-        ValueError: a value outside its range; it is named with the rule.
-    """
-
+    method = PeftType.PROMPT_TUNING
     prompt_tuning_init: PromptTuningInit | str = PromptTuningInit.RANDOM
     """"RANDOM": normally distributed. "SAMPLE_VOCAB": embeddings of random tokens. "TEXT": those of a text."""
     prompt_tuning_init_text: str | None = None
@@ -37,7 +32,6 @@ class PromptTuningConfig(PromptLearningConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.PROMPT_TUNING
         self.prompt_tuning_init = self.member(PromptTuningInit, "prompt_tuning_init")
         if self.prompt_tuning_init == "TEXT":
             for name in ("prompt_tuning_init_text", "tokenizer_name_or_path"):

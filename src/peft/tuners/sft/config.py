@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal, get_type_hints
 
-from ...config import documented
+from ...config import check_least, documented_dataclass, literal_values
 from ...utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ...utils.peft_types import PeftType
 from ..common_config import TargetedConfig
@@ -53,22 +53,17 @@ class _SftOptions:
 
 def choices(field: str) -> tuple[str, ...]:
     """The values that an option of few values has, besides None; () for any other option."""
-    hint = get_type_hints(_SftOptions)[field]
-    literals = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
-    return tuple(value for literal in literals for value in get_args(literal))
+    return literal_values(get_type_hints(_SftOptions)[field])
 
 
-@documented
-@dataclass
+@documented_dataclass
 class SftConfig(_SftOptions, TargetedConfig):
     """Sparse fine-tuning: `W` with k trained numbers added at k chosen positions (arXiv 2401.16405, section 3).
 
     The budget is `num_deltas`, else `num_tunable_weights`, else `density`.
-
-    Raises:
-        ValueError: a value outside its range; it is named with the rule.
     """
 
+    method = PeftType.SFT
     num_deltas: dict[str, int] | None = None
     """Number of trained weights per module, {its whole name: k}; overrides the others, and without target_modules says
     what is adapted. Filled in when the adapter is made, so that loading does not derive it again."""
@@ -76,13 +71,8 @@ class SftConfig(_SftOptions, TargetedConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.SFT
         self._check_budget()
-        for name in ("granularity", "selection_algorithm", "budget", "reselection_rate_policy", "dtype"):
-            if getattr(self, name) not in choices(name):
-                raise ValueError(f"{name} must be one of {choices(name)}, got {getattr(self, name)!r}")
-        if self.block_size < 1:
-            raise ValueError(f"block_size must be a positive whole number, got {self.block_size!r}")
+        check_least(self, block_size=1)
         if self.granularity != "block" and self.block_size != type(self).block_size:
             raise ValueError(
                 f"block_size={self.block_size} has no meaning with granularity={self.granularity!r}; set "
@@ -94,8 +84,7 @@ class SftConfig(_SftOptions, TargetedConfig):
                 f"granularity={self.granularity!r}; use budget='per_layer', or granularity='element'"
             )
         self._check_static()
-        if self.reselection_steps < 2:
-            raise ValueError(f"reselection_steps must be at least 2, got {self.reselection_steps!r}")
+        check_least(self, reselection_steps=2)
         if not 1 <= self.selection_accumulation_steps <= self.reselection_steps - 1:
             raise ValueError(
                 f"selection_accumulation_steps must be in 1..reselection_steps-1 = 1..{self.reselection_steps - 1}, "
@@ -107,22 +96,17 @@ class SftConfig(_SftOptions, TargetedConfig):
     def _check_static(self):
         if self.selection_algorithm == "static" and self.static_criterion is None:
             self.static_criterion = "gradient"
-        criteria = choices("static_criterion")
-        if self.static_criterion not in (None, *criteria):
-            raise ValueError(f"static_criterion must be one of {criteria}, got {self.static_criterion!r}")
         if self.static_criterion is not None and self.selection_algorithm != "static":
             raise ValueError(
                 f"static_criterion={self.static_criterion!r} has no meaning with selection_algorithm="
                 f"{self.selection_algorithm!r}; set selection_algorithm='static', or leave it at None"
             )
-        if self.calibration_batches < 1:
-            raise ValueError(f"calibration_batches must be at least 1, got {self.calibration_batches!r}")
+        check_least(self, calibration_batches=1)
 
     def _check_budget(self):
         if not 0 < self.density <= 1:
             raise ValueError(f"density must be in (0, 1], got {self.density!r}")
-        if self.num_tunable_weights is not None and self.num_tunable_weights <= 0:
-            raise ValueError(f"num_tunable_weights must be positive, got {self.num_tunable_weights!r}")
+        check_least(self, num_tunable_weights=1)
         for name, k in (self.num_deltas or {}).items():
             if k < 0:
                 raise ValueError(f"num_deltas[{name!r}] must be a whole number >= 0, got {k!r}")
@@ -134,8 +118,7 @@ def _as_in_config(name: str) -> dataclasses.Field:
     return dataclasses.field(default=None, metadata=metadata)
 
 
-@documented
-@dataclass
+@documented_dataclass
 class SftArguments(_SftOptions):
     """What scripts set of an `SftConfig`; for `transformers.HfArgumentParser`.
 

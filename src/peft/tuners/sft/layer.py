@@ -249,13 +249,8 @@ def _put(parameter: nn.Parameter, data: torch.Tensor) -> None:
 class SftLayer(AdditiveLayer, nn.Module):
     """SFT on any layer with a weight."""
 
-    adapter_layer_names = ("sft_delta",)
+    adapter_layer_names = module_dicts = ("sft_delta",)
     widens_parameters = False  # SftConfig.dtype says what the values are
-
-    def __init__(self, base_layer: nn.Module):
-        nn.Module.__init__(self)
-        AdditiveLayer.__init__(self, base_layer)
-        self.sft_delta = nn.ModuleDict()
 
     def update_layer(self, name, config, *, key: str):
         # A packed weight has no type of its own.

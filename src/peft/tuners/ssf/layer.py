@@ -20,16 +20,10 @@ class SsfLayer(BaseTunerLayer, nn.Module):
 
     adapter_layer_names = ("ssf_scale", "ssf_shift")
 
-    def __init__(self, base_layer: nn.Module):
-        nn.Module.__init__(self)
-        BaseTunerLayer.__init__(self, base_layer)
-        self.ssf_scale = nn.ParameterDict()
-        self.ssf_shift = nn.ParameterDict()
-
     def update_layer(self, name, config):
         self.ssf_scale[name] = nn.Parameter(torch.ones(self.out_features))
         self.ssf_shift[name] = nn.Parameter(torch.zeros(self.out_features))
-        if config.init_ssf_weights == "normal" and not self.ssf_scale[name].is_meta:
+        if config.init_ssf_weights == "normal":
             nn.init.normal_(self.ssf_scale[name], mean=1.0, std=0.02)
             nn.init.normal_(self.ssf_shift[name], mean=0.0, std=0.02)
 

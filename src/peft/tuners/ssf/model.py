@@ -1,7 +1,5 @@
 """`SsfModel`: SSF layers in a model."""
 
-from __future__ import annotations
-
 from ...utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ..base import BaseTuner
 from .layer import SsfLayer

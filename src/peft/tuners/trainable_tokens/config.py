@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
-from ...config import PeftConfig, documented
+from ...config import PeftConfig, documented_dataclass
 from ...utils.peft_types import PeftType
 from ..common_config import check_modules, check_tokens
 
 
-@documented
-@dataclass
+@documented_dataclass
 class TrainableTokensConfig(PeftConfig):
     """Trainable tokens: some rows of the embedding table are trained, the others stay.
 
@@ -18,6 +17,7 @@ class TrainableTokensConfig(PeftConfig):
         TypeError, ValueError: a value of another type, tokens that are negative or named twice.
     """
 
+    method = PeftType.TRAINABLE_TOKENS
     token_indices: list[int] = field(default_factory=list)
     """Ids of the tokens."""
     target_modules: list[str] | str | None = None
@@ -28,6 +28,5 @@ class TrainableTokensConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.TRAINABLE_TOKENS
         check_modules(self, "target_modules")
         check_tokens("token_indices", self.token_indices)

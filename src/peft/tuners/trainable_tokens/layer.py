@@ -34,15 +34,11 @@ class TrainableTokensLayer(BaseTunerLayer, nn.Module):
     saves_embeddings = False
 
     def __init__(self, base_layer: nn.Module, tied_to: TrainableTokensLayer | None = None, in_wrapper: bool = False):
-        nn.Module.__init__(self)
-        BaseTunerLayer.__init__(self, base_layer)
+        super().__init__(base_layer)
         self.__dict__["tied_to"] = tied_to  # not one of the parts of this module
         self._followers: list[TrainableTokensLayer] = []
         self._in_wrapper = in_wrapper
-        if tied_to is None:
-            self.trainable_tokens_delta = nn.ParameterDict()
-            self.token_indices: dict[str, list[int]] = {}
-        else:
+        if tied_to is not None:
             self.trainable_tokens_delta, self.token_indices = tied_to.trainable_tokens_delta, tied_to.token_indices
             tied_to._followers.append(self)
 
@@ -75,11 +71,9 @@ class TrainableTokensLayer(BaseTunerLayer, nn.Module):
         if self.merged:
             raise ValueError("A new adapter starts from the base weights: call unmerge_adapter() first")
         self.token_indices[name] = list(tokens)
-        rows = torch.zeros(len(tokens), width)
-        if not rows.is_meta:
-            nn.init.normal_(rows)
-            if config.init_weights:
-                rows = self.base_rows(tokens)
+        rows = torch.randn(len(tokens), width)
+        if config.init_weights and not rows.is_meta:
+            rows = self.base_rows(tokens)
         self.trainable_tokens_delta[name] = nn.Parameter(rows)
 
     def base_rows(self, tokens: torch.Tensor | list[int]) -> torch.Tensor:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
-from ...config import documented
+from ...config import check_least, documented_dataclass
 from ...utils.peft_types import PeftType
 from ..common_config import TargetedConfig, check_probability
 
 
-@documented
-@dataclass
+@documented_dataclass
 class VeraConfig(TargetedConfig):
-    """VeRA: all layers share two frozen random matrices, and train a vector for each side (arXiv 2310.11454, eq. 2).
+    """VeRA: all layers share two frozen random matrices, and train a vector for each side (arXiv 2310.11454, eq. 2)."""
 
-    Raises:
-        TypeError, ValueError: a value of another type or outside its range; it is named with the rule.
-    """
-
+    method = PeftType.VERA
     r: int = 256
     """Rank of the shared matrices; larger than LoRA's, since each of it costs one number per layer."""
     projection_prng_key: int = 0
@@ -40,12 +35,8 @@ class VeraConfig(TargetedConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.VERA
-        if self.r < 1:
-            raise ValueError(f"A rank must be a positive whole number, got r={self.r!r}")
+        check_least(self, r=1)
         check_probability(self, "vera_dropout")
-        if self.bias not in ("none", "all", "vera_only"):
-            raise ValueError(f"bias must be 'none', 'all' or 'vera_only', got {self.bias!r}")
 
     def to_dict(self):
         """Without exclude_modules where it is not used: upstream's VeRA does not know it."""

@@ -17,34 +17,18 @@ class VeraLayer(LowRankLayer, nn.Module):
     adapter_layer_names = ("vera_lambda_b", "vera_lambda_d")
     dropout = "vera_dropout"
     other_param_names = ("vera_A", "vera_B", "vera_dropout", "r")
+    module_dicts = ("vera_dropout",)
 
-    def __init__(self, base_layer: nn.Module):
-        nn.Module.__init__(self)
-        super().__init__(base_layer)
-        self.r: dict[str, int] = {}
-        self.vera_dropout = nn.ModuleDict()
-        self.vera_lambda_b = nn.ParameterDict()
-        self.vera_lambda_d = nn.ParameterDict()
-
-    def update_layer(self, name, config, *, vera_A, vera_B):
-        self.vera_A, self.vera_B = vera_A, vera_B  # of the model, for all its adapters
+    def update_layer(self, name, config):
         self.r[name] = config.r
         self.vera_dropout[name] = nn.Dropout(config.vera_dropout) if config.vera_dropout else nn.Identity()
-        d, b = torch.full((config.r,), config.d_initial), torch.zeros(self.op.weight_shape[0])
+        d, b = torch.full((config.r,), config.d_initial), torch.zeros(self.op.matrix_shape[0])
         self.vera_lambda_d[name] = nn.Parameter(d if config.init_weights else torch.randn_like(d))
         self.vera_lambda_b[name] = nn.Parameter(b if config.init_weights else torch.ones_like(b))
 
-    def before_load(self, name, path, tensors):
-        """Part what adapters share where a file has other matrices (another version of torch drew them)."""
-        for shared, attribute in ((self.vera_A, "vera_A"), (self.vera_B, "vera_B")):
-            own = shared[name]
-            incoming = next((t for key, t in tensors.items() if key.endswith(f".{attribute}.{name}")), own)
-            if sum(tensor is own for tensor in shared.values()) > 1 and not torch.equal(incoming.to(own), own):
-                shared.add(name, own.clone())
-
     def factors(self, name):
         b, d = self.vera_lambda_b[name], self.vera_lambda_d[name]
-        outputs, inputs = len(b), self.op.weight_shape[1:].numel()
+        outputs, inputs = self.op.matrix_shape
         return self.vera_A[name][:, :inputs].to(d) * d[:, None], b[:, None] * self.vera_B[name][:outputs].to(b)
 
 
