@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft import LoraConfig, SftConfig, SsfConfig, get_peft_model
-from peft.tuners.lora import fused
+from peft.tuners.lora import LoraLayer, fused
 from peft.tuners.lora.fused import FusedLora
 from peft.tuners.tuners_utils import AdditiveLayer
 from peft.utils.warning import PeftWarning
@@ -494,3 +494,27 @@ def test_unmerging_takes_out_what_was_merged_whatever_the_scale_is_by_then(scale
     layer.set_scale("default", scale)
     model.unmerge_adapter()
     torch.testing.assert_close(layer.weight, before, rtol=0, atol=1e-7)
+
+
+class ForeignLayer(nn.Module, LoraLayer):
+    """As other libraries write them: nn.Module first, with a part of its own, and other names than its base's."""
+
+    adapter_layer_names = ("lora_A", "lora_B", "foreign")
+    other_param_names = ()
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.part = nn.Linear(2, 2)
+        LoraLayer.__init__(self, base_layer)
+        self.foreign = nn.ModuleDict()
+
+
+def test_layers_of_other_libraries():
+    layer = ForeignLayer(nn.Linear(3, 4))
+    assert isinstance(layer.part, nn.Linear) and isinstance(layer.base_layer, nn.Linear)
+    assert isinstance(layer.lora_A, nn.ModuleDict) and isinstance(layer.lora_embedding_A, nn.ParameterDict)
+    assert layer.r == layer.scaling == {} and layer.use_dora == {}
+    layer.foreign["a"] = nn.Linear(2, 2)
+    assert layer._available_adapters == {"a"}
+    layer.delete_adapter("a")
+    assert layer._available_adapters == set() and len(layer.foreign) == 0

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from ..utils.other import AdapterParts
-from ..utils.placement import home_device
+from ..utils.placement import home_device, onloaded
 from ..utils.quantization_utils import keep_packed
 from ..utils.warning import warn
 from .base import BaseTuner, check_adapter_name, wrap_modules_to_save
@@ -60,6 +60,12 @@ class BasePromptEncoder(nn.Module):
     def width(config) -> int:
         """D."""
         return config.token_dim
+
+    @torch.no_grad()
+    def start_from(self, word_embeddings: nn.Module, ids: torch.Tensor) -> None:
+        """Begin with the embeddings of these tokens, (S T,)."""
+        with onloaded(word_embeddings):
+            self.embedding.weight.copy_(word_embeddings(ids.to(word_embeddings.weight.device)))
 
     @property
     def head(self) -> nn.Module | None:

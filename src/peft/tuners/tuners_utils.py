@@ -98,10 +98,10 @@ class BaseTunerLayer(AdapterParts):
         if "_modules" not in vars(self):  # other libraries' layers inherit nn.Module first, and have called it
             nn.Module.__init__(self)
         self.base_layer = base_layer
-        for attribute in self.adapter_layer_names:
-            setattr(self, attribute, nn.ModuleDict() if attribute in self.module_dicts else nn.ParameterDict())
-        for attribute in self.other_param_names:
-            setattr(self, attribute, nn.ModuleDict() if attribute in self.module_dicts else {})
+        for names, kind in (("other_param_names", dict), ("adapter_layer_names", nn.ParameterDict)):
+            for cls in reversed(type(self).__mro__):  # the code of a base relies on what it names
+                for attribute in vars(cls).get(names, ()):
+                    setattr(self, attribute, nn.ModuleDict() if attribute in self.module_dicts else kind())
         self.merged_adapters: list[str] = []
         self._merges: list[_Merge] = []
         self._init_flags()

@@ -22,7 +22,7 @@ __all__ = ["AdaLoraLayer", "RankAllocator", "SVDConv2d", "SVDLinear"]
 class AdaLoraLayer(LowRankLayer, LoraLayer, nn.Module):
     """AdaLoRA on a layer of any kind that has a matrix or a kernel as its weight."""
 
-    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_E")
+    adapter_layer_names = tuple(RANK_DIM)
     # configs: the adapters' configurations, which hold what is left of their ranks.
     other_param_names = (*LoraLayer.other_param_names, "ranknum", "configs")
     module_dicts = ("lora_magnitude_vector", "lora_dropout")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ...config import PromptLearningConfig, documented_dataclass
+from ...config import PromptLearningConfig, check_least, documented_dataclass
 from ...utils.peft_types import PeftType, TaskType
 
 
@@ -25,12 +25,12 @@ class CPTConfig(PromptLearningConfig):
     """Their types (see above). None: 1 for all."""
     opt_weighted_loss_type: Literal["none", "decay"] = "none"
     """"decay": the labels of the examples count less, the further they are from the text."""
-    opt_loss_decay_factor: float | None = 1.0
+    opt_loss_decay_factor: float = 1.0
     """By how much less, from one example to the one before it."""
-    opt_projection_epsilon: float | None = 0.1
+    opt_projection_epsilon: float = 0.1
     """How far (2-norm) the embedding of an input's token may move where it is 2048 wide, and by the square root of the
     width in others."""
-    opt_projection_format_epsilon: float | None = 0.1
+    opt_projection_format_epsilon: float = 0.1
     """The same for the tokens of templates."""
     tokenizer_name_or_path: str | None = None
     """For information: the tokenizer that the tokens are of."""
@@ -49,6 +49,4 @@ class CPTConfig(PromptLearningConfig):
         lengths = [len(each) for each in (self.cpt_token_ids, self.cpt_mask, self.cpt_tokens_type_mask)]
         if len(set(lengths)) > 1:
             raise ValueError(f"cpt_token_ids, cpt_mask and cpt_tokens_type_mask must be of one length, got {lengths}")
-        for name in ("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon"):
-            if getattr(self, name) is None or getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        check_least(self, opt_loss_decay_factor=0, opt_projection_epsilon=0, opt_projection_format_epsilon=0)

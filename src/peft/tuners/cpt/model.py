@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...utils.placement import onloaded
 from ..prompt_learning import BasePromptEncoder
 
 LABEL, INPUT = 0, 2  # `type % 4` of the tokens that the loss is of, and of those with a bound of their own
@@ -29,11 +28,10 @@ class CPTEmbedding(BasePromptEncoder):
         if self.embedding.weight.is_meta:
             return
         nn.init.zeros_(self.delta_embedding.weight)
-        with torch.no_grad(), onloaded(word_embeddings):
-            ids = torch.tensor(config.cpt_token_ids, device=word_embeddings.weight.device)
-            if ids.min() < 0 or ids.max() >= word_embeddings.num_embeddings:
-                raise ValueError(f"cpt_token_ids must be tokens from 0 to {word_embeddings.num_embeddings - 1}")
-            self.embedding.weight.copy_(word_embeddings(ids))
+        ids = torch.tensor(config.cpt_token_ids)
+        if ids.min() < 0 or ids.max() >= word_embeddings.num_embeddings:
+            raise ValueError(f"cpt_token_ids must be tokens from 0 to {word_embeddings.num_embeddings - 1}")
+        self.start_from(word_embeddings, ids)
 
     def _types(self) -> torch.Tensor:
         return torch.tensor(self.config.cpt_tokens_type_mask, device=self.embedding.weight.device)

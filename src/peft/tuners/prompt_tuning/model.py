@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ...utils.placement import onloaded
 from ..prompt_learning import BasePromptEncoder
 
 
@@ -16,11 +15,10 @@ class PromptEmbedding(BasePromptEncoder):
         if config.inference_mode or self.embedding.weight.is_meta:
             return  # its numbers come from a file
         if config.prompt_tuning_init == "TEXT":
-            self._start_from(word_embeddings, self._text_ids(config))
+            self.start_from(word_embeddings, self._text_ids(config))
         elif config.prompt_tuning_init == "SAMPLE_VOCAB":
-            self._start_from(
-                word_embeddings, torch.randint(word_embeddings.num_embeddings, (self.total_virtual_tokens,))
-            )
+            ids = torch.randint(word_embeddings.num_embeddings, (self.total_virtual_tokens,))
+            self.start_from(word_embeddings, ids)
 
     def _text_ids(self, config) -> torch.Tensor:
         from transformers import AutoTokenizer
@@ -30,8 +28,3 @@ class PromptEmbedding(BasePromptEncoder):
         if not ids:
             raise ValueError(f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens")
         return torch.tensor(ids * -(-self.total_virtual_tokens // len(ids)))[: self.total_virtual_tokens]
-
-    @torch.no_grad()
-    def _start_from(self, word_embeddings, ids: torch.Tensor) -> None:
-        with onloaded(word_embeddings):
-            self.embedding.weight.copy_(word_embeddings(ids.to(word_embeddings.weight.device)))
