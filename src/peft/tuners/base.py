@@ -51,9 +51,11 @@ from .targeting import (
     keep_called,
     keys_ending_in,
     layer_index,
+    model_config,
     name_matches,
     resolve_all_linear,
     unmatched_entries,
+    usual_modules,
 )
 from .tuners_utils import BASE_ADAPTER, BaseTunerLayer, MergeError, as_list
 
@@ -75,16 +77,6 @@ def check_adapter_name(name: str) -> None:
         raise ValueError(f"{BASE_ADAPTER!r} stands for the base model in mixed batches; give the adapter another name")
     if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
         raise ValueError(f"{name!r} is an attribute of torch's containers; give the adapter another name")
-
-
-def model_config(model: nn.Module) -> dict:
-    """The configuration of a base model as a dict; `{"model_type": "custom"}` for one without."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return {"model_type": "custom"}
-    if hasattr(config, "to_dict"):
-        return config.to_dict()
-    return config if isinstance(config, dict) else vars(config)
 
 
 class BaseTuner(nn.Module):
@@ -120,9 +112,6 @@ class BaseTuner(nn.Module):
     ):
         super().__init__()
         self.model = model
-        for attribute in self.adapter_layer_names:  # an earlier tuner of the model has made them, too
-            held = (getattr(layer, attribute) for layer in self.layers() if isinstance(layer, self.tuner_layer_cls))
-            setattr(self, attribute, next(held, BufferDict()))
         self.targeted_module_names: list[str] = []
         self.merge_errors: dict[str, MergeError] = {}  # of the last merge, by the layer's name; packed weights only
         new = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
@@ -183,26 +172,13 @@ class BaseTuner(nn.Module):
         """Fill in what the configuration leaves to the model (here: the targets)."""
         if config.target_modules is None:
             what = "a list of names, a regular expression, or 'all-linear'"
-            targets = self.usual_modules("target_modules", self.target_module_mapping, what, self.default_targets)
+            mapping, default = self.target_module_mapping, self.default_targets
+            targets = usual_modules(self.model, "target_modules", mapping, what, default)
             config.target_modules = targets if isinstance(targets, str) else set(targets)
         config.target_modules = resolve_all_linear(
             self.model, config.target_modules, lambda module: isinstance(module, BaseTunerLayer)
         )
         return config
-
-    def usual_modules(self, field: str, mapping: dict[str, list[str]], what: str, default: str | None = None):
-        """What `mapping` has for the model's type, to be the value of the configuration's `field`.
-
-        Raises:
-            ValueError: it has nothing, and there is no `default`; `what` says what to give.
-        """
-        model_type = model_config(self.model).get("model_type", "custom")
-        modules = mapping.get(model_type, default)
-        if modules is None:
-            raise ValueError(
-                f"No default {field} for model type {model_type!r}: give `{field}` in the configuration ({what})"
-            )
-        return modules
 
     @classmethod
     def targets_of(cls, model: nn.Module, config) -> dict[str, nn.Module]:
@@ -247,6 +223,9 @@ class BaseTuner(nn.Module):
         targets = self._without_whole_modules(config, targets, explicit=given is not None and given != "all-linear")
         self._check_supported(targets)
         self._warn_of_names_without_use(config, given, targets)
+        for attribute in self.adapter_layer_names:  # one for all layers, also those of the model's earlier tuners
+            held = (getattr(layer, attribute) for layer in self.layers() if isinstance(layer, self.tuner_layer_cls))
+            setattr(self, attribute, next(held, BufferDict()))
         self.shared_state(config, targets, adapter_name)
         active, disabled = self.active_adapters, self._adapters_disabled
         keep_packed(model, is_trainable=not config.inference_mode)

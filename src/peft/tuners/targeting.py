@@ -31,6 +31,33 @@ def name_matches(patterns: str | Sequence[str], key: str) -> bool:
     return any(key == pattern or key.endswith("." + pattern) for pattern in patterns)
 
 
+def model_config(model: nn.Module) -> dict:
+    """The configuration of a base model as a dict; `{"model_type": "custom"}` for one without."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return {"model_type": "custom"}
+    if hasattr(config, "to_dict"):
+        return config.to_dict()
+    return config if isinstance(config, dict) else vars(config)
+
+
+def usual_modules(
+    model: nn.Module, field: str, mapping: dict[str, list[str]], what: str, default: str | None = None
+) -> list[str] | str:
+    """What `mapping` has for the model's type, to be the value of the configuration's `field`.
+
+    Raises:
+        ValueError: it has nothing, and there is no `default`; `what` says what to give.
+    """
+    model_type = model_config(model).get("model_type", "custom")
+    modules = mapping.get(model_type, default)
+    if modules is None:
+        raise ValueError(
+            f"No default {field} for model type {model_type!r}: give `{field}` in the configuration ({what})"
+        )
+    return modules
+
+
 def get_pattern_key(pattern_keys: Iterable[str], key_to_match: str) -> str:
     """The first of `pattern_keys` (regular expressions for the end of a module name) that fits; else the name itself.
 

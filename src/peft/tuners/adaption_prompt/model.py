@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from ..base import BaseTuner, model_config
+from ..base import BaseTuner
+from ..targeting import model_config
 from .layer import KINDS, AdaptedAttention
 
 

@@ -6,7 +6,7 @@ from ...utils.constants import (
 )
 from ..base import BaseTuner
 from ..ops import OP_KINDS
-from ..targeting import name_matches
+from ..targeting import name_matches, usual_modules
 from .layer import Conv2d, Conv3d, IA3Layer, Linear
 
 
@@ -23,7 +23,7 @@ class IA3Model(BaseTuner):
         if config.feedforward_modules is None and targets:
             usual = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
             what = "those of the targets whose input is to be scaled; [] for none"
-            config.feedforward_modules = set(self.usual_modules("feedforward_modules", usual, what))
+            config.feedforward_modules = set(usual_modules(self.model, "feedforward_modules", usual, what))
 
     def layer_kwargs(self, config, key):
         return {"is_feedforward": name_matches(config.feedforward_modules, key)}

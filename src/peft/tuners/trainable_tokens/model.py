@@ -9,8 +9,9 @@ from torch import nn
 from ...utils.other import AuxiliaryTrainingWrapper, memory_of
 from ...utils.placement import offload_hook
 from ...utils.quantization_utils import stored_weight
-from ..base import BaseTuner, model_config
+from ..base import BaseTuner
 from ..ops import make_op
+from ..targeting import model_config
 from ..tuners_utils import BaseTunerLayer
 from .layer import TrainableTokensLayer
 
