@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,7 +19,7 @@ from .report import SearchResult
 from .search import Scorer, Search
 from .space import SearchSpace
 from .structure import LAYER_NAME
-from .supernet import supernet
+from .supernet import Supernet, supernet
 
 EXAMPLE_TEXT = (
     "The river rises in the hills behind the old town and reaches the sea after ninety miles. In spring, when the "
@@ -81,9 +82,31 @@ def search_structure(
             if len(batches) > 1:
                 raise ValueError(f"score='deltatuner' and latencies take one batch, got {len(batches)}")
             net = stack.enter_context(supernet(model, space, batches[0], search.seed))
+            _check_latency(net, search)
+            _check_latency(net, search)
         running = Search(space, Scorer(space, search, table, net), search, progress)
         best = running.run()
     return SearchResult(space, best, running.history, running.front, layer_name)
+
+
+def _check_latency(net: Supernet, search: DenasConfig) -> None:
+    """Refuse a limit that the model breaks without any adapter, or with the largest one.
+
+    Raises:
+        ValueError: such a limit.
+    """
+    for name, on, what in (
+        ("max_latency", 0, "less than this batch takes without an adapter, {:.3g} ms: raise it, or give a smaller batch"),
+        ("min_latency", 1, "more than this batch takes with the largest adapter, {:.3g} ms: lower it"),
+    ):
+        limit = getattr(search, name)
+        if limit is not None:
+            codes = np.zeros((len(net.space.units), 1 + len(net.space.values)), dtype=np.int64)
+            codes[:, 0], codes[:, 1:2] = on, on * (net.space.costs.shape[1] - 1)
+            net.apply(codes)
+            latency = 1000 * net.latency()
+            if (latency < limit) if on else (latency > limit):
+                raise ValueError(f"{name} = {limit:g} ms is " + what.format(latency))
 
 
 def make_batches(model: nn.Module, search: DenasConfig, tokenizer: Any, batch: Any) -> list[dict[str, Any]]:
