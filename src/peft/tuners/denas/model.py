@@ -96,7 +96,7 @@ def _check_latency(net: Supernet, search: DenasConfig) -> None:
         ValueError: such a limit.
     """
     for name, on, what in (
-        ("max_latency", 0, "less than this batch takes without an adapter, {:.3g} ms: raise it or take a smaller batch"),
+        ("max_latency", 0, "less than this batch takes without an adapter, {:.3g} ms: raise it, or cut the batch"),
         ("min_latency", 1, "more than this batch takes with the largest adapter, {:.3g} ms: lower it"),
     ):
         limit = getattr(search, name)
