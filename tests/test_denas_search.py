@@ -225,6 +225,22 @@ def test_killed_search_goes_on(batch, tmp_path, engine, kind):
     assert rest.front == whole.front
     with pytest.raises(ValueError, match=r"search with other settings .*r_max"):
         find(batch, model, max_epochs=3, storage=storage, r_max=5, **options)
+    with pytest.raises(ValueError, match=r"search with other settings \(\['seed'\]\)"):  # of the scored deltas
+        find(batch, model, max_epochs=3, storage=storage, seed=5, **options)
+    other = {name: ids + 1 for name, ids in batch.items()}
+    for theirs in ((other, model), (batch, llama())):
+        with pytest.raises(ValueError, match=r"search with other settings \(\['model or data'\]\)"):
+            find(*theirs, max_epochs=3, storage=storage, **options)
+
+
+@needs_optuna
+@pytest.mark.parametrize("storage", ["nowhere/search.log", "sqlite:///nowhere/search.db", "nonsense://x", "data.jsonl"])
+def test_storage_that_cannot_be_opened(batch, tmp_path, monkeypatch, storage):
+    monkeypatch.chdir(tmp_path)
+    Path("data.jsonl").write_text('{"text": "no journal"}\n')
+    with pytest.raises(ValueError, match=f"storage '{storage}' is no journal file or database that can be opened"):
+        find(batch, engine="tpe", storage=storage)
+    assert Path("data.jsonl").read_text() == '{"text": "no journal"}\n'
 
 
 SEARCHER = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -84,9 +85,21 @@ def search_structure(
             net = stack.enter_context(supernet(model, space, batches[0], search.seed))
             _check_latency(net, search)
             _check_latency(net, search)
-        running = Search(space, Scorer(space, search, table, net), search, progress)
+        data = _checksum(space, batches) if search.storage is not None else 0
+        running = Search(space, Scorer(space, search, table, net), search, progress, data)
         best = running.run()
     return SearchResult(space, best, running.history, running.front, layer_name)
+
+
+def _checksum(space: SearchSpace, batches: Sequence[Mapping[str, Any]]) -> int:
+    """Of the batches, and of the model by its first target's weight, in the precision that all devices have."""
+    weight = next(iter(space.layout.ops.values())).load()[0].detach()
+    tensors = [value for batch in batches for _, value in sorted(batch.items()) if torch.is_tensor(value)]
+    checksum = 0
+    for tensor in (weight, *tensors):
+        exact = tensor.bfloat16() if tensor.is_floating_point() else tensor.long()
+        checksum = zlib.crc32(exact.cpu().contiguous().view(torch.uint8).numpy(), checksum)
+    return checksum
 
 
 def _check_latency(net: Supernet, search: DenasConfig) -> None:
