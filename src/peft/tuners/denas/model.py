@@ -84,7 +84,6 @@ def search_structure(
                 raise ValueError(f"score='deltatuner' and latencies take one batch, got {len(batches)}")
             net = stack.enter_context(supernet(model, space, batches[0], search.seed))
             _check_latency(net, search)
-            _check_latency(net, search)
         data = _checksum(space, batches) if search.storage is not None else 0
         running = Search(space, Scorer(space, search, table, net), search, progress, data)
         best = running.run()
