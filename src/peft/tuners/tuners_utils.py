@@ -339,6 +339,9 @@ class BaseTunerLayer(AdapterParts):
     def _get_available_adapters(self) -> set[str]:
         return self._available_adapters
 
+    def has_adapter(self, name: str) -> bool:
+        return any(name in getattr(self, attribute, ()) for attribute in self.adapter_layer_names)
+
     @property
     def disable_adapters(self) -> bool:
         return self._disable_adapters
@@ -361,6 +364,19 @@ class BaseTunerLayer(AdapterParts):
         for name in self._available_adapters:
             self._set_flags(name, name in names and not inference_mode)
         self._active_adapter = names
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """As nn.Module's, past those leaves of adapters that are in this mode already: there may be many adapters."""
+        self.training = mode
+        for child in self.children():
+            if isinstance(child, nn.ModuleDict):
+                child.training = mode
+                for entry in child._modules.values():
+                    if entry._modules or entry.training is not mode:
+                        entry.train(mode)
+            else:
+                child.train(mode)
+        return self
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters of the layer on or off.

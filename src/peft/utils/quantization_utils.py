@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -141,8 +141,8 @@ def logical_numels(model: nn.Module) -> Iterator[tuple[torch.Tensor, int]]:
     return ((tensor, numels.get(key, tensor.numel())) for key, tensor in tensors.items())
 
 
-def keep_packed(model: nn.Module, is_trainable: bool) -> None:
-    """See to it that packed weights stay as they are packed, and that gradients can pass through them.
+def keep_packed(modules: Iterable[tuple[str, nn.Module]], is_trainable: bool) -> None:
+    """See to it that packed weights of (named) modules stay as they are packed, and that gradients can pass through.
 
     On CPUs with AVX512-BF16, bitsandbytes repacks a 4-bit weight in the first forward pass in eval mode, and leaves it
     so, for a kernel that has no backward pass (gradients go missing silently). It rounds the scales to bfloat16, and
@@ -153,7 +153,7 @@ def keep_packed(model: nn.Module, is_trainable: bool) -> None:
         ValueError: adapters are to be trained over a weight of torchao's that has activations rounded as well; no
             gradient comes through these.
     """
-    for name, module in model.named_modules():
+    for name, module in modules:
         if is_trainable and getattr(_held(module), "act_quant_kwargs", None) is not None:
             raise ValueError(
                 f"{name} rounds its input to 8 bits (torchao's int8 with dynamic activations) and passes no gradient "
