@@ -205,8 +205,7 @@ class BaseTunerLayer(AdapterParts):
 
     def _applied_adapters(self) -> list[str]:
         """Active adapters that this layer has and that are not in the base weight already."""
-        available = self._available_adapters
-        return [name for name in self.active_adapters if name in available and name not in self.merged_adapters]
+        return [name for name in self.active_adapters if self.has_adapter(name) and name not in self.merged_adapters]
 
     def _apply_adapters(self, names: Sequence[str], x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         inputs = [x]  # the input of F_n, F_{n-1}, ..., F_0
@@ -221,9 +220,24 @@ class BaseTunerLayer(AdapterParts):
         """Row `i` of the batch goes through `adapter_names[i]` (`__base__`: none)."""
         if self.merged:
             raise ValueError("A mixed batch needs the plain base weights: call unmerge_adapter() first")
-        available = self._available_adapters
-        ways = [name if name in available else BASE_ADAPTER for name in adapter_names]
-        return run_by_row(self._apply_or_base, ways, args, kwargs)
+        own = {name for name in set(adapter_names) if self.has_adapter(name)}
+        ways = [name if name in own else BASE_ADAPTER for name in adapter_names]
+        return self._apply_by_row(ways, *args, **kwargs)
+
+    @property
+    def base_is_apart(self) -> bool:
+        """Whether `pre`, the base layer and `post` one after the other give what `_apply_adapters` gives."""
+        return type(self)._apply_adapters is BaseTunerLayer._apply_adapters
+
+    def _apply_by_row(self, names: Sequence[str], x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """`_apply_adapters` for a mixed batch. All its rows go through the base layer together, if that is apart."""
+        if not self.base_is_apart or len(set(names)) < 2:
+            return run_by_row(self._apply_or_base, names, (x, *args), kwargs)
+        inner = x
+        if type(self).pre is not BaseTunerLayer.pre:
+            inner = run_by_row(lambda name, x: x if name == BASE_ADAPTER else self.pre(name, x), names, (x,), {})
+        y = self.base_layer(inner, *args, **kwargs)
+        return run_by_row(lambda name, x, y: y if name == BASE_ADAPTER else self.post(name, x, y), names, (x, y), {})
 
     def _apply_or_base(self, name: str, *args, **kwargs) -> torch.Tensor:
         if name == BASE_ADAPTER:
@@ -431,8 +445,12 @@ class AdditiveLayer(BaseTunerLayer):
     def post(self, name, x, y, before=()):
         return y + self.delta(name, x).to(y.dtype)
 
+    @property
+    def base_is_apart(self):
+        return self.op.kind != "Embedding" or self.op.own_forward is None
+
     def _apply_adapters(self, names, x, *args, **kwargs):
-        if self.op.kind != "Embedding" or self.op.own_forward is None:
+        if self.base_is_apart:
             return super()._apply_adapters(names, x, *args, **kwargs)
         return self.op.op(x, *self.folded(names), *args, **kwargs)  # which rows are taken only its forward knows
 
