@@ -74,6 +74,8 @@ def find_backend(layer: nn.Module) -> QuantizationBackend | None:
     """The backend of a layer; None for a layer that holds its weight in the clear."""
     if type(layer) in _TORCH_LAYERS and type(weight := _held(layer)) is nn.Parameter and _in_the_clear(weight):
         return None  # asked in every forward pass
+    if not (layer._parameters or layer._buffers) and type(layer).__module__.startswith("torch.nn."):
+        return None  # containers and activations: most modules of a model with adapters
     return next((backend for backend in _BACKENDS if backend.match(layer)), None)
 
 

@@ -186,7 +186,7 @@ def _embedding_places(
             )
     names = [
         f"{path}.{name}"
-        for path, module in walk(model, remove_duplicate=False)
+        for path, module in (walk(model, remove_duplicate=False) if bases else ())
         if any(module is base for base in bases)
         for name in held_state(module)
     ]
