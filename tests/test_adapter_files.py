@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import random
+import sys
 import warnings
 from dataclasses import dataclass
 
@@ -70,6 +72,49 @@ def test_forms_of_files(method, form, tmp_path):
     assert torch.equal(logits(loaded, ids), expected)
     loaded.set_adapter("second")
     assert torch.equal(logits(loaded, ids), expected) and trained(loaded) == {"second"}
+
+
+@methods
+def test_adapters_that_are_there_do_not_slow_down_loading_and_saving(method, tmp_path):
+    """Nothing may go through all of them: that is seen in the number of function calls."""
+    model = adapted(llama(), method=method)
+    model.save_pretrained(tmp_path)
+
+    def work(name):
+        model.load_adapter(tmp_path, name)
+        model.save_pretrained(tmp_path / "new", selected_adapters=[name])
+
+    work("warm")
+    few = calls_of(lambda: work("few"))
+    for number in range(10):
+        model.load_adapter(tmp_path, f"number-{number}")
+    assert calls_of(lambda: work("many")) < 1.1 * few
+
+
+def calls_of(run):
+    """How many functions are called."""
+    count, before = 0, sys.getprofile()
+
+    def see(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    gc.disable()  # what collecting calls is not the run's
+    sys.setprofile(see)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+        gc.enable()
+    return count
+
+
+def test_a_new_adapter_is_in_its_layers_mode(tmp_path):
+    model = adapted(llama(), method="lora").eval()
+    model.add_adapter("new", LoraConfig(lora_dropout=0.5, init_lora_weights=False))
+    model.set_adapter(["default", "new"])
+    assert not any(module.training for module in model.modules())
+    assert all(module.training for module in model.train().modules())
 
 
 def shard(folder):

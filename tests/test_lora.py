@@ -121,23 +121,91 @@ def test_fused_gradients_and_gradients_of_gradients(separate, biases):
     def draw(*shape):
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
-    inputs = (
-        draw(2, 3, 4),
-        draw(2, 3, 4) if separate else None,
-        draw(5, 4),
-        draw(5) if biases else None,
-        draw(2, 4),
-        draw(5, 2),
-        draw(5) if biases else None,
-        1.7,
-    )
-    alone = (inputs[0], None, None, None, *inputs[4:])  # beside another layer
-    for some in (inputs, alone):
+    def way(rank):
+        return draw(rank, 4), draw(5, rank), draw(5) if biases else None
+
+    x, xd, y = draw(2, 3, 4), draw(2, 3, 4) if separate else None, draw(2, 3, 5)
+    A, B, b = first = way(2)
+    inputs = (x, xd, None, draw(5, 4), draw(5) if biases else None, ((0, 6, 1.7),), *first)
+    alone = (x, None, None, None, None, *inputs[5:])  # beside another layer
+    onto = (x, None, y, *alone[3:])
+    rows = ((0, 1, 1.7), (2, 5, -0.3)), *first, *way(1)
+    mixed, mixed_onto = (x, None, *inputs[2:5], *rows), (*onto[:5], *rows)
+    for some in (inputs, alone, onto, mixed, mixed_onto):
         assert torch.autograd.gradcheck(FusedLora.apply, some)
         assert torch.autograd.gradgradcheck(FusedLora.apply, some)
-    x, A, B, b = alone[0], *alone[4:7]
     expected = 1.7 * nn.functional.linear(x @ A.T, B, b)
     torch.testing.assert_close(FusedLora.apply(*alone), expected)
+    torch.testing.assert_close(FusedLora.apply(*onto), y + expected)
+    result = FusedLora.apply(*mixed_onto).flatten(0, 1)
+    torch.testing.assert_close(result[[0]], (y + expected).flatten(0, 1)[[0]])
+    torch.testing.assert_close(result[[1, 5]], y.flatten(0, 1)[[1, 5]])
+
+
+def different_loras() -> nn.Module:
+    """Adapters a, b and c of different ranks and scalings, all of which train; a and c have biases."""
+    model = random_lora(Mlp().double(), ["a"], r=4, lora_bias=True)
+    model.add_adapter("b", LoraConfig(target_modules=["up", "down"], r=2, lora_alpha=3))
+    model.add_adapter("c", LoraConfig(target_modules=["up", "down"], r=1, lora_bias=True))
+    model.set_adapter(["a", "b", "c"])
+    for key, parameter in model.named_parameters():
+        if "lora_" in key:
+            nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def by_hand(model: nn.Module, x: torch.Tensor, rows: list[list[str]]) -> torch.Tensor:
+    """What `Mlp` with adapters computes; row i of the batch goes through the adapters `rows[i]`."""
+
+    def layer(one, h, names):
+        return one.base_layer(h) + sum(one.scaling[n] * one.lora_B[n](one.lora_A[n](h)) for n in names)
+
+    net = model.get_base_model()
+    hidden = [layer(net.up, x[i : i + 1], names).relu() for i, names in enumerate(rows)]
+    return net.norm(torch.cat([layer(net.down, h, names) for h, names in zip(hidden, rows)]))
+
+
+def assert_equal_by_hand(model: nn.Module, x: torch.Tensor, rows: list[list[str]], **kwargs) -> None:
+    """Output and gradients, the input's and all parameters'."""
+    x.requires_grad_()
+    trained, upstream = [x, *(p for p in model.parameters() if p.requires_grad)], torch.randn_like(x)
+    results = []
+    for y in (model(x, **kwargs), by_hand(model, x, rows)):
+        grads = torch.autograd.grad((y * upstream).sum(), trained, allow_unused=True)
+        results.append([y, *(torch.zeros_like(p) if g is None else g for g, p in zip(grads, trained))])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("names", ["a", "ab", "bca"])
+def test_adapters_that_are_active_together_are_one_product(names, fused_calls):
+    model = different_loras()
+    model.base_model.set_adapter(list(names))
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    assert_equal_by_hand(model, x, [list(names)] * 2)
+    assert len(fused_calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "length", "fused"),
+    [
+        (["b", "b", "__base__", "a"], 2, True),
+        (["b", "a", "__base__", "b"], 2, False),
+        (["b", "a", "__base__", "b"], 16, True),
+        (["__base__"] * 4, 2, False),
+    ],
+    ids=["in order", "scattered", "scattered and long", "base only"],
+)
+def test_mixed_batch_runs_the_base_layer_once(names, length, fused, fused_calls):
+    model = different_loras()
+    x = torch.randn(4, length, 6, dtype=torch.float64)
+    rows = [[] if name == "__base__" else [name] for name in names]
+    assert_equal_by_hand(model, x, rows, adapter_names=names)
+    assert len(fused_calls) == (2 if fused else 0)
+    seen, layer = [], model.get_base_model().up
+    layer.base_layer.register_forward_hook(lambda module, args, output: seen.append(len(output)))  # no shortcut then
+    assert_equal_by_hand(model, x.detach(), rows, adapter_names=names)
+    assert seen[0] == 4
 
 
 def sizes(model: nn.Module, x: torch.Tensor, upstream: torch.Tensor):

@@ -230,10 +230,10 @@ def test_inputs_after_norms_and_activations_are_not_kept(name, monkeypatch):
     names = {id(layer.lora_A["default"].weight): key for key, layer in base.named_modules() if hasattr(layer, "lora_A")}
     kept, apply = [], fused.FusedLora.apply
 
-    def watching(x, xd, W, b, A, *rest):
+    def watching(x, xd, y, W, b, ways, A, *rest):
         if keep(x if xd is None else xd)[0][0] is (x if xd is None else xd):
             kept.append(names[id(A)])
-        return apply(x, xd, W, b, A, *rest)
+        return apply(x, xd, y, W, b, ways, A, *rest)
 
     monkeypatch.setattr(fused.FusedLora, "apply", watching)
     model(tokens())

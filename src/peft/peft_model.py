@@ -26,7 +26,7 @@ from .tuners.parts import modules_with_adapters
 from .tuners.prompt_learning import PromptTuner
 from .tuners.tuners_utils import BaseTunerLayer
 from .utils.constants import CONFIG_NAME
-from .utils.other import AuxiliaryTrainingWrapper
+from .utils.other import AuxiliaryTrainingWrapper, walk
 from .utils.peft_types import PeftType, TaskType
 from .utils.placement import reshard
 from .utils.save_and_load import (
@@ -565,7 +565,7 @@ class PeftModel(nn.Module):
 
 def _checkpoints(model: nn.Module) -> bool:
     """Whether gradient checkpointing is on in any part of a transformers model."""
-    return any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
+    return any(getattr(module, "gradient_checkpointing", False) is True for _, module in walk(model))
 
 
 @contextlib.contextmanager

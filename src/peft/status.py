@@ -8,7 +8,7 @@ from typing import Literal
 from torch import nn
 
 from .tuners.tuners_utils import BaseTunerLayer
-from .utils.other import AdapterParts
+from .utils.other import AdapterParts, walk
 from .utils.quantization_utils import find_backend, logical_numels
 
 Irregular = Literal["irregular"]  # layers disagree
@@ -55,7 +55,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """
     positions = {
         id(tensor)
-        for layer in model.modules()
+        for _, layer in walk(model)
         if isinstance(layer, BaseTunerLayer)
         for name in layer._available_adapters
         for _, tensor in layer.adapter_tensors(name)

@@ -228,7 +228,7 @@ class BaseTuner(nn.Module):
             setattr(self, attribute, next(held, BufferDict()))
         self.shared_state(config, targets, adapter_name)
         active, disabled = self.active_adapters, self._adapters_disabled
-        keep_packed(model, is_trainable=not config.inference_mode)
+        keep_packed(walk(model), is_trainable=not config.inference_mode)
         shared, places, changes = shared_parameters(model), Places(model), []
         try:
             for key in targets:
@@ -307,11 +307,11 @@ class BaseTuner(nn.Module):
             ValueError: so it is, or a module to be trained whole contains layers of another adapter.
         """
         names = list(getattr(config, "modules_to_save", None) or [])
-        modules = dict(self.model.named_modules())
+        modules = dict(walk(self.model)) if names else {}
         for name in names:
             for whole in keys_ending_in(name, modules):
-                below = modules[whole].named_modules(prefix=whole)
-                adapted = [key for key, module in below if isinstance(module, BaseTunerLayer)]
+                below = walk(modules[whole])
+                adapted = [f"{whole}.{key}".rstrip(".") for key, module in below if isinstance(module, BaseTunerLayer)]
                 inside = [key for key in targets if key == whole or key.startswith(whole + ".")]
                 refused = explicit and not config.from_file and name not in TASK_HEAD_NAMES
                 if adapted or (inside and refused):
@@ -402,6 +402,9 @@ class BaseTuner(nn.Module):
         except ValueError as error:
             kind = type(layer.get_base_layer()).__name__
             raise ValueError(f"Target module {current_key} ({kind}): {error}") from error
+        for child in layer.children():
+            if isinstance(child, nn.ModuleDict) and adapter_name in child:
+                child[adapter_name].train(layer.training)
         self._move_to_base(layer, adapter_name)
 
     def _own_layer(self, module: nn.Module) -> BaseTunerLayer | None:
@@ -433,12 +436,14 @@ class BaseTuner(nn.Module):
         own = {
             id(parameter)
             for part in parts(model)
+            if not isinstance(part, BaseTunerLayer)  # `walk` does not come to what these have
             for name in part._available_adapters
             for _, parameter in part.adapter_tensors(name)
         }
-        for parameter in model.parameters():
-            if id(parameter) not in own:
-                parameter.requires_grad_(False)
+        for _, module in walk(model):
+            for parameter in module._parameters.values():
+                if parameter is not None and id(parameter) not in own:
+                    parameter.requires_grad_(False)
 
     # All layers at once
 
@@ -678,7 +683,7 @@ def wrap_modules_to_save(model: nn.Module, names: Sequence[str], adapter_name: s
 
 
 def _wrap_module_to_save(model: nn.Module, name: str, adapter_name: str) -> bool:
-    found = keys_ending_in(name, dict(model.named_modules()))
+    found = keys_ending_in(name, [key for key, _ in walk(model)])
     for key in found:
         module = model.get_submodule(key)
         if isinstance(module, ModulesToSaveWrapper):

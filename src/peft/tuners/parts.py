@@ -94,19 +94,16 @@ def drop_trained_biases(model: nn.Module) -> None:
 
 def modules_with_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """Adapter layers, modules that are trained whole, and what holds the encoders of prompts."""
-    for _, module in walk(model):
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            yield module
-        elif PROMPTS in vars(module):
-            yield vars(module)[PROMPTS]
+    return (part for part in parts(model) if not isinstance(part, TrainedBiases))
 
 
 def parts(model: nn.Module) -> Iterator[AdapterParts]:
     """Everything in `model` that holds something of an adapter: biases of the base model, layers, whole modules."""
     for _, module in walk(model):
-        if _BIASES in vars(module):
-            yield vars(module)[_BIASES]
-    yield from modules_with_adapters(model)
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            yield module
+        else:
+            yield from (vars(module)[name] for name in (_BIASES, PROMPTS) if name in vars(module))
 
 
 def known_adapters(model: nn.Module) -> set[str]:

@@ -217,7 +217,7 @@ class PromptTuner(BaseTuner):
         check_adapter_name(adapter_name)
         config, encoders = self.peft_config[adapter_name], self.prompt_encoder
         self._check_beside_others(config)
-        keep_packed(model, is_trainable=not config.inference_mode)
+        keep_packed(model.named_modules(), is_trainable=not config.inference_mode)
         active, disabled = self.active_adapters, encoders.disable_adapters
         device = home_device(encoders.word_embeddings)
         with torch.device("meta") if low_cpu_mem_usage or device.type == "meta" else nullcontext():

@@ -28,8 +28,12 @@ class RotationLayer(BaseTunerLayer, nn.Module):
         """`W` (O, I, *K) with the adapter in it; what drops rotations does so in training."""
         raise NotImplementedError
 
+    @property
+    def base_is_apart(self):
+        return not self.op.kind.startswith("Conv")
+
     def _apply_adapters(self, names, x, *args, **kwargs):
-        if not self.op.kind.startswith("Conv"):
+        if self.base_is_apart:
             return super()._apply_adapters(names, x, *args, **kwargs)
         W, b = self.op.load()
         for name in names:

@@ -215,8 +215,7 @@ class BaseTunerLayer(AdapterParts):
 
     def _applied_adapters(self) -> list[str]:
         """Active adapters that this layer has and that are not in the base weight already."""
-        available = self._available_adapters
-        return [name for name in self.active_adapters if name in available and name not in self.merged_adapters]
+        return [name for name in self.active_adapters if self.has_adapter(name) and name not in self.merged_adapters]
 
     def _apply_adapters(self, names: Sequence[str], x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         inputs = [x]  # the input of F_n, F_{n-1}, ..., F_0
@@ -231,9 +230,24 @@ class BaseTunerLayer(AdapterParts):
         """Row `i` of the batch goes through `adapter_names[i]` (`__base__`: none)."""
         if self.merged:
             raise ValueError("A mixed batch needs the plain base weights: call unmerge_adapter() first")
-        available = self._available_adapters
-        ways = [name if name in available else BASE_ADAPTER for name in adapter_names]
-        return run_by_row(self._apply_or_base, ways, args, kwargs)
+        own = {name for name in set(adapter_names) if self.has_adapter(name)}
+        ways = [name if name in own else BASE_ADAPTER for name in adapter_names]
+        return self._apply_by_row(ways, *args, **kwargs)
+
+    @property
+    def base_is_apart(self) -> bool:
+        """Whether `pre`, the base layer and `post` one after the other give what `_apply_adapters` gives."""
+        return type(self)._apply_adapters is BaseTunerLayer._apply_adapters
+
+    def _apply_by_row(self, names: Sequence[str], x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """`_apply_adapters` for a mixed batch. All its rows go through the base layer together, if that is apart."""
+        if not self.base_is_apart or len(set(names)) < 2:
+            return run_by_row(self._apply_or_base, names, (x, *args), kwargs)
+        inner = x
+        if type(self).pre is not BaseTunerLayer.pre:
+            inner = run_by_row(lambda name, x: x if name == BASE_ADAPTER else self.pre(name, x), names, (x,), {})
+        y = self.base_layer(inner, *args, **kwargs)
+        return run_by_row(lambda name, x, y: y if name == BASE_ADAPTER else self.post(name, x, y), names, (x, y), {})
 
     def _apply_or_base(self, name: str, *args, **kwargs) -> torch.Tensor:
         if name == BASE_ADAPTER:
@@ -351,6 +365,9 @@ class BaseTunerLayer(AdapterParts):
     def _get_available_adapters(self) -> set[str]:
         return self._available_adapters
 
+    def has_adapter(self, name: str) -> bool:
+        return any(name in getattr(self, attribute, ()) for attribute in self.adapter_layer_names)
+
     @property
     def disable_adapters(self) -> bool:
         return self._disable_adapters
@@ -373,6 +390,19 @@ class BaseTunerLayer(AdapterParts):
         for name in self._available_adapters:
             self._set_flags(name, name in names and not inference_mode)
         self._active_adapter = names
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """As nn.Module's, past those leaves of adapters that are in this mode already: there may be many adapters."""
+        self.training = mode
+        for child in self.children():
+            if isinstance(child, nn.ModuleDict):
+                child.training = mode
+                for entry in child._modules.values():
+                    if entry._modules or entry.training is not mode:
+                        entry.train(mode)
+            else:
+                child.train(mode)
+        return self
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters of the layer on or off.
@@ -426,8 +456,12 @@ class AdditiveLayer(BaseTunerLayer):
     def post(self, name, x, y, before=()):
         return y + self.delta(name, x).to(y.dtype)
 
+    @property
+    def base_is_apart(self):
+        return self.op.kind != "Embedding" or self.op.own_forward is None
+
     def _apply_adapters(self, names, x, *args, **kwargs):
-        if self.op.kind != "Embedding" or self.op.own_forward is None:
+        if self.base_is_apart:
             return super()._apply_adapters(names, x, *args, **kwargs)
         return self.op.op(x, *self.folded(names), *args, **kwargs)  # which rows are taken only its forward knows
 

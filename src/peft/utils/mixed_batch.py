@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree  # transformers registers its ModelOutputs with it
+
+
+def runs_of(names: Sequence[str]) -> list[tuple[str, int, int]]:
+    """`(name, start, stop)` of every run of rows that bear the same name."""
+    stops = list(itertools.accumulate(len(list(run)) for _, run in itertools.groupby(names)))
+    return [(names[start], start, stop) for start, stop in zip([0, *stops], stops)]
 
 
 def run_by_row(run: Callable[..., Any], names: Sequence[str | None], args: tuple, kwargs: dict) -> Any:
@@ -42,7 +49,7 @@ def run_by_row(run: Callable[..., Any], names: Sequence[str | None], args: tuple
     first = results[0][1]
     if any(other != first for _, other in results):
         raise TypeError("In a mixed batch the adapters' results must have one form, but they differ in it")
-    order = torch.tensor([row for group in rows.values() for row in group])
+    order = [row for group in rows.values() for row in group]
     sizes = [len(group) for group in rows.values()]
     joined = [_join(pieces, sizes, order) for pieces in zip(*(leaves for leaves, _ in results))]
     return pytree.tree_unflatten(joined, first)
@@ -53,10 +60,12 @@ def _has_rows(leaf: Any, count: int) -> bool:
 
 
 def _rows(leaf: torch.Tensor, group: Sequence[int]) -> torch.Tensor:
+    if group[-1] - group[0] < len(group):
+        return leaf.narrow(0, group[0], len(group))
     return leaf.index_select(0, torch.tensor(group, device=leaf.device))
 
 
-def _join(pieces: Sequence[Any], sizes: Sequence[int], order: torch.Tensor) -> Any:
+def _join(pieces: Sequence[Any], sizes: Sequence[int], order: Sequence[int]) -> Any:
     if all(piece is None for piece in pieces):
         return None
     if not all(_has_rows(piece, size) for piece, size in zip(pieces, sizes)):
@@ -66,4 +75,6 @@ def _join(pieces: Sequence[Any], sizes: Sequence[int], order: torch.Tensor) -> A
             f"everywhere), got {found}. Run the adapters one by one"
         )
     joined = torch.cat(list(pieces))
-    return joined.index_select(0, order.to(joined.device).argsort())
+    if order == sorted(order):
+        return joined
+    return joined.index_select(0, torch.tensor(order, device=joined.device).argsort())

@@ -57,7 +57,9 @@ class AdapterParts:
                 continue
             entry = container[name]
             if isinstance(entry, nn.Module):
-                yield from ((f"{attribute}.{key}", parameter) for key, parameter in entry.named_parameters())
+                # Most are leaves, and `named_parameters` takes its time.
+                own = entry.named_parameters() if entry._modules else entry._parameters.items()
+                yield from ((f"{attribute}.{key}", parameter) for key, parameter in own if parameter is not None)
             else:
                 yield attribute, entry
 
@@ -84,12 +86,12 @@ class AdapterParts:
             self._shown_flags[key] = flag
 
 
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def walk(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
     """As `model.named_modules()`, but not into what adapter layers hold for every adapter: there may be many."""
     seen, waiting = set(), [("", model)]
     while waiting:
         path, module = waiting.pop()
-        if module in seen:
+        if remove_duplicate and module in seen:
             continue
         seen.add(module)
         yield path, module

@@ -273,7 +273,8 @@ def reshard(model: nn.Module) -> None:
     """Let FSDP2 put its gathered parameters away, which a forward leaves behind: what is written into them is lost."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     kind = getattr(fsdp, "FSDPModule", None)
-    for module in model.modules() if kind is not None else ():
+    # `fully_shard` makes a subclass for every class of modules that it shards.
+    for module in model.modules() if kind is not None and kind.__subclasses__() else ():
         if isinstance(module, kind):
             module.reshard()
 
@@ -329,15 +330,13 @@ def own_tensor(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def whole_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`tensors`, some of `model.state_dict()`, with the numbers in them: gathered, or fetched from where they are.
+    """`tensors` of a model, by their names in its state dict, with the numbers in them: gathered, or fetched.
 
     Raises:
         RuntimeError: a tensor is empty (meta device) and nothing can bring its numbers.
     """
-    parameters = {name: p for name, p in model.named_parameters(remove_duplicate=False) if is_zero3(p)}
     whole = {}
     for name, tensor in tensors.items():
-        tensor = parameters.get(name, tensor)
         if tensor.is_meta:
             module, attribute = own_tensor(model, name)
             with onloaded(module):

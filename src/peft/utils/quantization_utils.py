@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +74,8 @@ def find_backend(layer: nn.Module) -> QuantizationBackend | None:
     """The backend of a layer; None for a layer that holds its weight in the clear."""
     if type(layer) in _TORCH_LAYERS and type(weight := _held(layer)) is nn.Parameter and _in_the_clear(weight):
         return None  # asked in every forward pass
+    if not (layer._parameters or layer._buffers) and type(layer).__module__.startswith("torch.nn."):
+        return None  # containers and activations: most modules of a model with adapters
     return next((backend for backend in _BACKENDS if backend.match(layer)), None)
 
 
@@ -141,8 +143,8 @@ def logical_numels(model: nn.Module) -> Iterator[tuple[torch.Tensor, int]]:
     return ((tensor, numels.get(key, tensor.numel())) for key, tensor in tensors.items())
 
 
-def keep_packed(model: nn.Module, is_trainable: bool) -> None:
-    """See to it that packed weights stay as they are packed, and that gradients can pass through them.
+def keep_packed(modules: Iterable[tuple[str, nn.Module]], is_trainable: bool) -> None:
+    """See to it that packed weights of (named) modules stay as they are packed, and that gradients can pass through.
 
     On CPUs with AVX512-BF16, bitsandbytes repacks a 4-bit weight in the first forward pass in eval mode, and leaves it
     so, for a kernel that has no backward pass (gradients go missing silently). It rounds the scales to bfloat16, and
@@ -153,7 +155,7 @@ def keep_packed(model: nn.Module, is_trainable: bool) -> None:
         ValueError: adapters are to be trained over a weight of torchao's that has activations rounded as well; no
             gradient comes through these.
     """
-    for name, module in model.named_modules():
+    for name, module in modules:
         if is_trainable and getattr(_held(module), "act_quant_kwargs", None) is not None:
             raise ValueError(
                 f"{name} rounds its input to 8 bits (torchao's int8 with dynamic activations) and passes no gradient "

@@ -11,6 +11,7 @@ import os
 import pickle
 from collections import namedtuple
 from collections.abc import Container
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from .placement import (
     OffloadedTensor,
     home_device,
     is_sharded,
+    is_zero3,
     logical_shape,
     offload_hook,
     overwrite,
@@ -55,17 +57,53 @@ def _holders(model: nn.Module):
     return ((path, part) for path, part in walk(model) if isinstance(part, (AdapterParts, BaseTuner)))
 
 
-def adapter_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """`{key in model.state_dict(): key in the adapter's file}` for every tensor of one adapter."""
+class Place(NamedTuple):
+    """Where a model holds one tensor of an adapter's file."""
+
+    key: str
+    """Of the tensor in the file."""
+    owner: nn.Module
+    """A module of the adapter's own, as near to the tensor as can be; the model for tensors of the base model."""
+    name: str
+    """Of the tensor in the owner's state dict."""
+    holder: nn.Module | None = None
+    """What holds it for the adapter: a layer, a wrapper, ...; None for tensors of the base model."""
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The parameter or buffer itself."""
+        try:
+            module, attribute = own_tensor(self.owner, self.name)
+            return getattr(module, attribute)
+        except AttributeError:  # a packed weight's state dict has more than it has attributes
+            return held_state(self.owner)[self.name]
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the tensor is sharded or off-loaded, so that copying into it would not do."""
+        tensor = self.tensor
+        return is_sharded(tensor) or (tensor.is_meta and offload_hook(own_tensor(self.owner, self.name)[0]) is not None)
+
+    def write_elsewhere(self, value: torch.Tensor) -> None:
+        tensor = self.tensor
+        if is_sharded(tensor):
+            overwrite(tensor, value)
+        else:
+            OffloadedTensor(*own_tensor(self.owner, self.name)).write(value.to(tensor.dtype))
+
+
+def adapter_places(model: nn.Module, adapter_name: str) -> dict[str, Place]:
+    """`{name in model.state_dict(): place}` of every tensor of one adapter; it takes no longer where there are many."""
     from ..tuners.tuners_utils import BaseTunerLayer
 
-    keys: dict[str, str] = {}
+    found: dict[str, Place] = {}
     paths = {module: path for path, module in _holders(model)}
     adapted = {path for module, path in paths.items() if isinstance(module, BaseTunerLayer)}
     for module, path in paths.items():
         if _holds_prompts(module, adapter_name):  # `BasePromptEncoder.to_file` makes the file's keys of these
-            names = module[adapter_name].state_dict()
-            keys.update({f"{path}.{adapter_name}.{name}": f"prompt_encoder.{name}" for name in names})
+            owner = module[adapter_name]
+            for name in owner.state_dict():
+                found[f"{path}.{adapter_name}.{name}"] = Place(f"prompt_encoder.{name}", owner, name, module)
         stored = paths[getattr(module, "stored_as", module)]
         if isinstance(module, BaseTunerLayer) and not module.numbered_in_files:
             # Of a layer of another method around it the adapter's file knows nothing.
@@ -80,12 +118,18 @@ def adapter_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
             file = _plain_name(stored if isinstance(module, AuxiliaryTrainingWrapper) else f"{stored}.{attribute}")
             entry = container[adapter_name]
             if attribute in getattr(module, "bare_in_files", ()):
-                keys[f"{memory}.weight"] = file
+                found[f"{memory}.weight"] = Place(file, entry, "weight", module)
             elif isinstance(entry, nn.Module):
-                keys.update({f"{memory}.{name}": f"{file}.{_plain_name(name)}" for name in entry.state_dict()})
+                for name in entry.state_dict():
+                    found[f"{memory}.{name}"] = Place(f"{file}.{_plain_name(name)}", entry, name, module)
             else:
-                keys[memory] = file
-    return keys
+                found[memory] = Place(file, container, adapter_name, module)
+    return found
+
+
+def adapter_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """`{key in model.state_dict(): key in the adapter's file}` for every tensor of one adapter."""
+    return {name: place.key for name, place in adapter_places(model, adapter_name).items()}
 
 
 def _holds_prompts(module: nn.Module, adapter_name: str) -> bool:
@@ -105,14 +149,17 @@ def _config_of(model: nn.Module, adapter_name: str):
     return configs[adapter_name]
 
 
-def _bias_keys(model: nn.Module, config, adapter_name: str) -> list[str]:
+def _bias_places(model: nn.Module, config, adapter_name: str) -> dict[str, Place]:
     from ..tuners.parts import trained_biases
 
-    return [name for name, _ in trained_biases(model, config, adapter_name)]
+    names = [name for name, _ in trained_biases(model, config, adapter_name)]
+    return {name: Place(_plain_name(name), model, name) for name in names}
 
 
-def _embedding_keys(model: nn.Module, save_embedding_layers: bool | str, config, adapter_name: str) -> dict[str, str]:
-    """Keys of the base model's embeddings, where they belong into the adapter's file."""
+def _embedding_places(
+    model: nn.Module, save_embedding_layers: bool | str, config, adapter_name: str
+) -> dict[str, Place]:
+    """The base model's embeddings, where they belong into the adapter's file."""
     from ..tuners.tuners_utils import BaseTunerLayer
 
     if not save_embedding_layers:
@@ -121,7 +168,7 @@ def _embedding_keys(model: nn.Module, save_embedding_layers: bool | str, config,
     modules = [module for getter in getters if callable(getter) and (module := getter()) is not None]
     if save_embedding_layers == "auto":
         if not _vocabulary_changed(model, config):
-            modules = [m for m in modules if isinstance(m, BaseTunerLayer) and adapter_name in m._available_adapters]
+            modules = [m for m in modules if isinstance(m, BaseTunerLayer) and m.has_adapter(adapter_name)]
             modules = [m for m in modules if m.saves_embeddings]
             modules = [m for m in modules if not is_quantized(m.get_base_layer())]  # the base model is packed anew
         if modules:
@@ -137,12 +184,13 @@ def _embedding_keys(model: nn.Module, save_embedding_layers: bool | str, config,
                 f"save_embedding_layers=True, but {type(base).__name__} cannot be saved: leave it out, and the adapter "
                 "is loaded on a base model that is packed anew"
             )
-    return {
-        f"{path}.{name}": _plain_name(f"{path}.{name}")
-        for path, module in model.named_modules(remove_duplicate=False)
+    names = [
+        f"{path}.{name}"
+        for path, module in (walk(model, remove_duplicate=False) if bases else ())
         if any(module is base for base in bases)
         for name in held_state(module)
-    }
+    ]
+    return {name: Place(_plain_name(name), model, name) for name in names}
 
 
 def _vocabulary_changed(model: nn.Module, config) -> bool:
@@ -191,42 +239,57 @@ def adapter_content(
     model: nn.Module, state_dict: dict[str, torch.Tensor] | None, adapter_name: str, save_embedding_layers: bool | str
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """`get_peft_model_state_dict`, and, of a prompt that is still computed, the tensors that it is computed from."""
+    from ..tuners.tuners_utils import BaseTunerLayer
+
     config = _config_of(model, adapter_name)
-    keys = adapter_keys(model, adapter_name)
-    if not keys and getattr(config, "target_modules", None) != DUMMY_TARGET_MODULES:
+    places = adapter_places(model, adapter_name)
+    if not places and getattr(config, "target_modules", None) != DUMMY_TARGET_MODULES:
         raise ValueError(
             f"The model has no tensors of adapter {adapter_name!r} any more: save it before unload() or "
             "merge_and_unload(); what they return is saved with its own save_pretrained"
         )
-    keys.update({name: _plain_name(name) for name in _bias_keys(model, config, adapter_name)})
-    embeddings = _embedding_keys(model, save_embedding_layers, config, adapter_name)
-    if embeddings and any(getattr(module, "merged", False) for module in model.modules()):
+    places |= _bias_places(model, config, adapter_name)
+    embeddings = _embedding_places(model, save_embedding_layers, config, adapter_name)
+    if embeddings and any(getattr(module, "merged", False) for _, module in walk(model)):
         raise ValueError(
             "The base model's embeddings are to be saved with the adapter, but adapters are merged into its weights: "
             "call unmerge_adapter() first"
         )
-    keys.update(embeddings)
-    tensors = held_state(model) if state_dict is None else state_dict
-    if state_dict is not None:
-        tensors = {_plain_name(name): tensor for name, tensor in state_dict.items()}
-        keys = {_plain_name(name): file for name, file in keys.items()}
-    missing = [name for name in keys if name not in tensors]
-    if missing:
-        raise ValueError(
-            f"The state dict lacks {len(missing)} of the {len(keys)} tensors of adapter {adapter_name!r}, such as "
-            f"{missing[:3]}"
-        )
-    wanted = {name: tensors[name] for name in keys}
+    places |= embeddings
     if state_dict is None:
-        wanted = whole_tensors(model, wanted)
+        wanted = _whole_tensors(model, places)
     else:
-        wanted = {name: whole_tensor(tensor) for name, tensor in wanted.items()}
-    for path, module in _holders(model):
-        if adapter_name in getattr(module, "_available_adapters", ()) and hasattr(module, "before_save"):
+        places = {_plain_name(name): place for name, place in places.items()}
+        given = {_plain_name(name): tensor for name, tensor in state_dict.items()}
+        missing = [name for name in places if name not in given]
+        if missing:
+            raise ValueError(
+                f"The state dict lacks {len(missing)} of the {len(places)} tensors of adapter {adapter_name!r}, such "
+                f"as {missing[:3]}"
+            )
+        wanted = {name: whole_tensor(given[name]) for name in places}
+    for path, module in walk(model):
+        if isinstance(module, BaseTunerLayer) and module.has_adapter(adapter_name):
             module.before_save(adapter_name, path if state_dict is None else _plain_name(path), wanted)
-    result = {file: wanted[name] for name, file in keys.items()}
+    result = {place.key: wanted[name] for name, place in places.items()}
     encoder = _prompt_encoder(model, adapter_name)
     return (result, {}) if encoder is None else (encoder.to_file(result), encoder.network(result))
+
+
+def _whole_tensors(model: nn.Module, places: dict[str, Place]) -> dict[str, torch.Tensor]:
+    """The tensors in these places, with the numbers in them.
+
+    Raises:
+        ValueError: FSDP1 has flattened them, and gathers them for a whole model only.
+    """
+    flattened = [name for name in places if "_fsdp_wrapped_module" in name]
+    if flattened:
+        raise ValueError(
+            f"{flattened[0]} is sharded by FSDP1: gather the model's state dict (FullyShardedDataParallel."
+            "state_dict_type) and give it as state_dict"
+        )
+    reshard(model)
+    return whole_tensors(model, {name: place.tensor for name, place in places.items()})
 
 
 def set_peft_model_state_dict(
@@ -262,102 +325,80 @@ def set_peft_model_state_dict(
     encoder = _prompt_encoder(model, adapter_name)
     if encoder is not None:
         peft_model_state_dict = encoder.from_file(peft_model_state_dict)
-    expected = {file: name for name, file in adapter_keys(model, adapter_name).items()}
-    expected.update({_plain_name(name): name for name in _bias_keys(model, config, adapter_name)})
+    places = adapter_places(model, adapter_name) | _bias_places(model, config, adapter_name)
+    expected = {place.key: name for name, place in places.items()}
     # Of the base model a file may bring the embeddings, nothing else.
-    embeddings = {file: name for name, file in _embedding_keys(model, "any", config, adapter_name).items()}
+    embeddings = _embedding_places(model, "any", config, adapter_name)
     renamed = {_file_key(key, expected): tensor for key, tensor in peft_model_state_dict.items()}
     incoming = {expected[key]: tensor for key, tensor in renamed.items() if key in expected}
-    for path, module in walk(model):
-        if isinstance(module, BaseTunerLayer) and adapter_name in module._available_adapters:
-            module.before_load(adapter_name, path, incoming)
+    layers = [
+        (path, module)
+        for path, module in walk(model)
+        if isinstance(module, BaseTunerLayer) and module.has_adapter(adapter_name)
+    ]
+    for path, layer in layers:
+        layer.before_load(adapter_name, path, incoming)
     renamed |= {key: incoming[expected[key]] for key in renamed if key in expected}  # as the layers have changed them
-    current = held_state(model)
-    found, unexpected, mismatched = _places(model, current, renamed, {**embeddings, **expected})
-    if mismatched:
+    names = {place.key: name for name, place in embeddings.items()} | expected
+    found = {names[key]: tensor for key, tensor in renamed.items() if key in names}
+    places = embeddings | places
+    if mismatched := [
+        f"{places[name].key}: {tuple(tensor.shape)} in the file, {tuple(shape)} in the model"
+        for name, tensor in found.items()
+        if (shape := logical_shape(places[name].tensor)) != tensor.shape
+    ]:
         message = f"{len(mismatched)} tensors have another shape than the adapter's, such as {mismatched[:3]}"
         if not ignore_mismatched_sizes:
             raise RuntimeError(f"Error(s) in loading adapter {adapter_name!r}: size mismatch: {message}")
         warn(f"{message}; they are skipped")
+        found = {name: t for name, t in found.items() if logical_shape(places[name].tensor) == t.shape}
+    _fill({places[name]: tensor for name, tensor in found.items()}, adapter_name, assign=low_cpu_mem_usage)
+    for layer in [layer for _, layer in layers if type(layer).after_load is not BaseTunerLayer.after_load]:
+        if not any(t.is_meta for _, t in layer.adapter_tensors(adapter_name)):
+            with layer.whole_adapter(adapter_name, write=True):
+                layer.after_load(adapter_name)
     missing = [key for key in expected if key not in renamed]
-    for name in [name for name in found if _is_elsewhere(model, name)]:
-        _write_elsewhere(model, name, found.pop(name))
-    empty = [name for name in found if current[name].is_meta]
-    if empty and not low_cpu_mem_usage:
+    return IncompatibleKeys(missing, [key for key in renamed if key not in names])
+
+
+def _fill(tensors: dict[Place, torch.Tensor], adapter_name: str, assign: bool) -> None:
+    """Copy tensors into their places, or put them there.
+
+    Raises:
+        ValueError: places on the meta device, which nothing can be copied into.
+    """
+    for place in [place for place in tensors if place.is_elsewhere]:
+        place.write_elsewhere(tensors.pop(place))
+    empty = [place.key for place in tensors if place.tensor.is_meta]
+    if empty and not assign:
         raise ValueError(
             f"{len(empty)} tensors of adapter {adapter_name!r} are empty (meta device), such as {empty[:3]}, and "
             "cannot be copied into: load with low_cpu_mem_usage=True"
         )
-    if low_cpu_mem_usage:
+    by_owner: dict[nn.Module, dict[str, torch.Tensor]] = {}
+    for place, tensor in tensors.items():
         # Assigned tensors keep their dtype, so they have to be given the one that the adapter should have.
-        found = {name: t.to(current[name].dtype).to(_device_of(model, name, t.device)) for name, t in found.items()}
-    flags = {name: p.requires_grad for name, p in model.named_parameters()} if low_cpu_mem_usage else {}
-    model.load_state_dict(found, strict=False, assign=low_cpu_mem_usage)
-    for name, parameter in model.named_parameters() if low_cpu_mem_usage else ():
-        parameter.requires_grad_(flags[name])
-    for _, module in walk(model):
-        if isinstance(module, BaseTunerLayer) and adapter_name in module._available_adapters:
-            if not any(t.is_meta for _, t in module.adapter_tensors(adapter_name)):
-                with module.whole_adapter(adapter_name, write=True):
-                    module.after_load(adapter_name)
-    return IncompatibleKeys(missing, unexpected)
+        new = tensor.to(place.tensor.dtype).to(_device_of(place, tensor)) if assign else tensor
+        by_owner.setdefault(place.owner, {})[place.name] = new
+    for owner, own in by_owner.items():
+        owner.load_state_dict(own, strict=False, assign=assign)
 
 
-def _places(
-    model: nn.Module, current: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], names: dict[str, str]
-) -> tuple[dict[str, torch.Tensor], list[str], list[str]]:
-    """Where a file's tensors go, by their `names` in the model: those, what has no name, and what has another shape."""
-    found, unexpected, mismatched = {}, [], []
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for key, tensor in tensors.items():
-        name = names.get(key)
-        if name is None:
-            unexpected.append(key)
-        elif (shape := logical_shape(parameters.get(name, current[name]))) != tensor.shape:
-            mismatched.append(f"{key}: {tuple(tensor.shape)} in the file, {tuple(shape)} in the model")
-        else:
-            found[name] = tensor
-    return found, unexpected, mismatched
-
-
-def _is_elsewhere(model: nn.Module, name: str) -> bool:
-    """Whether the tensor `name` of the model is sharded or off-loaded, so that copying into it would not do."""
-    module, attribute = own_tensor(model, name)
-    tensor = getattr(module, attribute)
-    return is_sharded(tensor) or (tensor.is_meta and offload_hook(module) is not None)
-
-
-def _write_elsewhere(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    module, attribute = own_tensor(model, name)
-    tensor = getattr(module, attribute)
-    if is_sharded(tensor):
-        overwrite(tensor, value)
-    else:
-        OffloadedTensor(module, attribute).write(value.to(tensor.dtype))
-
-
-def _device_of(model: nn.Module, name: str, current: torch.device) -> torch.device:
-    """Where the tensor `name` of an adapter has to be: with the base layer, or where it is if that is empty."""
+def _device_of(place: Place, new: torch.Tensor) -> torch.device:
+    """Where a tensor that is put into this place has to be: where the one there is, or, if that is empty, belongs."""
     from ..tuners.tuners_utils import BaseTunerLayer
 
-    path = name.split(".")
-    for depth in range(len(path), 0, -1):
-        try:
-            module = model.get_submodule(".".join(path[:depth]))
-        except AttributeError:
-            continue
-        if isinstance(module, BaseTunerLayer):
-            home = home_device(module.get_base_layer())
-            break
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            home = home_device(module.original_module)
-            break
-        if hasattr(module, "word_embeddings") and path[depth - 1] == "prompt_encoder":
-            home = home_device(module.word_embeddings)
-            break
+    if not place.tensor.is_meta:
+        return place.tensor.device
+    holder = place.holder
+    if isinstance(holder, BaseTunerLayer):
+        module = holder.get_base_layer()
+    elif isinstance(holder, AuxiliaryTrainingWrapper):
+        module = holder.original_module
     else:
-        return torch.device("cpu")
-    return current if home.type == "meta" else home
+        module = getattr(holder, "word_embeddings", None)
+    home = torch.device("cpu") if module is None else home_device(module)
+    return new.device if home.type == "meta" else home
 
 
 def _file_key(key: str, expected: Container[str]) -> str:
@@ -517,8 +558,9 @@ def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, torch.Tens
         )
     reshard(model)
     found = {names[key]: tensor for key, tensor in state_dict.items() if key in names}
-    for name in [name for name in found if _is_elsewhere(model, name)]:
-        _write_elsewhere(model, name, found.pop(name))
+    places = {name: Place("", model, name) for name in found}
+    for name in [name for name in found if places[name].is_elsewhere]:
+        places[name].write_elsewhere(found.pop(name))
     model.load_state_dict(found, strict=False)
     return IncompatibleKeys(missing, unexpected)
 
@@ -531,7 +573,8 @@ def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
             container = getattr(holder, attribute, None)
             if isinstance(container, nn.Module):
                 others.update(f"{path}.{attribute}.{key}" for key in container.state_dict())
-    return {key: tensor for key, tensor in model.state_dict().items() if key not in others}
+    sharded = {name: p for name, p in model.named_parameters(remove_duplicate=False) if is_zero3(p)}
+    return {key: sharded.get(key, tensor) for key, tensor in model.state_dict().items() if key not in others}
 
 
 def _base_key(key: str) -> str:

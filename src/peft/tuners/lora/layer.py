@@ -7,7 +7,7 @@ bare parameters (`lora_embedding_A`). Letters: O out, I in, r rank, K kernel.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -16,10 +16,11 @@ from torch import nn
 
 from ..._lazy import explain_missing
 from ...utils.loftq_utils import loftq_init
+from ...utils.mixed_batch import runs_of
 from ...utils.placement import home_device, offload_hook
 from ...utils.quantization_utils import is_quantized
 from ..ops import is_plain, no_global_hooks
-from ..tuners_utils import BaseTunerLayer, ScaledLayer
+from ..tuners_utils import BASE_ADAPTER, BaseTunerLayer, ScaledLayer
 from .config import PREPARED_INITS
 from .fused import fused_lora, lora_delta
 from .init import at_work, check_start, factors_out_of, init_function
@@ -28,6 +29,8 @@ from .variants import Variant, variant_of
 
 # Names under which callers find arguments that variants take; none of ours takes any.
 VARIANT_KWARG_KEYS: list[str] = []
+# In a mixed batch rows of fewer tokens are brought together by adapter, and rows of more are products of their own.
+FEW_TOKENS = 16
 
 
 def scaling_of(r: int, lora_alpha: float, use_rslora: bool) -> float:
@@ -221,29 +224,60 @@ class Linear(LoraLayer, nn.Module):
         self.lora_B[name] = nn.Linear(r, self.out_features, bias=bias)
 
     def delta(self, name, x):
-        A, B, s = self.lora_A[name], self.lora_B[name], self.scaling[name]
+        A, B, s = self._adapter(name)
         return lora_delta(self.lora_dropout[name](x), A, B, s, self.cast_input_dtype_enabled)
 
+    def post(self, name, x, y, before=()):
+        if name in self.lora_variant:
+            return super().post(name, x, y, before)
+        A, B, s = self._adapter(name)
+        return lora_delta(self.lora_dropout[name](x), A, B, s, self.cast_input_dtype_enabled, onto=y)
+
+    def _adapter(self, name: str) -> tuple[nn.Module, nn.Module, float]:
+        return self.lora_A[name], self.lora_B[name], self.scaling[name]
+
+    def _fused(self, names: Sequence[str]) -> int:
+        """How many of the first of these adapters one product takes: plain ones, which drop nothing or are alone."""
+        if not no_global_hooks():
+            return 0
+        for count, name in enumerate(names):
+            A, B, s = self._adapter(name)
+            if name in self.lora_variant or not (is_plain(A) and is_plain(B) and isinstance(s, float)):
+                return count
+            if self._drops(name):
+                return max(1, count)
+        return len(names)
+
+    def _drops(self, name: str) -> bool:
+        return self.training and not isinstance(self.lora_dropout[name], nn.Identity)
+
+    def _has_plain_call(self, x: torch.Tensor, args: tuple, kwargs: dict) -> bool:
+        """Whether all that a call of the base layer with these arguments does is the product of a plain layer."""
+        base = self.base_layer
+        return type(base) is nn.Linear and is_plain(base) and not args and not kwargs and x.is_floating_point()
+
     def _apply_adapters(self, names, x, *args, **kwargs):
-        first = names[0]
-        A, B, base, s = self.lora_A[first], self.lora_B[first], self.base_layer, self.scaling[first]
-        plain = (
-            first not in self.lora_variant
-            and type(base) is nn.Linear
-            and is_plain(base)
-            and is_plain(A)
-            and is_plain(B)
-            and no_global_hooks()
-            and isinstance(s, float)
-        )
-        if not plain or args or kwargs or not x.is_floating_point():
+        count = self._fused(names) if self._has_plain_call(x, args, kwargs) else 0
+        if not count:
             return super()._apply_adapters(names, x, *args, **kwargs)
-        dropout = self.lora_dropout[first]
-        dropped = dropout(x) if self.training and not isinstance(dropout, nn.Identity) else None
-        y = fused_lora(x, dropped, base, A, B, s)
-        for i, name in enumerate(names[1:], start=1):
+        first = names[0]
+        dropped = self.lora_dropout[first](x) if self._drops(first) else None
+        adapters = [self._adapter(name) for name in names[:count]]
+        y = fused_lora(x, dropped, self.base_layer, [(0, x.shape[:-1].numel(), adapters)])
+        for i, name in enumerate(names[count:], start=count):
             y = self.post(name, x, y, names[:i])
         return y
+
+    def _apply_by_row(self, names, x, *args, **kwargs):
+        own = [name for name in dict.fromkeys(names) if name != BASE_ADAPTER]
+        fused = self._has_plain_call(x, args, kwargs) and x.dim() > 1 and own and self._fused(own) == len(own)
+        tokens = x[:1].numel() // x.shape[-1]
+        runs = runs_of(names)
+        scattered = len(runs) > len(set(names)) and tokens < FEW_TOKENS
+        if not fused or len(names) != len(x) or scattered or any(map(self._drops, own)):
+            return super()._apply_by_row(names, x, *args, **kwargs)
+        ways = [(start * tokens, stop * tokens, [self._adapter(n)]) for n, start, stop in runs if n != BASE_ADAPTER]
+        return fused_lora(x, None, self.base_layer, ways)
 
 
 class _ConvNd(LoraLayer, nn.Module):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ...utils.mixed_batch import run_by_row
 from ...utils.quantization_utils import is_quantized
 from ..ops import CONVOLUTIONS, ConvOp, EmbeddingOp, LinearOp, is_plain, no_global_hooks
 from ..tuners_utils import AdditiveLayer
@@ -300,6 +301,10 @@ class SftLayer(AdditiveLayer, nn.Module):
         if delta.layout is None:
             return y + sparse_product(x, delta, self.op).to(y.dtype)
         return add_product(y, x, self.op, delta)
+
+    def _apply_by_row(self, names, x, *args, **kwargs):
+        # A delta that is written into the weight for some rows costs less than one beside the product of all.
+        return run_by_row(self._apply_or_base, names, (x, *args), kwargs)
 
     def _apply_adapters(self, names, x, *args, **kwargs):
         base, op = self.base_layer, self.op

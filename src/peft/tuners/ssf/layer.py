@@ -33,6 +33,8 @@ class SsfLayer(BaseTunerLayer, nn.Module):
             return scale_shift(y, scale, shift)
         return ScaleShift.apply(y, scale, shift)
 
+    base_is_apart = True
+
     def _apply_adapters(self, names, x, *args, **kwargs):
         if args or kwargs or not self._keeps_output(names[0], x):
             return super()._apply_adapters(names, x, *args, **kwargs)

@@ -99,8 +99,12 @@ class TrainableTokensLayer(BaseTunerLayer, nn.Module):
         change = rows - self.base_rows(tokens)  # by itself, so that a new adapter changes not even the rounding
         return y.index_add(-1, tokens, F.linear(x, change.to(x.dtype)).to(y.dtype))
 
+    @property
+    def base_is_apart(self):
+        return not self._is_table or self.op.own_forward is None
+
     def _apply_adapters(self, names, x, *args, **kwargs):
-        if self._is_table and self.op.own_forward is not None:
+        if not self.base_is_apart:
             return self.op.op(x, *self.folded(names), *args, **kwargs)  # which rows are taken only its forward knows
         return super()._apply_adapters(names, x, *args, **kwargs)
 
