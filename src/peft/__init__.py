@@ -189,7 +189,7 @@ if TYPE_CHECKING:
     )
 else:
     from ._lazy import attach
-    from ._names import MISSING_TABLE, SUBMODULES, TABLE
+    from ._names import SUBMODULES, TABLE
 
-    __getattr__, __dir__, __all__ = attach(__name__, TABLE, MISSING_TABLE, SUBMODULES)
-    del attach, MISSING_TABLE, SUBMODULES, TABLE
+    __getattr__, __dir__, __all__ = attach(__name__, TABLE, SUBMODULES)
+    del attach, SUBMODULES, TABLE

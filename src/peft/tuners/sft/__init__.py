@@ -16,5 +16,4 @@ __getattr__, __dir__, __all__ = attach(
         "SparseDelta": "peft.tuners.sft.layer",
         "select_static": "peft.tuners.sft.static",
     },
-    {},
 )
