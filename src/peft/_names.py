@@ -8,7 +8,8 @@ from __future__ import annotations
 
 EXPORTS = {
     ".auto": "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
-    "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification",
+    "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
+    "AutoPeftModelForTokenClassification",
     ".config": "PeftConfig PromptLearningConfig",
     ".mapping": "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_TUNER_MAPPING "
     "get_peft_config inject_adapter_in_model",
