@@ -22,6 +22,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from .utils.constants import CONFIG_NAME
@@ -30,15 +31,8 @@ from .utils.warning import warn
 
 # Arguments of huggingface_hub.hf_hub_download that may come in through the loading functions.
 HUB_KWARGS = (
-    "subfolder",
-    "revision",
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "token",
-    "proxies",
-    "user_agent",
-)
+    "subfolder", "revision", "cache_dir", "force_download", "local_files_only", "token", "proxies", "user_agent",
+)  # fmt: skip
 
 
 def split_hub_kwargs(kwargs: dict) -> tuple[dict, dict]:
@@ -54,19 +48,24 @@ def write_atomically(path: str | os.PathLike, write) -> None:
     os.close(handle)
     try:
         write(temporary)
-        os.chmod(temporary, _usual_mode())  # temporary files are private; a shared checkpoint folder is not
+        os.chmod(temporary, 0o666 & ~umask())  # temporary files are private; a shared checkpoint folder is not
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """As `write_atomically`, of a text."""
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
 @functools.cache
-def _usual_mode() -> int:
-    """The mode of a new file under the process's umask, which can only be read by setting it."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
+def umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def field_docs(cls: type) -> dict[str, str]:
@@ -218,13 +217,7 @@ class PeftConfigMixin:
         content = self._file_dict()
         if auto_mapping is not None:
             content["auto_mapping"] = auto_mapping
-        text = json.dumps(content, indent=2, sort_keys=True)
-
-        def write(path):
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text)
-
-        write_atomically(os.path.join(save_directory, CONFIG_NAME), write)
+        write_text(os.path.join(save_directory, CONFIG_NAME), json.dumps(content, indent=2, sort_keys=True))
         if self.structure is not None:
             from .tuners.denas.structure import write_structure
 

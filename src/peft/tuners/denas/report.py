@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ...config import write_atomically
+from ...config import write_atomically, write_text
 from ...utils.constants import STRUCTURE_NAME
 from ...utils.peft_types import PeftType
 from .search import Record
@@ -61,7 +61,7 @@ class SearchResult:
         folder.mkdir(parents=True, exist_ok=True)
         write_structure(self.structure, folder / STRUCTURE_NAME)
         content = {"method": self.method.value, "history": self.history, "front": self.front}
-        write_atomically(folder / "history.json", lambda path: Path(path).write_text(json.dumps(content) + "\n"))
+        write_text(folder / "history.json", json.dumps(content) + "\n")
         write_atomically(folder / "history.csv", self._write_csv)
         if plots:
             self.plot_search(folder / "search.png")
