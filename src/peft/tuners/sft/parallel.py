@@ -65,12 +65,11 @@ class Ranks:
         self._tasks: set[int] = set()  # backward passes under way that will announce their end
         self._latest_task = -1
         self._added_zeros: dict[SparseDelta, int] = {}  # the backward pass in which this process did not use the delta
-        self._choices: dict[
-            SparseDelta, Candidates | GroupCandidates
-        ] = {}  # of deltas that others use, until they are complete
+        # Of deltas that others use, until they are complete.
+        self._choices: dict[SparseDelta, Candidates | GroupCandidates] = {}
 
     def __reduce__(self) -> Any:
-        return _nobody, ()  # a copy of the model does not take part in the run
+        return type(None), ()  # a copy of the model does not take part in the run
 
     # ---- In a backward pass ----
 
@@ -167,10 +166,6 @@ class Ranks:
     def mean_of(self, numbers: Tensor) -> Tensor:
         """The mean of a tensor that every process has, on the device of the deltas."""
         return self._all_reduce(numbers.to(self.deltas[0].indices.device, copy=True)).div_(self.size)
-
-
-def _nobody() -> None:
-    return None
 
 
 _own_groups: weakref.WeakKeyDictionary[ProcessGroup, dict[str, ProcessGroup]] = weakref.WeakKeyDictionary()

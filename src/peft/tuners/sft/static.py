@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...utils.quantization_utils import is_quantized
-from ...utils.warning import PeftWarning
+from ...utils.warning import warn
 from .budget import Pool, largest
 from .config import choices
 from .parallel import find_group
@@ -94,7 +93,8 @@ def select_static(
             delta.is_selected = True
         return
     if criterion == "magnitude":
-        scores = _magnitudes(active)
+        weights = ((name, delta, layer.op.to_view(layer.op.load()[0])) for layer, name, delta in active)
+        scores = ((name, delta, _of_slots(delta, weight.reshape(-1).abs())) for name, delta, weight in weights)
     else:
         batches = list(batches) if batches is not None else []
         if not batches:
@@ -114,11 +114,9 @@ def select_static(
             "or merged, or are the batches of another kind than in training?"
         )
     if unseen:
-        warnings.warn(
+        warn(
             f"{len(unseen)} adapted layers took no part in the calibration, such as {unseen[:3]}; they keep random "
-            f"positions. Use more batches if they will be trained",
-            PeftWarning,
-            stacklevel=2,
+            "positions. Use more batches if they will be trained"
         )
     for _, _, delta in active:
         delta.is_selected = True
@@ -142,11 +140,6 @@ def _resolve_criterion(tuner: nn.Module, criterion: str | None) -> str:
 # ---- Scores: (name, delta, scores (n,) >= 0 or None if the layer was not used), one layer after the other ----
 
 Scores = Iterator[tuple[str, "SparseDelta", Tensor | None]]
-
-
-def _magnitudes(active: Sequence[tuple[SftLayer, str, SparseDelta]]) -> Scores:
-    for layer, name, delta in active:
-        yield name, delta, _of_slots(delta, layer.op.to_view(layer.op.load()[0]).reshape(-1).abs())
 
 
 def _of_slots(delta: SparseDelta, sizes: Tensor) -> Tensor:
@@ -186,7 +179,7 @@ def _groups(active: Sequence[tuple], squared: bool, workspace_bytes: int) -> lis
     used = 0
     for entry in active:
         layer, _, delta = entry
-        size = delta.dense_numel * _GradientSum.bytes_per_element(layer, squared)
+        size = delta.dense_numel * _sum_dtype(layer).itemsize * (2 if squared else 1)
         if not groups or used + size > workspace_bytes:
             groups.append([])
             used = 0
@@ -203,10 +196,6 @@ class _GradientSum:
         self.total = torch.zeros(delta.dense_numel, dtype=_sum_dtype(layer), device=delta.indices.device)  # (n,)
         self.of_batch: Tensor | None = None  # (n,), if squared: sum over the uses of the weight in one batch
         self.uses = 0
-
-    @staticmethod
-    def bytes_per_element(layer: SftLayer, squared: bool) -> int:
-        return _sum_dtype(layer).itemsize * (2 if squared else 1)
 
     def __call__(self, stored: Tensor) -> Tensor:
         """The same weight, with its gradient observed. It is frozen, so the graph hangs on an empty tensor."""
