@@ -78,7 +78,7 @@ class SearchResult:
 
     def plot_search(self, path: str | os.PathLike) -> None:
         """Draw score over evaluations, and, after "nsga2", score over parameters with the Pareto front."""
-        figure = _figure(9 if self.front else 6, 4)
+        figure = new_figure(9 if self.front else 6, 4)
         panels = figure.subplots(1, 2 if self.front else 1, squeeze=False)[0]
         scores = [row["score"] for row in self.history]
         panels[0].plot(scores, ".", label="structure")
@@ -93,7 +93,7 @@ class SearchResult:
             )
             panels[1].set(xlabel="trained parameters", ylabel="score")
             panels[1].legend()
-        _write(figure, path)
+        write_figure(figure, path)
 
     def plot_structure(self, path: str | os.PathLike) -> None:
         """Draw the size of every layer's delta as bars (rank, share, or on and off), a row for each type of module."""
@@ -101,22 +101,21 @@ class SearchResult:
         sizes, on = self.structure[name], self.structure[self._layer_name]
         if not isinstance(on, dict):
             sizes, on = {"": sizes}, {"": on}
-        figure = _figure(3 + 0.25 * self._space.layout.layers, 1 + 1.6 * len(on))
+        figure = new_figure(3 + 0.25 * self._space.layout.layers, 1 + 1.6 * len(on))
         for axes, kind in zip(figure.subplots(len(on), squeeze=False)[:, 0], on):
             axes.bar(range(len(on[kind])), [size * used for size, used in zip(sizes[kind], on[kind])])
             axes.set(ylabel={"r": "rank", "share": "share"}.get(name, "on"), title=kind, xlabel="layer")
         figure.suptitle(f"{PeftType(self.method).value}: {self.params:,} parameters, score {self.score:.4g}")
-        _write(figure, path)
+        write_figure(figure, path)
 
 
-def _figure(width: float, height: float):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def new_figure(width: float, height: float):
+    """A figure of so many inches that no window of matplotlib's belongs to."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
-def _write(figure, path: str | os.PathLike) -> None:
+def write_figure(figure, path: str | os.PathLike) -> None:
+    """Write a figure as PNG."""
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
