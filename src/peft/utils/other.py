@@ -171,18 +171,13 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         self.modules_to_save[adapter_name] = duplicate
 
     def _current(self) -> nn.Module:
-        name = next((name for name in self._active_adapter if name in self.modules_to_save), None)
-        return self.original_module if self._disable_adapters or name is None else self.modules_to_save[name]
+        return self.unload(() if self._disable_adapters else self._active_adapter)
 
     def forward(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
         if adapter_names is None or self._disable_adapters:
             return self._current()(*args, **kwargs)
         ways = [name if name in self.modules_to_save else None for name in adapter_names]
-        return run_by_row(self._run_copy, ways, args, kwargs)
-
-    def _run_copy(self, name: str | None, *args, **kwargs):
-        """The result of the copy of adapter `name`; None: of the original."""
-        return (self.original_module if name is None else self.modules_to_save[name])(*args, **kwargs)
+        return run_by_row(lambda name, *args, **kwargs: self.unload([name])(*args, **kwargs), ways, args, kwargs)
 
     def __getattr__(self, name: str):
         try:
