@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Hashable, Iterator, Sequence
 
@@ -269,6 +270,23 @@ def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int, decoder_start
     start = input_ids.new_full((input_ids.shape[0], 1), decoder_start_token_id)
     shifted = torch.cat([start, input_ids[:, :-1]], dim=1)
     return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Within this context no parameter trains; afterwards flags, gradients and modes are what they were before."""
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for parameter, _, _ in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, flag, gradient in parameters:
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
+        for module, mode in modes:
+            module.training = mode
 
 
 def enable_checkpointing(model: nn.Module, options: dict | None = None) -> None:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ...utils.other import frozen
 from ...utils.quantization_utils import is_quantized
 from ...utils.warning import warn
 from .budget import Pool, largest
@@ -198,8 +199,12 @@ class _GradientSum:
         self.uses = 0
 
     def __call__(self, stored: Tensor) -> Tensor:
-        """The same weight, with its gradient observed. It is frozen, so the graph hangs on an empty tensor."""
-        return _Observed.apply(stored, torch.empty(0, requires_grad=True), self._observe)
+        """The same weight, with its gradient observed."""
+        if not stored.requires_grad:  # else another adapter has begun
+            stored = stored.detach().requires_grad_()
+            stored.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
+        stored.register_hook(self._observe)
+        return stored
 
     def _observe(self, gradient: Tensor) -> None:
         self.uses += 1
@@ -236,41 +241,19 @@ def _sum_dtype(layer: SftLayer) -> torch.dtype:
     return torch.promote_types(layer.weight.dtype, torch.float32)
 
 
-class _Observed(torch.autograd.Function):
-    """The identity on a weight; its gradient is handed to `observe`."""
-
-    @staticmethod
-    def forward(ctx, weight, anchor, observe):
-        ctx.observe = observe
-        return weight.view_as(weight)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        ctx.observe(gradient)
-        return gradient if ctx.needs_input_grad[0] else None, None, None
-
-
 @contextlib.contextmanager
 def _observed(model: nn.Module, sums: Sequence[_GradientSum]) -> Iterator[None]:
     """Let the sums see the gradients of their weights, while nothing else has gradients and there is no dropout."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        for module, training in modes:
-            module.training = training and getattr(module, "gradient_checkpointing", False) is True
-        for one in sums:
-            one.delta.observer = one
-        yield
-    finally:
-        for one in sums:
-            one.delta.observer = None
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, training in modes:
-            module.training = training
+    with frozen(model):
+        for module in model.modules():
+            module.training = module.training and getattr(module, "gradient_checkpointing", False) is True
+        try:
+            for one in sums:
+                one.delta.observer = one
+            yield
+        finally:
+            for one in sums:
+                one.delta.observer = None
 
 
 @contextlib.contextmanager
