@@ -110,13 +110,7 @@ def remove_empty(folders: Sequence[Path]) -> None:
 def format_table(
     rows: Sequence[Sequence[object]], header: Sequence[str] | None = None, right: Sequence[int] = ()
 ) -> str:
-    """Rows as aligned plain text.
-
-    Args:
-        rows: the cells; each is shown with str().
-        header: names of the columns, underlined.
-        right: numbers of the columns that are aligned to the right.
-    """
+    """Rows as aligned plain text below an underlined header; the columns with the numbers in `right` to the right."""
     lines = [[str(cell) for cell in row] for row in rows]
     if header is not None:
         lines = [list(header), ["-" * len(name) for name in header], *lines]

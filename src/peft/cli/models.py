@@ -155,7 +155,6 @@ def load_model(
     """A model, by default a causal language model.
 
     Args:
-        model: folder, hub id, or "smollm2".
         dtype: of its weights; "auto": as they are stored.
         kind: transformers' class for it.
         quantize: how to pack its linear layers; a value of --quantize.
@@ -250,11 +249,7 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> Any:
 
 
 def load_adapter(model: PreTrainedModel, path: str, **options: Any) -> Any:
-    """Put a saved adapter on a model; raises CliError if there is none, or it does not fit.
-
-    Args:
-        options: for `PeftModel.from_pretrained`.
-    """
+    """`PeftModel.from_pretrained` with these options; raises CliError if there is no adapter, or it does not fit."""
     from peft import PeftModel
 
     check_name(path, "load the adapter")

@@ -147,12 +147,7 @@ class Output:
             self._write_run()
 
     def _clean_up(self, made: list[Path], keep: bool) -> None:
-        """Remove what cannot be resumed.
-
-        Args:
-            made: folders that there were none of before, innermost first.
-            keep: whether checkpoints that are complete are to be resumed.
-        """
+        """Remove what cannot be resumed (unless `keep`, everything), and of the folders `made` the empty ones."""
         complete, incomplete = self._find_checkpoints()
         keep = keep and bool(complete)
         for folder in incomplete if keep else [self.checkpoints]:
