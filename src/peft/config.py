@@ -177,11 +177,7 @@ class PeftConfigMixin:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Write `adapter_config.json` into `save_directory`.
-
-        Args:
-            save_directory: the folder; it is created if need be.
-            auto_mapping_dict: what to write as `auto_mapping`.
+        """Write `adapter_config.json`, with `auto_mapping_dict` as its `auto_mapping`, into a folder, new or not.
 
         Raises:
             FileExistsError: `save_directory` is a file.

@@ -174,7 +174,6 @@ def apply_structure(
 
     Args:
         config: a LoraConfig, SsfConfig or SftConfig; its targets are those that the structure chooses from.
-        model: the base model.
         structure: the object or a file.
 
     Returns:
