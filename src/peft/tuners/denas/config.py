@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 from ...config import documented
@@ -140,13 +142,14 @@ class DenasConfig(SearchSettings):
             if not isinstance(step, int) or step < 1:
                 raise ValueError(f"{name}_step must be a whole number >= 1, got {step!r}")
         counts = ("population_num", "select_num", "max_epochs", "scale_factor", "batch_size", "sequence_length")
+        wholes = ("crossover_num", "mutation_num", "seed")
         limits = ("max_params", "min_params", "max_latency", "min_latency")
         for names, rule, holds in (
             (counts, "be a whole number >= 1", lambda value: isinstance(value, int) and value >= 1),
-            (("crossover_num", "mutation_num"), "be a whole number >= 0", lambda n: isinstance(n, int) and n >= 0),
+            (wholes, "be a whole number >= 0", lambda value: isinstance(value, int) and value >= 0),
             (("patience",), "be at least 1 or None", lambda value: value is None or value >= 1),
             (("m_prob", "s_prob"), "be in [0, 1]", lambda value: 0 <= value <= 1),
-            (limits, "be positive", lambda value: value is None or value > 0),
+            (limits, "be a positive number", lambda n: n is None or (isinstance(n, Real) and 0 < n < math.inf)),
             (WEIGHTS, "not be negative", lambda value: value >= 0),
         ):
             for name in names:
