@@ -13,7 +13,6 @@ import pytest
 
 import peft
 from peft import _missing, _names
-from peft._lazy import attach
 
 HEAVY = (
     "accelerate",
@@ -95,12 +94,11 @@ def test_type_checkers_see_the_table():
 
 
 def test_no_name_is_both_here_and_missing():
-    assert not _names.TABLE.keys() & _names.MISSING_TABLE.keys()
-    assert len(_names.TABLE) == sum(map(len, _names.EXPORTS.values()))
-    assert len(_names.MISSING_TABLE) == sum(map(len, _names.MISSING.values()))
+    assert not _names.TABLE.keys() & set(_missing.NAMES["peft"].split())
+    assert len(_names.TABLE) == sum(len(names.split()) for names in _names.EXPORTS.values())
 
 
-@pytest.mark.parametrize("name", _names.MISSING_TABLE)
+@pytest.mark.parametrize("name", _missing.NAMES["peft"].split())
 def test_missing_name_names_its_method(name):
     assert not hasattr(peft, name)
     with pytest.raises(ImportError) as from_import:
@@ -108,17 +106,22 @@ def test_missing_name_names_its_method(name):
     with pytest.raises(AttributeError) as attribute:
         getattr(peft, name)
     assert str(from_import.value) == str(attribute.value)
-    assert str(from_import.value).startswith(f"{_names.MISSING_TABLE[name]} (peft.{name}) is not part of peft 0.21.2+")
+    assert str(from_import.value).startswith(
+        f"{_missing.method_of(f'peft.{name}')} (peft.{name}) is not part of peft 0.21.2+"
+    )
     assert "peft==0.21.2" in str(from_import.value)
 
 
 MISSING_BELOW = [
-    f"{module}.{name}" for module, methods in _missing.NAMES.items() for names in methods.values() for name in names
+    f"{module}.{name}"
+    for module, names in _missing.NAMES.items()
+    if module != "peft.PeftModel"  # a class
+    for name in names.split()
 ]
 
 
 def test_missing_names_of_submodules_name_their_method():
-    assert len(MISSING_BELOW) == len(set(MISSING_BELOW)) > 150
+    assert len(MISSING_BELOW) == len(set(MISSING_BELOW)) > 300
     for fullname in MISSING_BELOW:
         module, _, name = fullname.rpartition(".")
         assert not hasattr(importlib.import_module(module), name), f"{fullname} is here: take it out of the table"
@@ -147,7 +150,7 @@ def test_modules_can_be_walked():
 
 
 def test_missing_names_cost_nothing_until_asked_for():
-    code = "import peft, sys; peft.LoraConfig, peft.get_peft_model; hasattr(peft, 'XLoraConfig')"
+    code = "import peft, sys; peft.LoraConfig, peft.get_peft_model"
     assert run(f"{code}; print('peft._missing' in sys.modules)").strip() == "False"
     assert heavy_modules_after("import peft\ntry: import peft.tuners.xlora\nexcept ImportError: pass") == set()
 
@@ -175,12 +178,12 @@ def test_unknown_name_is_an_ordinary_error():
 
 
 def test_attach_resolves_once(monkeypatch, tmp_path):
-    """A name is looked up once, then lies in the package; names of the table win over the missing ones' message."""
+    """A name is looked up once, then lies in the package."""
     package = tmp_path / "lazy_example"
     package.mkdir()
     (package / "__init__.py").write_text(
         "from peft._lazy import attach\n"
-        "__getattr__, __dir__, __all__ = attach(__name__, {'thing': '.inner'}, {'other': 'Some method'}, ('inner',))\n"
+        "__getattr__, __dir__, __all__ = attach(__name__, {'thing': '.inner'}, ('inner',))\n"
     )
     (package / "inner.py").write_text("thing = object()\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -191,14 +194,14 @@ def test_attach_resolves_once(monkeypatch, tmp_path):
     assert "thing" not in vars(lazy_example)
     assert lazy_example.thing is lazy_example.inner.thing
     assert vars(lazy_example)["thing"] is lazy_example.inner.thing
-    with pytest.raises(ImportError, match=r"^Some method \(lazy_example.other\) is not part of peft"):
+    with pytest.raises(ImportError, match=r"^cannot import name 'other' from 'lazy_example'"):
         from lazy_example import other  # noqa: F401
 
 
-def test_attach_without_missing_names_leaves_the_import_system_alone():
-    before = list(sys.meta_path)
-    attach("peft.nothing", {})
-    assert sys.meta_path == before
+def test_names_of_methods_are_the_packages_own():
+    """`peft.tuners` has every name of a method that `peft` has, and explains the missing ones alike."""
+    assert {name for name, module in _names.TABLE.items() if module.startswith(".tuners.")} == set(peft.tuners.__all__)
+    assert all(getattr(peft.tuners, name) is getattr(peft, name) for name in peft.tuners.__all__)
 
 
 def test_every_folder_is_a_package():

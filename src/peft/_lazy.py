@@ -1,7 +1,7 @@
 """Lazy packages: names and submodules that are imported when somebody first asks for them (PEP 562).
 
-`attach` builds what a package's `__init__` needs from literal tables. Names that upstream has and this package does
-not are part of the tables too, so that asking for one says which method it belongs to and where it can be had.
+`attach` builds what a package's `__init__` needs from a literal table. Asking for a name that upstream has and this
+package does not (`_missing`) says which method it belongs to and where it can be had.
 
 A package is told twice about a name that is missing, because Python asks in two ways. `peft.AdaLoraConfig` and
 `hasattr(peft, "AdaLoraConfig")` go through the package's `__getattr__`, which must raise AttributeError. `from peft
@@ -19,35 +19,17 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-_methods_of_missing_names: dict[str, str] = {}  # {"peft.AdaLoraConfig": "AdaLoRA"}, as given to `attach`
-
-
-def _method_of(fullname: str) -> str | None:
-    """The method that a name of upstream's belongs to; None: it is here, or nobody's."""
-    if fullname in _methods_of_missing_names:
-        return _methods_of_missing_names[fullname]
-    if not fullname.startswith("peft."):
-        return None
-    from ._missing import method_of
-
-    return method_of(fullname)
-
 
 def attach(
-    package: str, table: Mapping[str, str], missing: Mapping[str, str] | None = None, submodules: tuple[str, ...] = ()
+    package: str, table: Mapping[str, str], submodules: tuple[str, ...] = ()
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Return `(__getattr__, __dir__, __all__)` for the package `package`.
 
     Args:
         package: the package's `__name__`.
-        table: public name -> module that defines it, relative to the package (`".tuners.lora"`).
-        missing: name that upstream has and we do not -> the method it belongs to, in words.
+        table: public name -> module that defines it, perhaps relative to the package (`".tuners.lora"`).
         submodules: submodules that are reachable as attributes without having been imported.
     """
-    missing = dict(missing or {})
-    _methods_of_missing_names.update({f"{package}.{name}": method for name, method in missing.items()})
-    if missing and _MissingNames not in sys.meta_path:
-        sys.meta_path.append(_MissingNames)
 
     def __getattr__(name: str) -> Any:
         if name in table:
@@ -76,6 +58,9 @@ class _MissingNames:
             raise ImportError(text, name=fullname)
 
 
+sys.meta_path.append(_MissingNames)
+
+
 def explain_missing(module: str, elsewhere: Mapping[str, str] | None = None) -> None:
     """Let a module say of upstream's names that it lacks which method they belong to.
 
@@ -90,11 +75,14 @@ def explain_missing(module: str, elsewhere: Mapping[str, str] | None = None) -> 
 
 def explanation(fullname: str) -> str | None:
     """What to say of a name of upstream's that is not here; None: it is here, or nobody's."""
-    method = _method_of(fullname)
-    if method is None:
+    if not fullname.startswith("peft."):
         return None
     from . import __version__
+    from ._missing import method_of
 
+    method = method_of(fullname)
+    if method is None:
+        return None
     # Not plain `pip install peft==X`: our version satisfies that requirement, so pip would leave everything as it is.
     upstream = __version__.partition("+")[0]
     return (

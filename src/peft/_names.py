@@ -1,161 +1,64 @@
-"""The one table of the package's public names: where each is defined, and which of upstream's names are not here yet.
+"""The one table of the package's public names: where each is defined. (What upstream has besides is in `_missing.py`.)
 
-`MISSING` was generated once from upstream 0.21.2. A method that arrives moves its names from there to `EXPORTS`, and
-gets its line in the `TYPE_CHECKING` block of the package (a test holds the two together).
+A method that arrives adds its names here and to the `TYPE_CHECKING` block of the package (a test holds the two
+together).
 """
 
 from __future__ import annotations
 
-EXPORTS: dict[str, tuple[str, ...]] = {
-    ".auto": (
-        "AutoPeftModel",
-        "AutoPeftModelForCausalLM",
-        "AutoPeftModelForFeatureExtraction",
-        "AutoPeftModelForQuestionAnswering",
-        "AutoPeftModelForSeq2SeqLM",
-        "AutoPeftModelForSequenceClassification",
-        "AutoPeftModelForTokenClassification",
-    ),
-    ".config": ("PeftConfig", "PromptLearningConfig"),
-    ".mapping": (
-        "PEFT_TYPE_TO_CONFIG_MAPPING",
-        "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
-        "PEFT_TYPE_TO_TUNER_MAPPING",
-        "get_peft_config",
-        "inject_adapter_in_model",
-    ),
-    ".mapping_func": ("MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "get_peft_model"),
-    ".memory": ("MemoryEstimate", "estimate_memory"),
-    ".mixed_model": ("PeftMixedModel",),
-    ".peft_model": (
-        "PeftModel",
-        "PeftModelForCausalLM",
-        "PeftModelForFeatureExtraction",
-        "PeftModelForQuestionAnswering",
-        "PeftModelForSeq2SeqLM",
-        "PeftModelForSequenceClassification",
-        "PeftModelForTokenClassification",
-        "get_layer_status",
-        "get_model_status",
-    ),
-    ".tuners.adaption_prompt": ("AdaptionPromptConfig", "AdaptionPromptModel"),
-    ".tuners.cpt": ("CPTConfig", "CPTEmbedding"),
-    ".tuners.adalora": ("AdaLoraConfig", "AdaLoraModel"),
-    ".tuners.boft": ("BOFTConfig", "BOFTModel"),
-    ".tuners.bottleneck": ("BottleneckConfig", "BottleneckModel"),
-    ".tuners.denas": ("CompactLoraConfig", "DenasConfig", "search_structure"),
-    ".tuners.ia3": ("IA3Config", "IA3Model"),
-    ".tuners.ln_tuning": ("LNTuningConfig", "LNTuningModel"),
-    ".tuners.loha": ("LoHaConfig", "LoHaModel"),
-    ".tuners.lokr": ("LoKrConfig", "LoKrModel"),
-    ".tuners.lora": (
-        "EvaConfig",
-        "LoftQConfig",
-        "LoraConfig",
-        "LoraGAConfig",
-        "LoraModel",
-        "LoraRuntimeConfig",
-        "convert_to_lora",
-        "get_eva_state_dict",
-        "initialize_lora_eva_weights",
-        "preprocess_loraga",
-        "save_as_lora",
-    ),
-    ".tuners.oft": ("OFTConfig", "OFTModel"),
-    ".tuners.multitask_prompt_tuning": ("MultitaskPromptTuningConfig", "MultitaskPromptTuningInit"),
-    ".tuners.p_tuning": ("PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"),
-    ".tuners.prefix_tuning": ("PrefixEncoder", "PrefixTuningConfig"),
-    ".tuners.prompt_tuning": ("PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"),
-    ".tuners.sft.config": ("SftArguments", "SftConfig"),
-    ".tuners.sft.model": ("SftModel",),
-    ".tuners.sft.optimizer": ("SftAdamW", "SftSM3"),
-    ".tuners.sft.selector": ("SftSelector",),
-    ".tuners.sft.static": ("select_static",),
-    ".tuners.sft.trainer": ("SftTrainer",),
-    ".tuners.ssf": ("SSFConfig", "SsfConfig", "SsfModel"),
-    ".tuners.trainable_tokens": ("TrainableTokensConfig", "TrainableTokensModel"),
-    ".tuners.vera": ("VeraConfig", "VeraModel"),
-    ".utils.error": ("NoMatchingPeftModuleError", "PeftError"),
-    ".utils.loftq_utils": ("replace_lora_weights_loftq",),
-    ".utils.other": ("cast_mixed_precision_params", "prepare_model_for_kbit_training", "shift_tokens_right"),
-    ".utils.peft_types": ("PeftType", "TaskType"),
-    ".utils.save_and_load": (
-        "get_base_model_state_dict",
-        "get_peft_model_state_dict",
-        "load_peft_weights",
-        "set_base_model_state_dict",
-        "set_peft_model_state_dict",
-    ),
-    ".utils.warning": ("PeftWarning",),
+EXPORTS = {
+    ".auto": "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
+    "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
+    "AutoPeftModelForTokenClassification",
+    ".config": "PeftConfig PromptLearningConfig",
+    ".mapping": "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_TUNER_MAPPING "
+    "get_peft_config inject_adapter_in_model",
+    ".mapping_func": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING get_peft_model",
+    ".memory": "MemoryEstimate estimate_memory",
+    ".mixed_model": "PeftMixedModel",
+    ".peft_model": "PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
+    "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification get_layer_status "
+    "get_model_status",
+    ".tuners.adaption_prompt": "AdaptionPromptConfig AdaptionPromptModel",
+    ".tuners.cpt": "CPTConfig CPTEmbedding",
+    ".tuners.adalora": "AdaLoraConfig AdaLoraModel",
+    ".tuners.boft": "BOFTConfig BOFTModel",
+    ".tuners.bottleneck": "BottleneckConfig BottleneckModel",
+    ".tuners.denas": "CompactLoraConfig DenasConfig search_structure",
+    ".tuners.ia3": "IA3Config IA3Model",
+    ".tuners.ln_tuning": "LNTuningConfig LNTuningModel",
+    ".tuners.loha": "LoHaConfig LoHaModel",
+    ".tuners.lokr": "LoKrConfig LoKrModel",
+    ".tuners.lora": "EvaConfig LoftQConfig LoraConfig LoraGAConfig LoraModel LoraRuntimeConfig convert_to_lora "
+    "get_eva_state_dict initialize_lora_eva_weights preprocess_loraga save_as_lora",
+    ".tuners.oft": "OFTConfig OFTModel",
+    ".tuners.multitask_prompt_tuning": "MultitaskPromptTuningConfig MultitaskPromptTuningInit",
+    ".tuners.p_tuning": "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType",
+    ".tuners.prefix_tuning": "PrefixEncoder PrefixTuningConfig",
+    ".tuners.prompt_tuning": "PromptEmbedding PromptTuningConfig PromptTuningInit",
+    ".tuners.sft.config": "SftArguments SftConfig",
+    ".tuners.sft.model": "SftModel",
+    ".tuners.sft.optimizer": "SftAdamW SftSM3",
+    ".tuners.sft.selector": "SftSelector",
+    ".tuners.sft.static": "select_static",
+    ".tuners.sft.trainer": "SftTrainer",
+    ".tuners.ssf": "SSFConfig SsfConfig SsfModel",
+    ".tuners.trainable_tokens": "TrainableTokensConfig TrainableTokensModel",
+    ".tuners.vera": "VeraConfig VeraModel",
+    ".utils.error": "NoMatchingPeftModuleError PeftError",
+    ".utils.loftq_utils": "replace_lora_weights_loftq",
+    ".utils.other": "cast_mixed_precision_params prepare_model_for_kbit_training shift_tokens_right",
+    ".utils.peft_types": "PeftType TaskType",
+    ".utils.save_and_load": "get_base_model_state_dict get_peft_model_state_dict load_peft_weights "
+    "set_base_model_state_dict set_peft_model_state_dict",
+    ".utils.warning": "PeftWarning",
 }
 """Module, relative to the package -> the public names it defines."""
 
 SUBMODULES = (
-    "auto",
-    "config",
-    "deltatuner",
-    "finetuna",
-    "functional",
-    "helpers",
-    "import_utils",
-    "mapping",
-    "mapping_func",
-    "mixed_model",
-    "peft_model",
-    "tuners",
-    "utils",
-)
+    "auto", "config", "deltatuner", "finetuna", "functional", "helpers", "import_utils", "mapping", "mapping_func",
+    "mixed_model", "peft_model", "tuners", "utils",
+)  # fmt: skip
 """Submodules that work as attributes right after `import peft`, as upstream's do."""
 
-MISSING: dict[str, tuple[str, ...]] = {
-    "AdaMSS": ("AdamssConfig", "AdamssModel"),
-    "Arrow routing of LoRA adapters": ("ArrowConfig", "create_arrow_model"),
-    "BD-LoRA": ("BdLoraConfig",),
-    "BEFT": ("BeftConfig", "BeftModel"),
-    "C3A": ("C3AConfig", "C3AModel"),
-    "Cartridges": (
-        "CartridgeConfig",
-        "CartridgeEncoder",
-        "compose_cartridge_adapters",
-        "initialize_kv_prefix_from_past_key_values",
-        "initialize_kv_prefix_from_text",
-        "prompt_embeddings_from_past_key_values",
-    ),
-    "DEFT": ("DeftConfig", "DeftModel"),
-    "DeLoRA": ("DeloraConfig", "DeloraModel"),
-    "FRoD": ("FrodConfig", "FrodModel"),
-    "FourierFT": ("FourierFTConfig", "FourierFTModel"),
-    "GLoRA": ("GloraConfig", "GloraModel"),
-    "GraLoRA": ("GraloraConfig", "GraloraModel"),
-    "HRA": ("HRAConfig", "HRAModel"),
-    "HiRA": ("HiraConfig", "HiraModel"),
-    "KaSA": ("KasaConfig",),
-    "KappaTune target selection": ("find_kappa_target_modules",),
-    "Lily": ("LilyConfig", "LilyModel"),
-    "MiSS": ("MissConfig", "MissModel"),
-    "Monte Carlo LoRA": ("MontecloraConfig",),
-    "OSF": ("OSFConfig", "OSFModel"),
-    "PEANuT": ("PeanutConfig", "PeanutModel"),
-    "PSOFT": ("PsoftConfig", "PsoftModel"),
-    "PVeRA": ("PveraConfig", "PveraModel"),
-    "Poly": ("PolyConfig", "PolyModel"),
-    "Cache layouts of old versions of transformers": (
-        "bloom_model_postprocess_past_key_value",
-        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
-    ),
-    "RandLoRA": ("RandLoraConfig", "RandLoraModel"),
-    "RoAd": ("RoadConfig", "RoadModel"),
-    "SHiRA": ("ShiraConfig", "ShiraModel"),
-    "Shadow": ("ShadowConfig", "ShadowModel"),
-    "Supertuning": ("SupertuningConfig", "SupertuningModel"),
-    "TinyLoRA": ("TinyLoraConfig", "TinyLoraModel"),
-    "Uni-LoRA": ("UniLoraConfig", "UniLoraModel"),
-    "VB-LoRA": ("VBLoRAConfig", "VBLoRAModel"),
-    "VeLoRA": ("VeloraConfig",),
-    "WaveFT": ("WaveFTConfig", "WaveFTModel"),
-    "X-LoRA": ("XLoraConfig", "XLoraModel"),
-}
-"""Method of upstream 0.21.2 that is not here yet -> its public names."""
-
-TABLE: dict[str, str] = {name: module for module, names in EXPORTS.items() for name in names}
-MISSING_TABLE: dict[str, str] = {name: method for method, names in MISSING.items() for name in names}
+TABLE = {name: module for module, names in EXPORTS.items() for name in names.split()}

@@ -8,15 +8,7 @@ from typing import Any
 from ._lazy import explain_missing
 from .config import PeftConfig, find_file, split_hub_kwargs
 from .mapping_func import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-from .peft_model import (
-    PeftModel,
-    PeftModelForCausalLM,
-    PeftModelForFeatureExtraction,
-    PeftModelForQuestionAnswering,
-    PeftModelForSeq2SeqLM,
-    PeftModelForSequenceClassification,
-    PeftModelForTokenClassification,
-)
+from .peft_model import PeftModel
 
 # Task -> transformers' class for the base model.
 _BASE_CLASSES = {
@@ -31,7 +23,6 @@ _BASE_CLASSES = {
 
 class _BaseAutoPeftModel:
     _task: str | None = None
-    _peft_class: type[PeftModel] = PeftModel
 
     def __init__(self, *args, **kwargs):
         raise OSError(
@@ -74,7 +65,7 @@ class _BaseAutoPeftModel:
             base_kwargs["revision"] = adapter.revision
         base = cls.base_class(adapter).from_pretrained(name, **base_kwargs)
         cls._fit_vocabulary(base, pretrained_model_name_or_path, adapter_hub)
-        kind = cls._peft_class if cls._task else MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(adapter.task_type, PeftModel)
+        kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(cls._task or adapter.task_type, PeftModel)
         return kind.from_pretrained(
             base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **adapter_hub
         )
@@ -88,11 +79,9 @@ class _BaseAutoPeftModel:
         """
         import transformers
 
-        task = adapter.task_type
-        if cls._task is not None:
-            if task is not None and task != cls._task:
-                raise ValueError(f"{cls.__name__} expects adapters for {cls._task}, this one is for {task}")
-            return getattr(transformers, _BASE_CLASSES[cls._task])
+        task = adapter.task_type or cls._task
+        if cls._task not in (None, task):
+            raise ValueError(f"{cls.__name__} expects adapters for {cls._task}, this one is for {task}")
         if task is not None:
             return getattr(transformers, _BASE_CLASSES[task])
         mapping = adapter.auto_mapping or {}
@@ -124,27 +113,27 @@ class AutoPeftModel(_BaseAutoPeftModel):
 
 
 class AutoPeftModelForCausalLM(_BaseAutoPeftModel):
-    _task, _peft_class = "CAUSAL_LM", PeftModelForCausalLM
+    _task = "CAUSAL_LM"
 
 
 class AutoPeftModelForSeq2SeqLM(_BaseAutoPeftModel):
-    _task, _peft_class = "SEQ_2_SEQ_LM", PeftModelForSeq2SeqLM
+    _task = "SEQ_2_SEQ_LM"
 
 
 class AutoPeftModelForSequenceClassification(_BaseAutoPeftModel):
-    _task, _peft_class = "SEQ_CLS", PeftModelForSequenceClassification
+    _task = "SEQ_CLS"
 
 
 class AutoPeftModelForTokenClassification(_BaseAutoPeftModel):
-    _task, _peft_class = "TOKEN_CLS", PeftModelForTokenClassification
+    _task = "TOKEN_CLS"
 
 
 class AutoPeftModelForQuestionAnswering(_BaseAutoPeftModel):
-    _task, _peft_class = "QUESTION_ANS", PeftModelForQuestionAnswering
+    _task = "QUESTION_ANS"
 
 
 class AutoPeftModelForFeatureExtraction(_BaseAutoPeftModel):
-    _task, _peft_class = "FEATURE_EXTRACTION", PeftModelForFeatureExtraction
+    _task = "FEATURE_EXTRACTION"
 
 
-explain_missing(__name__)
+explain_missing(__name__, {cls.__name__: "peft.peft_model" for cls in MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()})

@@ -20,8 +20,10 @@ import tempfile
 import textwrap
 import types
 import typing
+from collections import UserDict
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from .utils.constants import CONFIG_NAME, STRUCTURE_NAME
@@ -30,15 +32,8 @@ from .utils.warning import warn
 
 # Arguments of huggingface_hub.hf_hub_download that may come in through the loading functions.
 HUB_KWARGS = (
-    "subfolder",
-    "revision",
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "token",
-    "proxies",
-    "user_agent",
-)
+    "subfolder", "revision", "cache_dir", "force_download", "local_files_only", "token", "proxies", "user_agent",
+)  # fmt: skip
 
 
 def split_hub_kwargs(kwargs: dict) -> tuple[dict, dict]:
@@ -54,21 +49,27 @@ def write_atomically(path: str | os.PathLike, write) -> None:
     os.close(handle)
     try:
         write(temporary)
-        os.chmod(temporary, _usual_mode())  # temporary files are private; a shared checkpoint folder is not
+        os.chmod(temporary, 0o666 & ~umask())  # temporary files are private; a shared checkpoint folder is not
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """As `write_atomically`, of a text."""
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
 @functools.cache
-def _usual_mode() -> int:
-    """The mode of a new file under the process's umask, which can only be read by setting it."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
+def umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
+@functools.cache
 def field_docs(cls: type) -> dict[str, str]:
     """Return `{field: text}` from the string literals below the fields of `cls` and its bases."""
     docs: dict[str, str] = {}
@@ -77,17 +78,13 @@ def field_docs(cls: type) -> dict[str, str]:
             continue
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
         for field, text in zip(body, body[1:]):
-            if (
-                isinstance(field, ast.AnnAssign)
-                and isinstance(text, ast.Expr)
-                and isinstance(text.value, ast.Constant)
-                and isinstance(text.value.value, str)
-            ):
-                docs[field.target.id] = " ".join(text.value.value.split())
+            match field, text:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(said))):
+                    docs[name] = " ".join(said.split())
     return docs
 
 
-class _LazyHelp(Mapping):
+class _LazyHelp(UserDict):
     """A field's metadata whose `help` is read from the class's source when somebody asks (a command line does).
 
     Not a dict: `dict(metadata)`, which HfArgumentParser calls, copies the contents of one without asking for them.
@@ -97,23 +94,8 @@ class _LazyHelp(Mapping):
         self._cls, self._name, self._given = cls, name, metadata
 
     @functools.cached_property
-    def _filled(self) -> dict:
-        return {"help": _cached_docs(self._cls).get(self._name, ""), **self._given}
-
-    def __getitem__(self, key):
-        return self._filled[key]
-
-    def __iter__(self):
-        return iter(self._filled)
-
-    def __len__(self) -> int:
-        return len(self._filled)
-
-    def copy(self) -> dict:  # which the metadata of ordinary fields have too
-        return dict(self._filled)
-
-
-_cached_docs = functools.lru_cache(maxsize=None)(field_docs)
+    def data(self) -> dict:
+        return {"help": field_docs(self._cls).get(self._name, ""), **self._given}
 
 
 if TYPE_CHECKING:  # who checks types knows dataclasses by their decorator
@@ -238,16 +220,8 @@ class PeftConfigMixin:
         """The configuration as a plain dict, in the key set of `adapter_config.json` and more."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
-    def _file_dict(self) -> dict[str, Any]:
-        """What goes into the file: JSON types only (sets become sorted lists, enums their values)."""
-        return {key: _to_json(value) for key, value in self.to_dict().items()}
-
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Write `adapter_config.json` into `save_directory`.
-
-        Args:
-            save_directory: the folder; it is created if need be.
-            auto_mapping_dict: what to write as `auto_mapping`.
+        """Write `adapter_config.json`, with `auto_mapping_dict` as its `auto_mapping`, into a folder, new or not.
 
         Raises:
             FileExistsError: `save_directory` is a file.
@@ -259,16 +233,11 @@ class PeftConfigMixin:
         if os.path.isfile(save_directory):
             raise FileExistsError(f"save_directory must be a folder, but {save_directory!r} is a file")
         os.makedirs(save_directory, exist_ok=True)
-        content = self._file_dict()
+        content = self.to_dict()
         if auto_mapping is not None:
             content["auto_mapping"] = auto_mapping
-        text = json.dumps(content, indent=2, sort_keys=True)
-
-        def write(path):
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text)
-
-        write_atomically(os.path.join(save_directory, CONFIG_NAME), write)
+        text = json.dumps(content, indent=2, sort_keys=True, default=_plain)
+        write_text(os.path.join(save_directory, CONFIG_NAME), text)
         if self.structure is not None:
             from .tuners.denas.structure import write_structure
 
@@ -459,18 +428,15 @@ def first_of(config, *names: str) -> int | None:
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
-def _to_json(value):
+def _plain(value):
+    """As JSON has it: a set, an enumeration's member, a dataclass."""
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     if isinstance(value, enum.Enum):
         return value.value
     if dataclasses.is_dataclass(value):
-        return {key: _to_json(item) for key, item in dataclasses.asdict(value).items()}
-    if isinstance(value, dict):
-        return {key: _to_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_to_json(item) for item in value]
-    return value
+        return dataclasses.asdict(value)
+    raise TypeError(f"{value!r} cannot be written as JSON")
 
 
 def find_first(

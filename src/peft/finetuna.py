@@ -48,47 +48,37 @@ _HEAD = frozenset({"lm_head"})
 _PACKED: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Blockwise]] = weakref.WeakKeyDictionary()
 
 
-def _check(config: EmbeddingAdapterConfig | LinearAdapterConfig) -> None:
-    try:
-        LoraConfig(**config.lora_fields())
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("lora_", "")) from None  # by the names that the fields have here
-
-
 @dataclass(frozen=True)
-class EmbeddingAdapterConfig:
-    """The adapter of an embedding: `alpha / r * B A` beside its table."""
-
+class _AdapterConfig:
     r: int = 4
     """Rank."""
     alpha: float = 1
     """The delta is scaled by alpha / r."""
 
     def __post_init__(self):
-        _check(self)
+        try:
+            LoraConfig(**self.lora_fields())
+        except (TypeError, ValueError) as error:
+            raise type(error)(str(error).replace("lora_", "")) from None  # by the names that the fields have here
 
     def lora_fields(self) -> dict:
-        return {"r": self.r, "lora_alpha": self.alpha}
+        """These values by LoraConfig's names."""
+        return {name if name == "r" else f"lora_{name}": value for name, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
-class LinearAdapterConfig:
+class EmbeddingAdapterConfig(_AdapterConfig):
+    """The adapter of an embedding: `alpha / r * B A` beside its table."""
+
+
+@dataclass(frozen=True)
+class LinearAdapterConfig(_AdapterConfig):
     """The adapter of a linear layer: `alpha / r * (B A x + b)` beside its output."""
 
-    r: int = 4
-    """Rank."""
-    alpha: float = 1
-    """The delta is scaled by alpha / r."""
     dropout: float = 0.0
     """Probability of dropping an input of the adapter, in training."""
     bias: bool = True
     """Whether the adapter has a trainable bias b."""
-
-    def __post_init__(self):
-        _check(self)
-
-    def lora_fields(self) -> dict:
-        return {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "lora_bias": self.bias}
 
 
 @documented_dataclass
@@ -332,10 +322,12 @@ def new_finetuned(
             quantised, but is (or would be).
         TypeError: a string in place of a set of names, a configuration of another kind.
     """
-    _check_names(
-        adapt_layers=adapt_layers, plain_layers=plain_layers, modules_not_to_quantize=modules_not_to_quantize,
-        modules_not_to_freeze=modules_not_to_freeze,
-    )  # fmt: skip
+    given = {
+        "plain_layers": plain_layers,
+        "modules_not_to_quantize": modules_not_to_quantize,
+        "modules_not_to_freeze": modules_not_to_freeze,
+    }
+    _check_names(adapt_layers=adapt_layers, **given)
     _refuse_adapted(model)
     layers = dict(_adaptable_layers(model))
     adapted = _adapted_layers(layers, adapt_layers, plain_layers, modules_not_to_freeze)
@@ -346,10 +338,7 @@ def new_finetuned(
                 f"{key} is in modules_not_to_freeze, but what is in 8 bits cannot train: name it in plain_layers, or "
                 "in modules_not_to_quantize too"
             )
-    _warn_of_unknown(
-        model, plain_layers=plain_layers, modules_not_to_quantize=modules_not_to_quantize,
-        modules_not_to_freeze=modules_not_to_freeze,
-    )  # fmt: skip
+    _warn_of_unknown(model, **given)
     config = FinetunaConfig(
         adapters=_adapters(model, adapted, linear_config, embedding_config),
         modules_to_save=_whole_modules(model, {*plain_layers, *modules_not_to_freeze}),

@@ -21,81 +21,30 @@ def _is_installed(module: str) -> bool:
 
 
 @functools.cache
-def _installed_version(distribution: str) -> Version | None:
-    try:
-        return Version(importlib.metadata.version(distribution))
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _has_version(distribution: str, minimum: str) -> bool:
-    installed = _installed_version(distribution)
-    return installed is not None and installed >= Version(minimum)
+    try:
+        return Version(importlib.metadata.version(distribution)) >= Version(minimum)
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
-def is_bnb_available() -> bool:
-    """Whether bitsandbytes is installed (8-bit and 4-bit storage, 8-bit optimisers)."""
-    return _is_installed("bitsandbytes")
-
-
-def is_bnb_4bit_available() -> bool:
-    """Whether the installed bitsandbytes has 4-bit linear layers (since 0.39)."""
-    return is_bnb_available() and _has_version("bitsandbytes", "0.39.0")
-
-
-def is_aqlm_available() -> bool:
-    """Whether AQLM (additive quantisation) is installed."""
-    return _is_installed("aqlm")
-
-
-def is_diffusers_available() -> bool:
-    """Whether diffusers is installed."""
-    return _is_installed("diffusers")
-
-
-def is_eetq_available() -> bool:
-    """Whether EETQ (8-bit storage) is installed."""
-    return _is_installed("eetq")
-
-
-def is_gptqmodel_available() -> bool:
-    """Whether GPTQModel (GPTQ and AWQ storage) is installed."""
-    return _is_installed("gptqmodel")
-
-
-def is_hqq_available() -> bool:
-    """Whether HQQ (half-quadratic quantisation) is installed."""
-    return _is_installed("hqq")
-
-
-def is_inc_available() -> bool:
-    """Whether Intel Neural Compressor is installed."""
-    return _is_installed("neural_compressor")
-
-
-def is_optimum_available() -> bool:
-    """Whether Optimum is installed."""
-    return _installed_version("optimum") is not None  # a namespace package: it has no file that could be looked for
-
-
-def is_te_available() -> bool:
-    """Whether Transformer Engine is installed."""
-    return _is_installed("transformer_engine")
+is_bnb_available = functools.partial(_is_installed, "bitsandbytes")  # 8-bit and 4-bit storage, 8-bit optimisers
+is_bnb_4bit_available = functools.partial(_has_version, "bitsandbytes", "0.39.0")  # the first with 4-bit linear layers
+is_aqlm_available = functools.partial(_is_installed, "aqlm")  # additive quantisation
+is_diffusers_available = functools.partial(_is_installed, "diffusers")
+is_eetq_available = functools.partial(_is_installed, "eetq")  # 8-bit storage
+is_gptqmodel_available = functools.partial(_is_installed, "gptqmodel")  # GPTQ and AWQ storage
+is_hqq_available = functools.partial(_is_installed, "hqq")  # half-quadratic quantisation
+is_inc_available = functools.partial(_is_installed, "neural_compressor")  # Intel's
+is_optimum_available = functools.partial(_has_version, "optimum", "0")  # a namespace package: it has no file to find
+is_te_available = functools.partial(_is_installed, "transformer_engine")
+is_torchao_available = functools.partial(_is_installed, "torchao")
+is_torchao_ge_v0_18_0 = functools.partial(_has_version, "torchao", "0.18.0")
 
 
 def is_te_pytorch_available() -> bool:
     """Whether Transformer Engine is installed with its PyTorch extension, a distribution of its own."""
     return is_te_available() and _is_installed("transformer_engine_torch")
-
-
-def is_torchao_available() -> bool:
-    """Whether torchao is installed."""
-    return _is_installed("torchao")
-
-
-def is_torchao_ge_v0_18_0() -> bool:
-    """Whether torchao 0.18.0 or newer is installed."""
-    return is_torchao_available() and _has_version("torchao", "0.18.0")
 
 
 @functools.cache

@@ -28,50 +28,36 @@ class Method:
     prefix: str
 
 
+# Every method is a package of its own, `peft.tuners.lora`, but for two that are made of LoRA.
 METHODS: dict[str, Method] = {
-    PeftType.LORA: Method("peft.tuners.lora:LoraConfig", "peft.tuners.lora:LoraModel", "lora_"),
-    PeftType.ADALORA: Method("peft.tuners.adalora:AdaLoraConfig", "peft.tuners.adalora:AdaLoraModel", "lora_"),
-    PeftType.LOHA: Method("peft.tuners.loha:LoHaConfig", "peft.tuners.loha:LoHaModel", "hada_"),
-    PeftType.LOKR: Method("peft.tuners.lokr:LoKrConfig", "peft.tuners.lokr:LoKrModel", "lokr_"),
-    PeftType.VERA: Method("peft.tuners.vera:VeraConfig", "peft.tuners.vera:VeraModel", "vera_lambda_"),
-    PeftType.SFT: Method("peft.tuners.sft:SftConfig", "peft.tuners.sft:SftModel", "sft_"),
-    PeftType.SSF: Method("peft.tuners.ssf:SsfConfig", "peft.tuners.ssf:SsfModel", "ssf_"),
+    PeftType[name]: Method(f"peft.tuners.{name.lower()}:{config}", f"peft.tuners.{name.lower()}:{tuner}", prefix)
+    for name, config, tuner, prefix in map(
+        str.split,
+        (
+            "LORA LoraConfig LoraModel lora_",
+            "ADALORA AdaLoraConfig AdaLoraModel lora_",
+            "LOHA LoHaConfig LoHaModel hada_",
+            "LOKR LoKrConfig LoKrModel lokr_",
+            "VERA VeraConfig VeraModel vera_lambda_",
+            "SFT SftConfig SftModel sft_",
+            "SSF SsfConfig SsfModel ssf_",
+            "PROMPT_TUNING PromptTuningConfig PromptEmbedding prompt_tuning_",
+            "MULTITASK_PROMPT_TUNING MultitaskPromptTuningConfig MultitaskPromptEmbedding multitask_prompt_tuning_",
+            "P_TUNING PromptEncoderConfig PromptEncoder p_tuning_",
+            "PREFIX_TUNING PrefixTuningConfig PrefixEncoder prefix_tuning_",
+            "CPT CPTConfig CPTEmbedding cpt_",
+            "ADAPTION_PROMPT AdaptionPromptConfig AdaptionPromptModel adaption_",
+            "BOFT BOFTConfig BOFTModel boft_",
+            "BOTTLENECK BottleneckConfig BottleneckModel bottleneck_",
+            "IA3 IA3Config IA3Model ia3_",
+            "LN_TUNING LNTuningConfig LNTuningModel ln_tuning_",
+            "OFT OFTConfig OFTModel oft_",
+            "TRAINABLE_TOKENS TrainableTokensConfig TrainableTokensModel trainable_tokens_",
+        ),
+    )
+} | {
     PeftType.COMPACT_LORA: Method("peft.tuners.denas.config:CompactLoraConfig", "peft.tuners.lora:LoraModel", "lora_"),
-    PeftType.PROMPT_TUNING: Method(
-        "peft.tuners.prompt_tuning:PromptTuningConfig", "peft.tuners.prompt_tuning:PromptEmbedding", "prompt_tuning_"
-    ),
-    PeftType.MULTITASK_PROMPT_TUNING: Method(
-        "peft.tuners.multitask_prompt_tuning:MultitaskPromptTuningConfig",
-        "peft.tuners.multitask_prompt_tuning:MultitaskPromptEmbedding",
-        "multitask_prompt_tuning_",
-    ),
-    PeftType.P_TUNING: Method(
-        "peft.tuners.p_tuning:PromptEncoderConfig", "peft.tuners.p_tuning:PromptEncoder", "p_tuning_"
-    ),
-    PeftType.PREFIX_TUNING: Method(
-        "peft.tuners.prefix_tuning:PrefixTuningConfig", "peft.tuners.prefix_tuning:PrefixEncoder", "prefix_tuning_"
-    ),
-    PeftType.CPT: Method("peft.tuners.cpt:CPTConfig", "peft.tuners.cpt:CPTEmbedding", "cpt_"),
-    PeftType.ADAPTION_PROMPT: Method(
-        "peft.tuners.adaption_prompt:AdaptionPromptConfig",
-        "peft.tuners.adaption_prompt:AdaptionPromptModel",
-        "adaption_",
-    ),
     PeftType.FINETUNA: Method("peft.finetuna:FinetunaConfig", "peft.finetuna:FinetunaModel", "lora_"),
-    PeftType.BOFT: Method("peft.tuners.boft:BOFTConfig", "peft.tuners.boft:BOFTModel", "boft_"),
-    PeftType.BOTTLENECK: Method(
-        "peft.tuners.bottleneck:BottleneckConfig", "peft.tuners.bottleneck:BottleneckModel", "bottleneck_"
-    ),
-    PeftType.IA3: Method("peft.tuners.ia3:IA3Config", "peft.tuners.ia3:IA3Model", "ia3_"),
-    PeftType.LN_TUNING: Method(
-        "peft.tuners.ln_tuning:LNTuningConfig", "peft.tuners.ln_tuning:LNTuningModel", "ln_tuning_"
-    ),
-    PeftType.OFT: Method("peft.tuners.oft:OFTConfig", "peft.tuners.oft:OFTModel", "oft_"),
-    PeftType.TRAINABLE_TOKENS: Method(
-        "peft.tuners.trainable_tokens:TrainableTokensConfig",
-        "peft.tuners.trainable_tokens:TrainableTokensModel",
-        "trainable_tokens_",
-    ),
 }
 
 

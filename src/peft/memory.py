@@ -152,12 +152,14 @@ def estimate_memory(
     task_type = task_type or (TaskType.SEQ_2_SEQ_LM if config.is_encoder_decoder else TaskType.CAUSAL_LM)
     trained = _build(config, task_type, kind, quantization, gradient_checkpointing)
     if peft_config is not None:
-        trained = _adapt(trained, peft_config)
+        with torch.device("meta"):
+            trained = get_peft_model(trained, copy.deepcopy(peft_config)).train()  # the tuner fills the copy in
+    algorithm = getattr(peft_config, "selection_algorithm", None)  # SFT's
     try:
         played = _play(
             trained.to(kind) if halved else trained,
             peft_config,
-            optimizer or _default_optimizer(peft_config),
+            optimizer or {"rigl": "sft_adamw", "sm3": "sft_sm3"}.get(algorithm, "adamw"),
             lambda: _batch(task_type, peft_config, batch_size, sequence_length, padding),
             autocast=mixed_precision and not halved,
             halved=halved,
@@ -260,13 +262,6 @@ def _build(
     if gradient_checkpointing:
         enable_checkpointing(base, {"use_reentrant": False})
     return base.train()
-
-
-def _adapt(base: PreTrainedModel, config: PeftConfig) -> nn.Module:
-    """The base model with the adapter, on the meta device."""
-    config = copy.deepcopy(config)  # the tuner fills it in
-    with torch.device("meta"):
-        return get_peft_model(base, config).train()
 
 
 def _batch(task_type: str, peft_config: PeftConfig | None, rows: int, length: int, padding: bool) -> dict[str, Tensor]:
@@ -387,14 +382,6 @@ def _replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[Non
         setattr(owner, name, before)
 
 
-def _read_masks() -> contextlib.AbstractContextManager[None]:
-    """Let transformers look into masks and positions: so it finds that nothing is padded or packed and that it needs no
-    mask, as in training. Into fake tensors it does not look, which for others have no answers (see `_scalar`)."""
-    from transformers.utils import import_utils
-
-    return _replaced(import_utils, "is_fake_tensor", lambda _: lambda tensor: False)
-
-
 @contextlib.contextmanager
 def _cuda_kernels() -> Iterator[None]:
     """Choose, for fake tensors on the CPU, what keeps as much for backward as the kernels on CUDA.
@@ -497,11 +484,6 @@ class _Meter(TorchDispatchMode):
         return taken
 
 
-def _default_optimizer(config: PeftConfig | None) -> str:
-    algorithm = getattr(config, "selection_algorithm", None)  # SFT's
-    return {"rigl": "sft_adamw", "sm3": "sft_sm3"}.get(algorithm, "adamw")
-
-
 def _make_optimizer(name: str, params: list[Tensor], model: nn.Module) -> torch.optim.Optimizer:
     """The optimiser as Trainer or SftTrainer makes it."""
     if name == "adamw":
@@ -542,7 +524,7 @@ def _play(
         accumulated: There are gradients already when forward begins.
         like_cuda: Prefer what CUDA's kernels would keep.
     """
-    counts = count_parameters(model)
+    trained_count, count = count_parameters(model)
     gradients._silence_beta_warning()  # which it does once per process, and must do outside of fake tensors
     meter = _Meter()
     with contextlib.ExitStack() as stack:
@@ -563,7 +545,11 @@ def _play(
         meter.part = "activations"
         batch = make_batch()
         if "attention_mask" not in batch:
-            stack.enter_context(_read_masks())
+            from transformers.utils import import_utils
+
+            # transformers finds then that nothing is padded or packed and that it needs no mask, as in training. Into
+            # fake tensors it does not look, which for others have no answers (see `_scalar`).
+            stack.enter_context(_replaced(import_utils, "is_fake_tensor", lambda _: lambda tensor: False))
         for _ in range(1 + accumulated):
             meter.take_peak()
             meter.part = "activations"
@@ -587,8 +573,8 @@ def _play(
             masters=sum(parameter.nbytes for parameter in masters) if halved else 0,
             halves=sum(parameter.nbytes for parameter in model.parameters() if parameter.dtype == torch.bfloat16),
             unit=_largest_unit(model),
-            trained=counts[0],
-            parameters=counts[1],
+            trained=trained_count,
+            parameters=count,
         )
 
 

@@ -15,21 +15,15 @@ from typing import Any, NoReturn
 METHODS = ("sft", "lora", "ssf")
 METHOD_OPTIONS = {
     "sft": (
-        "density",
-        "num_tunable_weights",
-        "granularity",
-        "block_size",
-        "selection_algorithm",
-        "static_criterion",
-        "budget",
-        "reselection_steps",
+        "density", "num_tunable_weights", "granularity", "block_size", "selection_algorithm", "static_criterion",
+        "budget", "reselection_steps",
     ),
     "lora": ("rank", "alpha", "dropout"),
     "ssf": (),
-}
+}  # fmt: skip
 """Method -> options that only it has."""
 
-SEARCH_METHOD_OPTIONS = {"lora": ("rank", "alpha", "max_rank"), "sft": ("density",)}
+SEARCH_METHOD_OPTIONS = {"lora": ("rank", "alpha", "max_rank"), "sft": ("density",), "ssf": ()}
 """Likewise, of `peft search`."""
 
 EXCLUSIVE = (("density", "num_tunable_weights"), ("epochs", "max_steps"), ("resume", "overwrite"))
@@ -187,99 +181,64 @@ def make_parser() -> Parser:
     parser = Parser(prog="peft", description="Fine-tune language models with few trained parameters.")
     parser.register("type", None, str)  # its one argument is all the words of a command
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_train(commands)
-    add_evaluate(commands)
-    add_inspect(commands)
-    add_merge(commands)
-    add_search(commands)
-    add_memory(commands)
+    for add_command in (add_train, add_evaluate, add_inspect, add_merge, add_search, add_memory):
+        add_command(commands)
     return parser
 
 
 def add_train(commands: argparse._SubParsersAction) -> None:
     text = "Fine-tune a causal language model, and measure what it can do before and after."
     train = commands.add_parser("train", help="fine-tune a model, measuring before and after", description=text)
-    train.add_argument("--model", default="smollm2", help="folder, hub id, or smollm2 (default), from its package")
-    train.add_argument("--method", default="sft", choices=METHODS, help="default: sft")
-    train.add_argument("--output", required=True, metavar="DIR", help="folder for adapter, metrics.json and loss.png")
-    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
-    train.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in --output")
+    add = train.add_argument
+    add("--model", default="smollm2", help="folder, hub id, or smollm2 (default), from its package")
+    add("--method", default="sft", choices=METHODS, help="default: sft")
+    add("--output", required=True, metavar="DIR", help="folder for adapter, metrics.json and loss.png")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    add("--overwrite", action="store_true", help="replace what an earlier run left in --output")
     add_data_options(train.add_argument_group("data"))
     add_training_options(train.add_argument_group("training"))
     add_method_options(train)
 
 
 def add_data_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--data", required=True, help="a JSONL file, or task:NAME, a task of reasoning-gym")
-    group.add_argument(
-        "--task-args", type=json_object, metavar="JSON", help='settings of the task, as {"max_words": 5}'
-    )
-    group.add_argument(
-        "--train-size", type=positive_int, metavar="N", help="examples; default: 2000 (task), all (file)"
-    )
-    group.add_argument(
-        "--eval-size",
-        type=positive_int,
-        metavar="N",
-        help="held-out examples; default: 200 (task), 10 %% of the file, at most 200",
-    )
-    group.add_argument(
-        "--loss-on",
-        choices=("completions", "all"),
-        default="completions",
-        help="default: completions and assistant turns only",
-    )
-    group.add_argument(
-        "--max-length",
-        type=positive_int,
-        default=1024,
-        metavar="N",
-        help="tokens; longer examples are cut; default: 1024",
-    )
-    group.add_argument(
-        "--packing",
-        action="store_true",
-        help="fill sequences of --max-length with several examples, which do not see each other",
-    )
+    add = group.add_argument
+    add("--data", required=True, help="a JSONL file, or task:NAME, a task of reasoning-gym")
+    add("--task-args", type=json_object, metavar="JSON", help='settings of the task, as {"max_words": 5}')
+    add("--train-size", type=positive_int, metavar="N", help="examples; default: 2000 (task), all (file)")
+    text = "held-out examples; default: 200 (task), 10 %% of the file, at most 200"
+    add("--eval-size", type=positive_int, metavar="N", help=text)
+    text = "default: completions and assistant turns only"
+    add("--loss-on", choices=("completions", "all"), default="completions", help=text)
+    text = "tokens; longer examples are cut; default: 1024"
+    add("--max-length", type=positive_int, default=1024, metavar="N", help=text)
+    text = "fill sequences of --max-length with several examples, which do not see each other"
+    add("--packing", action="store_true", help=text)
 
 
 def add_training_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--epochs", type=positive, metavar="X", help="default: 1 (task), 3 (file)")
-    group.add_argument("--max-steps", type=positive_int, metavar="N", help="update steps, in place of --epochs")
-    group.add_argument("--batch-size", type=positive_int, default=8, metavar="N", help="per device; default: 8")
-    group.add_argument("--grad-accum", type=positive_int, default=1, metavar="N", help="batches per update; default: 1")
-    group.add_argument("--lr", type=positive, help="learning rate; default: depends on the method")
-    group.add_argument("--seed", type=seed, default=0, help="default: 0")
-    group.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="auto",
-        help="of the base model; auto (default): bfloat16 on accelerators that have it, else float32",
-    )
-    group.add_argument(
-        "--quantize",
-        choices=QUANTIZED,
-        help="pack the base model's linear layers (not its head); nf4, fp4 and int8 are bitsandbytes'",
-    )
-    group.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice to save memory")
-    group.add_argument(
-        "--save-steps", type=positive_int, metavar="N", help="steps between checkpoints; default: a quarter of the run"
-    )
+    add = group.add_argument
+    add("--epochs", type=positive, metavar="X", help="default: 1 (task), 3 (file)")
+    add("--max-steps", type=positive_int, metavar="N", help="update steps, in place of --epochs")
+    add("--batch-size", type=positive_int, default=8, metavar="N", help="per device; default: 8")
+    add("--grad-accum", type=positive_int, default=1, metavar="N", help="batches per update; default: 1")
+    add("--lr", type=positive, help="learning rate; default: depends on the method")
+    add("--seed", type=seed, default=0, help="default: 0")
+    text = "of the base model; auto (default): bfloat16 on accelerators that have it, else float32"
+    add("--dtype", choices=DTYPES, default="auto", help=text)
+    text = "pack the base model's linear layers (not its head); nf4, fp4 and int8 are bitsandbytes'"
+    add("--quantize", choices=QUANTIZED, help=text)
+    add("--gradient-checkpointing", action="store_true", help="compute activations twice to save memory")
+    add("--save-steps", type=positive_int, metavar="N", help="steps between checkpoints; default: a quarter of the run")
 
 
 def add_method_options(train: argparse.ArgumentParser) -> None:
-    train.add_argument(
-        "--target-modules",
-        type=module_names,
-        default=ALL_LINEAR,
-        metavar="NAMES",
-        help="names with commas between them, a regular expression, or all-linear (default)",
-    )
+    text = "names with commas between them, a regular expression, or all-linear (default)"
+    train.add_argument("--target-modules", type=module_names, default=ALL_LINEAR, metavar="NAMES", help=text)
     add_sft_options(train.add_argument_group("--method sft"))
-    lora = train.add_argument_group("--method lora")
-    lora.add_argument("--rank", type=positive_int, metavar="R", help="default: 8")
-    lora.add_argument("--alpha", type=positive_int, metavar="A", help="default: twice the rank")
-    lora.add_argument("--dropout", type=probability, metavar="P", help="default: 0")
+    add = train.add_argument_group("--method lora").add_argument
+    add("--rank", type=positive_int, metavar="R", help="default: 8")
+    add("--alpha", type=positive_int, metavar="A", help="default: twice the rank")
+    add("--dropout", type=probability, metavar="P", help="default: 0")
 
 
 def add_sft_options(group: argparse._ArgumentGroup) -> None:
@@ -301,107 +260,98 @@ def add_sft_options(group: argparse._ArgumentGroup) -> None:
 
 def add_evaluate(commands: argparse._SubParsersAction) -> None:
     text = "Measure a saved adapter again, on the held-out examples of its own run."
-    evaluate = commands.add_parser("evaluate", help="measure a trained adapter again", description=text)
-    evaluate.add_argument("adapter", metavar="DIR", help="folder that peft train wrote")
-    evaluate.add_argument("--data", help="the run's data file, if it has moved")
-    evaluate.add_argument("--check", action="store_true", help="exit code 1 unless the figure is that of metrics.json")
-    evaluate.add_argument("--model", help="the base model, if it has moved")
+    add = commands.add_parser("evaluate", help="measure a trained adapter again", description=text).add_argument
+    add("adapter", metavar="DIR", help="folder that peft train wrote")
+    add("--data", help="the run's data file, if it has moved")
+    add("--check", action="store_true", help="exit code 1 unless the figure is that of metrics.json")
+    add("--model", help="the base model, if it has moved")
 
 
 def add_inspect(commands: argparse._SubParsersAction) -> None:
     text = "Show the configuration, parameters and sizes of an adapter or a model."
-    inspect = commands.add_parser("inspect", help="show what is in an adapter or a model", description=text)
-    inspect.add_argument("path", metavar="DIR|MODEL", help="folder of an adapter; folder or hub id of a model; smollm2")
-    inspect.add_argument("--all", action="store_true", help="a line for every module, not one for all layers alike")
-    inspect.add_argument("--model", help="the adapter's base model: compare what the adapter changes with its weights")
-    inspect.add_argument("-o", "--plot", type=png_file, metavar="FILE", help="draw what the adapter changes (PNG)")
+    add = commands.add_parser("inspect", help="show what is in an adapter or a model", description=text).add_argument
+    add("path", metavar="DIR|MODEL", help="folder of an adapter; folder or hub id of a model; smollm2")
+    add("--all", action="store_true", help="a line for every module, not one for all layers alike")
+    add("--model", help="the adapter's base model: compare what the adapter changes with its weights")
+    add("-o", "--plot", type=png_file, metavar="FILE", help="draw what the adapter changes (PNG)")
 
 
 def add_merge(commands: argparse._SubParsersAction) -> None:
     text = "Fold an adapter into its base model and write an ordinary model."
-    merge = commands.add_parser("merge", help="fold an adapter into its base model", description=text)
-    merge.add_argument("base", metavar="BASE", help="folder, hub id, or smollm2")
-    merge.add_argument("adapter", metavar="ADAPTER", help="folder or hub id")
-    merge.add_argument("-o", "--output", required=True, metavar="DIR", help="folder for the merged model")
-    merge.add_argument("--dtype", choices=DTYPES, default="auto", help="auto (default): that of the base model's files")
-    merge.add_argument("--overwrite", action="store_true", help="replace what is in --output")
+    add = commands.add_parser("merge", help="fold an adapter into its base model", description=text).add_argument
+    add("base", metavar="BASE", help="folder, hub id, or smollm2")
+    add("adapter", metavar="ADAPTER", help="folder or hub id")
+    add("-o", "--output", required=True, metavar="DIR", help="folder for the merged model")
+    add("--dtype", choices=DTYPES, default="auto", help="auto (default): that of the base model's files")
+    add("--overwrite", action="store_true", help="replace what is in --output")
 
 
 def add_search(commands: argparse._SubParsersAction) -> None:
     text = "Find, without training, which layers of a model should get an adapter, and of what size (DE-NAS)."
     search = commands.add_parser("search", help="find the best structure of an adapter", description=text)
-    search.add_argument("model", metavar="MODEL", help="folder, hub id, or smollm2, from its package")
-    search.add_argument("--method", default="lora", choices=("lora", "ssf", "sft"), help="default: lora")
-    search.add_argument("--output", required=True, metavar="DIR", help="folder for structure, history and pictures")
-    search.add_argument("--overwrite", action="store_true", help="replace the structure in --output")
-    search.add_argument("--data", metavar="FILE", help="JSONL file to score on; default: a text of ours")
-    search.add_argument("--batch-size", type=positive_int, metavar="N", help="rows to score on; default: 4")
-    search.add_argument("--length", type=positive_int, metavar="N", help="tokens in each of them; default: 32")
-    search.add_argument(
-        "--target-modules", type=module_names, metavar="NAMES", help="modules to choose from; default: the method's own"
-    )
-    search.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model; default: as of peft train")
-    add_search_limits(search.add_argument_group("limits"))
+    add = search.add_argument
+    add("model", metavar="MODEL", help="folder, hub id, or smollm2, from its package")
+    add("--method", default="lora", choices=("lora", "ssf", "sft"), help="default: lora")
+    add("--output", required=True, metavar="DIR", help="folder for structure, history and pictures")
+    add("--overwrite", action="store_true", help="replace the structure in --output")
+    add("--data", metavar="FILE", help="JSONL file to score on; default: a text of ours")
+    add("--batch-size", type=positive_int, metavar="N", help="rows to score on; default: 4")
+    add("--length", type=positive_int, metavar="N", help="tokens in each of them; default: 32")
+    text = "modules to choose from; default: the method's own"
+    add("--target-modules", type=module_names, metavar="NAMES", help=text)
+    add("--dtype", choices=DTYPES, default="auto", help="of the model; default: as of peft train")
+    add = search.add_argument_group("limits").add_argument
+    add("--max-params", type=positive, metavar="X", help="most trained parameters, in millions")
+    add("--min-params", type=positive, metavar="X", help="fewest, in millions")
+    add("--max-latency", type=positive, metavar="MS", help="longest forward pass, in milliseconds")
     add_search_engines(search.add_argument_group("search"))
-    lora = search.add_argument_group("--method lora")
-    lora.add_argument("--rank", type=positive_int, metavar="R", help="the budget, if there is no other: as a LoRA of R")
-    lora.add_argument("--alpha", type=positive_int, metavar="A", help="for --rank; default: twice the rank")
-    lora.add_argument("--max-rank", type=positive_int, metavar="R", help="largest rank of a layer; default: 12")
-    sft = search.add_argument_group("--method sft")
-    sft.add_argument("--density", type=share, metavar="X", help="trained share of the weights; default: 0.01")
-
-
-def add_search_limits(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--max-params", type=positive, metavar="X", help="most trained parameters, in millions")
-    group.add_argument("--min-params", type=positive, metavar="X", help="fewest, in millions")
-    group.add_argument("--max-latency", type=positive, metavar="MS", help="longest forward pass, in milliseconds")
+    add = search.add_argument_group("--method lora").add_argument
+    add("--rank", type=positive_int, metavar="R", help="the budget, if there is no other: as a LoRA of R")
+    add("--alpha", type=positive_int, metavar="A", help="for --rank; default: twice the rank")
+    add("--max-rank", type=positive_int, metavar="R", help="largest rank of a layer; default: 12")
+    add = search.add_argument_group("--method sft").add_argument
+    add("--density", type=share, metavar="X", help="trained share of the weights; default: 0.01")
 
 
 def add_search_engines(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--score", choices=("gradient_coherence", "deltatuner"), help="default: gradient_coherence")
-    group.add_argument(
-        "--engine",
-        choices=("exact", "evolutionary", "random", "tpe", "nsga2"),
-        help="default: exact where the score is a sum over layers, else evolutionary",
-    )
-    group.add_argument("--granularity", choices=("layer", "module"), help="what is decided as one; default: layer")
-    group.add_argument("--rounds", type=positive_int, metavar="N", help="at most so many; default: 10")
-    group.add_argument("--population", type=positive_int, metavar="N", help="structures in a round; default: 50")
-    group.add_argument("--seed", type=seed, help="default: 12345")
-    group.add_argument("--storage", metavar="WHERE", help="journal file or database URL, to share and to go on from")
-    group.add_argument("--study", metavar="NAME", help="name of the search in it; default: denas")
-    group.add_argument("--latency-objective", action="store_true", help="nsga2: trade off latency as well")
+    add = group.add_argument
+    add("--score", choices=("gradient_coherence", "deltatuner"), help="default: gradient_coherence")
+    text = "default: exact where the score is a sum over layers, else evolutionary"
+    add("--engine", choices=("exact", "evolutionary", "random", "tpe", "nsga2"), help=text)
+    add("--granularity", choices=("layer", "module"), help="what is decided as one; default: layer")
+    add("--rounds", type=positive_int, metavar="N", help="at most so many; default: 10")
+    add("--population", type=positive_int, metavar="N", help="structures in a round; default: 50")
+    add("--seed", type=seed, help="default: 12345")
+    add("--storage", metavar="WHERE", help="journal file or database URL, to share and to go on from")
+    add("--study", metavar="NAME", help="name of the search in it; default: denas")
+    add("--latency-objective", action="store_true", help="nsga2: trade off latency as well")
 
 
 def add_memory(commands: argparse._SubParsersAction) -> None:
     text = "Tell how much memory training takes. Only the configuration of the model is read."
     memory = commands.add_parser("memory", help="tell how much memory training takes", description=text)
-    memory.add_argument("model", metavar="MODEL", help="folder, hub id, or smollm2, from its package")
-    memory.add_argument(
-        "--method",
-        default="sft",
-        help="full, sft (default), lora, ssf, or another of the library: ia3, prefix_tuning, ...",
-    )
-    memory.add_argument(
-        "--adapter-args", type=json_object, metavar="JSON", help='another method\'s fields: {"num_virtual_tokens": 20}'
-    )
-    memory.add_argument("--task", default=None, help="head and loss: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, ...")
-    memory.add_argument(
-        "--batch", "--batch-size", type=positive_int, default=8, metavar="N", help="sequences per GPU; default: 8"
-    )
-    memory.add_argument(
-        "--seq", "--max-length", type=positive_int, default=512, metavar="N", help="tokens in each; default: 512"
-    )
-    memory.add_argument("--padding", action="store_true", help="batches come with an attention mask")
-    memory.add_argument("--dtype", metavar="TYPE", help="of the weights; default: the configuration's")
-    memory.add_argument("--mixed-precision", action="store_true", help="float32 weights, trained in bfloat16")
-    memory.add_argument("--quantize", metavar="HOW", help="pack the frozen base: nf4, fp4 or int8")
-    memory.add_argument("--optimizer", metavar="NAME", help="adamw, adamw_8bit, sgd, adafactor; default: the method's")
-    memory.add_argument("--checkpointing", "--gradient-checkpointing", action="store_true", help="as in peft train")
-    memory.add_argument("--grad-accum", type=positive_int, default=1, metavar="N", help="batches per update")
-    memory.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
-    memory.add_argument("--gpus", type=positive_int, default=1, metavar="N", help="default: 1")
-    memory.add_argument("--sharding", metavar="HOW", help="zero1, zero2, zero3 or fsdp; default: data parallelism")
-    memory.add_argument("--offload", metavar="WHAT", help="to the CPU: optimizer, or all (weights too)")
+    add = memory.add_argument
+    add("model", metavar="MODEL", help="folder, hub id, or smollm2, from its package")
+    text = "full, sft (default), lora, ssf, or another of the library: ia3, prefix_tuning, ..."
+    add("--method", default="sft", help=text)
+    text = 'another method\'s fields: {"num_virtual_tokens": 20}'
+    add("--adapter-args", type=json_object, metavar="JSON", help=text)
+    add("--task", dest="task_type", metavar="TASK", help="head and loss: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, ...")
+    text = "sequences per GPU; default: 8"
+    add("--batch", "--batch-size", dest="batch_size", type=positive_int, default=8, metavar="N", help=text)
+    text = "tokens in each; default: 512"
+    add("--seq", "--max-length", dest="sequence_length", type=positive_int, default=512, metavar="N", help=text)
+    add("--padding", action="store_true", help="batches come with an attention mask")
+    add("--dtype", metavar="TYPE", help="of the weights; default: the configuration's")
+    add("--mixed-precision", action="store_true", help="float32 weights, trained in bfloat16")
+    add("--quantize", dest="quantization", metavar="HOW", help="pack the frozen base: nf4, fp4 or int8")
+    add("--optimizer", metavar="NAME", help="adamw, adamw_8bit, sgd, adafactor; default: the method's")
+    checkpointing = ("--checkpointing", "--gradient-checkpointing")
+    add(*checkpointing, dest="gradient_checkpointing", action="store_true", help="as in peft train")
+    add("--grad-accum", type=positive_int, default=1, metavar="N", help="batches per update")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
+    add("--gpus", dest="num_gpus", type=positive_int, default=1, metavar="N", help="default: 1")
+    add("--sharding", metavar="HOW", help="zero1, zero2, zero3 or fsdp; default: data parallelism")
+    add("--offload", metavar="WHAT", help="to the CPU: optimizer, or all (weights too)")
     add_method_options(memory)
     memory.set_defaults(target_modules=None)

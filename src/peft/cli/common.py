@@ -12,14 +12,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ..config import umask
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # torch and safetensors report a full disk as an error of their own.
 DISK_FULL_TEXTS = (
-    "No space left on device",
-    "os error 28",
-    "PytorchStreamWriter failed writing",
-    "inline_container.cc",
-)
+    "No space left on device", "os error 28", "PytorchStreamWriter failed writing", "inline_container.cc",
+)  # fmt: skip
 MEMORY_FULL_TEXTS = ("out of memory", "DefaultCPUAllocator: can't allocate memory")
 
 LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -79,7 +78,7 @@ def beside(target: Path) -> Iterator[Path]:
     temporary = None
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        temporary.chmod(0o777 & ~current_umask())
+        temporary.chmod(0o777 & ~umask())
         yield temporary
     except BaseException:
         if temporary is not None:
@@ -91,10 +90,9 @@ def beside(target: Path) -> Iterator[Path]:
 
 def give_usual_modes(folder: Path) -> None:
     """Let files have the permissions that the umask grants; safetensors makes them readable by their owner alone."""
-    mode = 0o666 & ~current_umask()
     for path in folder.rglob("*"):
         if path.is_file():
-            path.chmod(mode)
+            path.chmod(0o666 & ~umask())
 
 
 def remove_empty(folders: Sequence[Path]) -> None:
@@ -106,25 +104,13 @@ def remove_empty(folders: Sequence[Path]) -> None:
             return
 
 
-def current_umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
 # ---- Tables and numbers ----
 
 
 def format_table(
     rows: Sequence[Sequence[object]], header: Sequence[str] | None = None, right: Sequence[int] = ()
 ) -> str:
-    """Rows as aligned plain text.
-
-    Args:
-        rows: the cells; each is shown with str().
-        header: names of the columns, underlined.
-        right: numbers of the columns that are aligned to the right.
-    """
+    """Rows as aligned plain text below an underlined header; the columns with the numbers in `right` to the right."""
     lines = [[str(cell) for cell in row] for row in rows]
     if header is not None:
         lines = [list(header), ["-" * len(name) for name in header], *lines]

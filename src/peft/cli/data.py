@@ -92,12 +92,9 @@ def check_messages(messages: Any, where: str) -> None:
 def split_rows(
     rows: Sequence[dict[str, Any]], eval_size: int | None, train_size: int | None, seed: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Shuffle rows and set some aside, as `(train, held out)`; copies of held-out rows are not trained on.
+    """Shuffle rows and set `eval_size` aside (None: a tenth, at most 200), as `(train, held out)`.
 
-    Args:
-        eval_size: number of rows to hold out; None: a tenth, at most 200.
-        train_size: at most so many to train on; None: all.
-        seed: of the shuffling.
+    At most `train_size` are trained on, and no copies of held-out rows.
 
     Raises:
         CliError: too few rows.
@@ -158,11 +155,7 @@ def encode_rows(
 
 
 def encode_row(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], loss_on: str = "completions") -> Example:
-    """Tokenise a row.
-
-    Args:
-        loss_on: "completions" (completions, the assistant's turns, whole texts) or "all".
-    """
+    """Tokenise a row; trained on are "completions" (completions, the assistant's turns, whole texts) or "all"."""
     if "messages" in row:
         segments = chat_segments(tokenizer, row["messages"], row.get("__where__", "a row"))
         start = []  # the template writes it

@@ -46,12 +46,7 @@ class Measure:
 
 
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source, batch_size: int) -> Measure:
-    """Accuracy on the held-out problems of a task, or loss on the held-out rows of a file.
-
-    Args:
-        model: the model, which is put into evaluation mode for the time being.
-        source: tokenised.
-        batch_size: rows per batch in training.
+    """Accuracy on the held-out problems of a task, or loss on the held-out rows of a file (`source` is tokenised).
 
     Raises:
         NotFinite: the loss is infinite or not a number.

@@ -116,12 +116,8 @@ def read_model(name: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
 
 
 def count_parameters(tensors: dict[str, torch.Tensor], every_module: bool) -> dict[str, Line]:
-    """Lines of the table by what they are called.
-
-    Args:
-        tensors: by their full names.
-        every_module: a line for each module; else one for all layers' modules that are alike, with `*` for the number.
-    """
+    """Lines of the table, for tensors by their full names; without `every_module` all layers' modules that are alike
+    have one, with `*` for the number."""
     lines: dict[str, Line] = {}
     for key, tensor in tensors.items():
         match = METHOD_PARTS.search(key)

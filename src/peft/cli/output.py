@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import write_atomically
+from ..config import write_text
 from .arguments import option
 from .common import CliError, NotFinite, beside, first_line, give_usual_modes, notice, remove_empty
 from .evaluate import METRICS_FILE, Measure, read_metrics, read_record
@@ -137,8 +137,7 @@ class Output:
         self._write_run()
 
     def _write_run(self) -> None:
-        text = json.dumps(self._run, indent=2, allow_nan=False)
-        write_atomically(self.checkpoints / RUN_FILE, lambda path: Path(path).write_text(text, encoding="utf-8"))
+        write_text(self.checkpoints / RUN_FILE, json.dumps(self._run, indent=2, allow_nan=False))
 
     def keep_before(self, before: Measure) -> None:
         """Note what has been measured before training, for when the run is resumed."""
@@ -148,12 +147,7 @@ class Output:
             self._write_run()
 
     def _clean_up(self, made: list[Path], keep: bool) -> None:
-        """Remove what cannot be resumed.
-
-        Args:
-            made: folders that there were none of before, innermost first.
-            keep: whether checkpoints that are complete are to be resumed.
-        """
+        """Remove what cannot be resumed (unless `keep`, everything), and of the folders `made` the empty ones."""
         complete, incomplete = self._find_checkpoints()
         keep = keep and bool(complete)
         for folder in incomplete if keep else [self.checkpoints]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import sys
 import time
-from typing import Any
 
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from .common import NotFinite
 
@@ -32,9 +31,7 @@ class Progress(TrainerCallback):
     def tokens_per_second(self) -> float:
         return (self._tokens - self._tokens_before) / self.seconds if self.seconds else 0.0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
         self._bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
@@ -49,21 +46,14 @@ class Progress(TrainerCallback):
         self._tokens_before = self._tokens = state.num_input_tokens_seen
         self._began = time.perf_counter()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args, state, control, **kwargs) -> None:
         self.seconds = time.perf_counter() - self._began
         self._tokens = state.num_input_tokens_seen
         self._shown["tokens/s"] = f"{self.tokens_per_second:,.0f}"
         self._bar.set_postfix(self._shown, refresh=False)
         self._bar.update()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args, state, control, logs: dict[str, float] | None = None, **kwargs) -> None:
         if logs and "loss" in logs:
             if not math.isfinite(logs["loss"]):
                 raise NotFinite(

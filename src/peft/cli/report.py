@@ -9,7 +9,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..config import write_atomically
 from .common import LAYER_NUMBER, format_table, notice
 from .evaluate import METRICS_FILE, Measure
 
@@ -29,23 +28,21 @@ def draw_curve(losses: list[tuple[int, float]], title: str, folder: Path) -> Non
     if importlib.util.find_spec("matplotlib") is None:
         notice(f"{CURVE_FILE} is not drawn: that needs matplotlib (pip install 'peft[demo]')")
         return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from ..tuners.denas.report import new_figure, write_figure
 
     steps, values = zip(*losses)
     means, mean = [], values[0]
     for value in values:
         mean += (value - mean) / min(len(means) + 1, 20)
         means.append(mean)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 4)
     axes = figure.add_subplot(xlabel="update step", ylabel="training loss")
     axes.set_title(printable(title), parse_math=False)
     axes.plot(steps, values, color="C0", alpha=0.3, linewidth=1)
     axes.plot(steps, means, color="C0", linewidth=2)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    figure.savefig(folder / CURVE_FILE, dpi=120)
+    write_figure(figure, folder / CURVE_FILE)
 
 
 def printable(title: str) -> str:
@@ -126,8 +123,8 @@ def delta_table(deltas: dict[str, Delta]) -> str:
 def draw_deltas(deltas: dict[str, Delta], title: str, path: Path) -> None:
     """Draw share and norm of the deltas into a PNG file: a column per numbered layer, a row per kind of module."""
     import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+
+    from ..tuners.denas.report import new_figure, write_figure
 
     places = {}  # name -> its kind and the number of its layer; -1: it is in no numbered layer
     for name in deltas:
@@ -142,9 +139,7 @@ def draw_deltas(deltas: dict[str, Delta], title: str, path: Path) -> None:
     elif any(delta.norm is not None for delta in deltas.values()):
         panels["norm of the change"] = lambda delta: delta.norm
 
-    size = (3 + max(4, 0.3 * len(numbers)), 1 + (0.8 + 0.3 * len(kinds)) * len(panels))
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(3 + max(4, 0.3 * len(numbers)), 1 + (0.8 + 0.3 * len(kinds)) * len(panels))
     figure.suptitle(printable(title), parse_math=False)
     for axes, (label, value) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items()):
         grid = np.full((len(kinds), len(numbers)), np.nan)
@@ -155,4 +150,4 @@ def draw_deltas(deltas: dict[str, Delta], title: str, path: Path) -> None:
         axes.set_xticks(range(len(numbers)), ["" if number < 0 else number for number in numbers])
         axes.set(xlabel="layer", title=label)
         figure.colorbar(image, ax=axes)
-    write_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png"))
+    write_figure(figure, path)

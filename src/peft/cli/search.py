@@ -7,15 +7,17 @@ is what `CompactLoraConfig(best_structure=DIR)`, `apply_structure` and `deltatun
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..utils.constants import STRUCTURE_NAME
+from .arguments import SEARCH_METHOD_OPTIONS
 from .common import CliError, first_line, format_table, need, notice
 from .data import Collator, encode_rows, pad_id_of, read_rows
-from .models import load_model, load_tokenizer, quiet_transformers, resolve_dtype
+from .models import load_model, load_tokenizer, make_adapter_config, quiet_transformers, resolve_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -23,23 +25,11 @@ if TYPE_CHECKING:
 
     from ..tuners.denas import DenasConfig, SearchResult
 
-SEARCH_OPTIONS = {
-    "score": "score",
-    "engine": "engine",
-    "granularity": "granularity",
-    "max_params": "max_params",
-    "min_params": "min_params",
-    "max_latency": "max_latency",
-    "max_rank": "r_max",
-    "rounds": "max_epochs",
-    "population": "population_num",
-    "seed": "seed",
-    "batch_size": "batch_size",
-    "length": "sequence_length",
-    "storage": "storage",
+FIELDS = {
+    "max_rank": "r_max", "rounds": "max_epochs", "population": "population_num", "length": "sequence_length",
     "study": "study_name",
-}
-"""Option -> the field of `DenasConfig` that it sets."""
+}  # fmt: skip
+"""Option -> the field of `DenasConfig` that it sets, where that is called otherwise."""
 
 
 def run(args: argparse.Namespace) -> None:
@@ -51,9 +41,9 @@ def run(args: argparse.Namespace) -> None:
         raise CliError(f"--output {output} already holds a structure; --overwrite replaces it")
     try:
         search = make_search(args)
-        config = make_adapter_config(args)
     except ValueError as error:
         raise CliError(first_line(error)) from error
+    config = make_adapter_config(args, SEARCH_METHOD_OPTIONS)
     if search.engine in ("tpe", "nsga2") and importlib.util.find_spec("optuna") is None:
         raise need("optuna", f"--engine {search.engine}", "denas")
 
@@ -81,26 +71,14 @@ def make_search(args: argparse.Namespace) -> DenasConfig:
     """What the options say of the search; those that were not given keep the defaults."""
     from ..tuners.denas import DenasConfig
 
-    given = {field: getattr(args, name) for name, field in SEARCH_OPTIONS.items() if getattr(args, name) is not None}
+    options = {FIELDS.get(name, name): value for name, value in vars(args).items() if value is not None}
+    given = {field.name: options[field.name] for field in dataclasses.fields(DenasConfig) if field.name in options}
     if args.population is not None:  # the other numbers of a round in deltatuner's proportions
         given |= {"select_num": args.population, "crossover_num": args.population // 2}
         given |= {"mutation_num": args.population // 2}
     if args.latency_objective:
         given["objectives"] = ["score", "params", "latency"]
     return DenasConfig(**given)
-
-
-def make_adapter_config(args: argparse.Namespace) -> Any:
-    """The adapter whose structure is searched."""
-    from peft import LoraConfig, SftConfig, SsfConfig, TaskType
-
-    fields: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM, "target_modules": args.target_modules}
-    if args.method == "lora":
-        rank = args.rank or LoraConfig().r
-        return LoraConfig(**fields, r=rank, lora_alpha=args.alpha or 2 * rank)
-    if args.method == "ssf":
-        return SsfConfig(**fields)
-    return SftConfig(**fields) if args.density is None else SftConfig(**fields, density=args.density)
 
 
 def data_batch(path: str, tokenizer: PreTrainedTokenizerBase, search: DenasConfig) -> dict[str, torch.Tensor]:

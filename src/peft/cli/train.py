@@ -120,19 +120,22 @@ def make_training_args(args: argparse.Namespace, output: Output) -> TrainingArgu
     return training_args
 
 
-def make_trainer(
+def train(
     args: argparse.Namespace,
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     source: Source,
     training_args: TrainingArguments,
-    progress: Progress,
-) -> Trainer:
+    output: Output,
+) -> dict[str, Any]:
+    """Measure, train, measure, write the results; returns what goes into metrics.json."""
     from transformers import PrinterCallback, Trainer
 
     from peft import SftTrainer
 
-    examples = source.train_examples
+    from .progress import Progress
+
+    progress, examples = Progress(), source.train_examples
     if args.packing:
         examples = pack(examples, args.max_length)
         notice(f"packed {len(source.train_examples)} examples into {len(examples)} sequences")
@@ -144,22 +147,6 @@ def make_trainer(
         callbacks=[progress],
     )
     trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def train(
-    args: argparse.Namespace,
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    source: Source,
-    training_args: TrainingArguments,
-    output: Output,
-) -> dict[str, Any]:
-    """Measure, train, measure, write the results; returns what goes into metrics.json."""
-    from .progress import Progress
-
-    progress = Progress()
-    trainer = make_trainer(args, model, tokenizer, source, training_args, progress)
     if output.before is None:
         notice(f"measuring on {len(source.held_out_examples)} held-out examples before training")
         with model.disable_adapter():

@@ -113,9 +113,7 @@ def _base_of(model: nn.Module) -> nn.Module:
     if any(layer.merged for layer in model.base_model.layers()):
         raise ValueError("The model's adapter is merged: call unmerge_adapter() first")
     if _is_trained(model):
-        warn(
-            "The model's adapter has been trained; the compact one replaces it and starts anew",
-        )
+        warn("The model's adapter has been trained; the compact one replaces it and starts anew")
     return model.unload()
 
 

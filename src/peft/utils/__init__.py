@@ -31,7 +31,6 @@ __getattr__, __dir__, __all__ = attach(
         "register_peft_method": "peft.mapping",
         "replace_lora_weights_loftq": "peft.utils.loftq_utils",
     },
-    {},
     (
         "constants", "error", "hub", "integrations", "loftq_utils", "model_card", "other", "peft_types",
         "quantization_utils", "save_and_load", "transformers_weight_conversion", "warning",

@@ -115,8 +115,9 @@ class Blockwise(nn.Module):
         return same_place and torch.equal(self.weight, packed) and torch.equal(self.absmax, absmax)
 
     def dequantized(self) -> torch.Tensor:
-        """The weight as stored."""
-        return unpack(self.weight, self.absmax, self.dtype)
+        """The weight, (O, I) of a linear layer."""
+        weight = unpack(self.weight, self.absmax, self.dtype)
+        return weight.T if self.transposed else weight
 
     def _apply(self, fn, recurse=True):
         """Moves go for everything; casts change `dtype` and not the scales, which are part of the packed weight."""
@@ -245,11 +246,6 @@ def _requantize(layer: Blockwise, weight: torch.Tensor) -> None:
     layer.hold(nn.Parameter(packed, requires_grad=False), absmax)
 
 
-def _dequantize(layer: Blockwise) -> torch.Tensor:
-    weight = layer.dequantized()
-    return weight.T if layer.transposed else weight
-
-
 def _plain(layer: Blockwise) -> nn.Module | None:
     if getattr(layer, "plain", None) is None:
         return None
@@ -262,7 +258,7 @@ register_backend(
     QuantizationBackend(
         "block-wise 8-bit",
         lambda layer: isinstance(layer, Blockwise),
-        _dequantize,
+        Blockwise.dequantized,
         _requantize,
         ("weight", "absmax"),
         casts_input=True,

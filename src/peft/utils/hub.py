@@ -9,11 +9,7 @@ from .constants import PROMPT_NETWORK_NAME
 
 
 def push_to_hub(obj, repo_id: str, *, save_kwargs: dict | None = None, **upload_kwargs) -> str:
-    """Save `obj` into a temporary folder and upload that folder; see `upload_folder`.
-
-    Args:
-        save_kwargs: handed to `obj.save_pretrained`.
-    """
+    """`obj.save_pretrained(folder, **save_kwargs)` into a temporary folder, and `upload_folder`."""
     with tempfile.TemporaryDirectory() as folder:
         obj.save_pretrained(folder, **(save_kwargs or {}))
         upload_kwargs.setdefault("commit_message", f"Upload {type(obj).__name__}")

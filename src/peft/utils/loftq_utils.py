@@ -133,20 +133,19 @@ class _Checkpoint:
     """The tensors of a safetensors file, or of the files of a folder or hub repository, read one by one."""
 
     def __init__(self, path: str | os.PathLike):
-        self.path = path
-        if os.path.isfile(path):
-            found = str(path)
-        else:
-            index = "model.safetensors.index.json"
-            found = find_first(path, ["model.safetensors", index], "weights as safetensors")
-        if not found.endswith(".json"):
-            with self._open(found) as file:
-                self.files = dict.fromkeys(file.keys(), found)
-            return
-        with open(found, encoding="utf-8") as file:
-            shards = json.load(file)["weight_map"]
-        where = {shard: find_first(path, [shard], "a part of the weights") for shard in set(shards.values())}
-        self.files = {key: where[shard] for key, shard in shards.items()}
+        self.path, found = path, str(path)
+        if not os.path.isfile(path):
+            names = ["model.safetensors", "model.safetensors.index.json"]
+            found = find_first(path, names, "weights as safetensors")
+        parts = [found]
+        if found.endswith(".json"):
+            with open(found, encoding="utf-8") as file:
+                names = sorted(set(json.load(file)["weight_map"].values()))
+            parts = [find_first(path, [name], "a part of the weights") for name in names]
+        self.files = {}  # key -> the file that holds it
+        for part in parts:
+            with self._open(part) as file:
+                self.files |= dict.fromkeys(file.keys(), part)
 
     @staticmethod
     def _open(file: str):

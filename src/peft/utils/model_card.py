@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ..config import write_atomically
+from ..config import write_text
 
 _PIPELINES = {
     "CAUSAL_LM": "text-generation",
@@ -62,10 +62,4 @@ def write_model_card(model, folder: str | os.PathLike) -> None:
         card.data.pipeline_tag = _PIPELINES[task]
     tags = {*(card.data.get("tags") or []), method.lower(), *([f"base_model:adapter:{base}"] if base else [])}
     card.data.tags = sorted(tags)
-    content = str(card)
-
-    def write(file):
-        with open(file, "w", encoding="utf-8") as out:
-            out.write(content)
-
-    write_atomically(path, write)
+    write_text(path, str(card))

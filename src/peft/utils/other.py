@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Hashable, Iterator, Sequence
 
@@ -173,18 +174,13 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         self.modules_to_save[adapter_name] = duplicate
 
     def _current(self) -> nn.Module:
-        name = next((name for name in self._active_adapter if name in self.modules_to_save), None)
-        return self.original_module if self._disable_adapters or name is None else self.modules_to_save[name]
+        return self.unload(() if self._disable_adapters else self._active_adapter)
 
     def forward(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
         if adapter_names is None or self._disable_adapters:
             return self._current()(*args, **kwargs)
         ways = [name if name in self.modules_to_save else None for name in adapter_names]
-        return run_by_row(self._run_copy, ways, args, kwargs)
-
-    def _run_copy(self, name: str | None, *args, **kwargs):
-        """The result of the copy of adapter `name`; None: of the original."""
-        return (self.original_module if name is None else self.modules_to_save[name])(*args, **kwargs)
+        return run_by_row(lambda name, *args, **kwargs: self.unload([name])(*args, **kwargs), ways, args, kwargs)
 
     def __getattr__(self, name: str):
         try:
@@ -276,6 +272,23 @@ def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int, decoder_start
     start = input_ids.new_full((input_ids.shape[0], 1), decoder_start_token_id)
     shifted = torch.cat([start, input_ids[:, :-1]], dim=1)
     return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Within this context no parameter trains; afterwards flags, gradients and modes are what they were before."""
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for parameter, _, _ in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, flag, gradient in parameters:
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
+        for module, mode in modes:
+            module.training = mode
 
 
 def enable_checkpointing(model: nn.Module, options: dict | None = None) -> None:

@@ -257,16 +257,13 @@ def refuse_flattened(layer: nn.Module) -> None:
     if torch.compiler.is_compiling():
         return  # the memory of a tensor cannot be asked for there
     weight = getattr(layer, "weight", None)  # packed ones may be called otherwise, and are never flattened
-    is_freed = type(weight) in (torch.Tensor, nn.Parameter) and not weight.is_meta and _memory(weight) < weight.nbytes
+    has_memory = type(weight) in (torch.Tensor, nn.Parameter) and not weight.is_meta
+    is_freed = has_memory and weight.untyped_storage().nbytes() < weight.nbytes
     if getattr(weight, "_fsdp_flattened", False) or is_freed:
         raise RuntimeError(
             f"The weight of {type(layer).__name__} is flattened and sharded by FSDP1, and cannot be read or rewritten "
             "layer by layer: use FSDP2 (fully_shard), or save the adapter and merge it in one process"
         )
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().nbytes()
 
 
 def reshard(model: nn.Module) -> None:
@@ -314,13 +311,13 @@ def independent_copy(module: nn.Module) -> nn.Module:
                 hook.execution_device, io_same_device=hook.io_same_device, skip_keys=hook.skip_keys
             )
     # Parts that are empty, with nothing to bring their numbers, stay so: those of a model whose weights come later.
-    reachable = [part for part in module.modules() if offload_hook(part) is not None or not _is_empty(part)]
+    reachable = [
+        part
+        for part in module.modules()
+        if offload_hook(part) is not None or not any(tensor.is_meta for tensor in part.parameters(recurse=False))
+    ]
     with whole_modules(reachable):
         return copy.deepcopy(module, stand_ins)
-
-
-def _is_empty(module: nn.Module) -> bool:
-    return any(parameter.is_meta for parameter in module._parameters.values() if parameter is not None)
 
 
 def own_tensor(model: nn.Module, name: str) -> tuple[nn.Module, str]:

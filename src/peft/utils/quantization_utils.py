@@ -327,6 +327,10 @@ def read_through_forward(layer: nn.Module) -> torch.Tensor:
             layer.bias = bias
 
 
+def _weight_shape(layer: nn.Module) -> torch.Size:
+    return layer.weight.shape
+
+
 def _eetq_shape(layer: nn.Module) -> torch.Size:
     """EETQ stores the weight (I, O), and transformers' layer does not say its sizes otherwise."""
     return torch.Size(reversed(layer.weight.shape))
@@ -350,51 +354,16 @@ def _cast(layer: nn.Module, weight: torch.Tensor) -> None:
     layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
 
 
-register_backend(QuantizationBackend("packed", _is_packed, read_through_forward))
-register_backend(
+# The first that matches has a layer: those that are known by their classes, and then those known by their attributes.
+_BACKENDS += [
     QuantizationBackend(
-        "cast", _is_cast, lambda layer: layer.weight.float(), _cast, shape=lambda layer: layer.weight.shape
-    )
-)
-for _name, _attributes, _weight_name in (
-    ("FP8", ("weight_scale_inv",), "weight"),
-    ("AQLM", ("codes", "codebooks"), "codes"),
-    ("AWQ", ("qweight", "qzeros", "scales"), "qweight"),
-    ("GPTQ", ("qweight", "qzeros", "scales", "g_idx"), "qweight"),
-):
-    register_backend(
-        QuantizationBackend(_name, _having(*_attributes), read_through_forward, attributes=(_weight_name,))
-    )
-register_backend(QuantizationBackend("EETQ", _having("weight_scales"), read_through_forward, shape=_eetq_shape))
-register_backend(
-    QuantizationBackend(
-        "quanto",
-        _from("optimum.quanto"),
-        _dequantize_tensor,
-        _requantize_quanto,
-        shape=lambda layer: layer.weight.shape,  # of convolutions, too
-    )
-)
-register_backend(QuantizationBackend("torchao", _from("torchao"), _dequantize_tensor))
-register_backend(
-    QuantizationBackend(
-        "torchao int8",
-        lambda layer: _named(_held(layer), "torchao", "Int8Tensor"),
-        lambda layer: layer.weight.dequantize(torch.float32),  # it computes in the type of its input
-        _requantize_torchao,
+        "bitsandbytes 4-bit",
+        lambda layer: _named(layer, "bitsandbytes", "Linear4bit", "Embedding4bit") and _state_4bit(layer) is not None,
+        _dequantize_4bit,
+        _requantize_4bit,
+        ("weight", "quant_state"),
         casts_input=True,
-    )
-)
-register_backend(
-    QuantizationBackend(
-        "HQQ",
-        lambda layer: _named(layer, "hqq", "HQQLinear") and layer.W_q is not None,
-        lambda layer: layer.dequantize(),
-        _requantize_hqq,
-        ("W_q", "meta"),
-    )
-)
-register_backend(
+    ),
     QuantizationBackend(
         "bitsandbytes 8-bit",
         lambda layer: (
@@ -404,17 +373,36 @@ register_backend(
         _requantize_8bit,
         ("weight", "state"),
         casts_input=True,
-    )
-)
-register_backend(
+    ),
     QuantizationBackend(
-        "bitsandbytes 4-bit",
-        lambda layer: _named(layer, "bitsandbytes", "Linear4bit", "Embedding4bit") and _state_4bit(layer) is not None,
-        _dequantize_4bit,
-        _requantize_4bit,
-        ("weight", "quant_state"),
+        "HQQ",
+        lambda layer: _named(layer, "hqq", "HQQLinear") and layer.W_q is not None,
+        lambda layer: layer.dequantize(),
+        _requantize_hqq,
+        ("W_q", "meta"),
+    ),
+    QuantizationBackend(
+        "torchao int8",
+        lambda layer: _named(_held(layer), "torchao", "Int8Tensor"),
+        lambda layer: layer.weight.dequantize(torch.float32),  # it computes in the type of its input
+        _requantize_torchao,
         casts_input=True,
-    )
-)
+    ),
+    QuantizationBackend("torchao", _from("torchao"), _dequantize_tensor),
+    # Of convolutions, too.
+    QuantizationBackend("quanto", _from("optimum.quanto"), _dequantize_tensor, _requantize_quanto, shape=_weight_shape),
+    QuantizationBackend("EETQ", _having("weight_scales"), read_through_forward, shape=_eetq_shape),
+    *(
+        QuantizationBackend(name, _having(*held), read_through_forward, attributes=(weight,))
+        for name, weight, held in (
+            ("GPTQ", "qweight", ("qweight", "qzeros", "scales", "g_idx")),
+            ("AWQ", "qweight", ("qweight", "qzeros", "scales")),
+            ("AQLM", "codes", ("codes", "codebooks")),
+            ("FP8", "weight", ("weight_scale_inv",)),
+        )
+    ),
+    QuantizationBackend("cast", _is_cast, lambda layer: layer.weight.float(), _cast, shape=_weight_shape),
+    QuantizationBackend("packed", _is_packed, read_through_forward),
+]
 
 explain_missing(__name__)

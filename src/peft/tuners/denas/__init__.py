@@ -6,11 +6,6 @@ from .report import SearchResult
 from .structure import apply_structure, read_structure, write_structure
 
 __all__ = [
-    "CompactLoraConfig",
-    "DenasConfig",
-    "SearchResult",
-    "apply_structure",
-    "read_structure",
-    "search_structure",
+    "CompactLoraConfig", "DenasConfig", "SearchResult", "apply_structure", "read_structure", "search_structure",
     "write_structure",
-]
+]  # fmt: skip

@@ -140,26 +140,22 @@ class DenasConfig(SearchSettings):
                 raise ValueError(f"{name}_min..{name}_max must be whole numbers >= 1 in order, got {low!r}..{high!r}")
             if not isinstance(step, int) or step < 1:
                 raise ValueError(f"{name}_step must be a whole number >= 1, got {step!r}")
-        for name in ("population_num", "select_num", "max_epochs", "scale_factor", "batch_size", "sequence_length"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {getattr(self, name)!r}")
-        for name in ("crossover_num", "mutation_num", "seed"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
-                raise ValueError(f"{name} must be a whole number >= 0, got {getattr(self, name)!r}")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience must be at least 1 or None, got {self.patience!r}")
-        for name in ("m_prob", "s_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
-        for name in ("max_params", "min_params", "max_latency", "min_latency"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, Real) and 0 < value < math.inf):
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        counts = ("population_num", "select_num", "max_epochs", "scale_factor", "batch_size", "sequence_length")
+        wholes = ("crossover_num", "mutation_num", "seed")
+        limits = ("max_params", "min_params", "max_latency", "min_latency")
+        for names, rule, holds in (
+            (counts, "be a whole number >= 1", lambda value: isinstance(value, int) and value >= 1),
+            (wholes, "be a whole number >= 0", lambda value: isinstance(value, int) and value >= 0),
+            (("patience",), "be at least 1 or None", lambda value: value is None or value >= 1),
+            (("m_prob", "s_prob"), "be in [0, 1]", lambda value: 0 <= value <= 1),
+            (limits, "be a positive number", lambda n: n is None or (isinstance(n, Real) and 0 < n < math.inf)),
+            (WEIGHTS, "not be negative", lambda value: value >= 0),
+        ):
+            for name in names:
+                if not holds(value := getattr(self, name)):
+                    raise ValueError(f"{name} must {rule}, got {value!r}")
         if None not in (self.min_latency, self.max_latency) and self.min_latency > self.max_latency:
             raise ValueError(f"min_latency={self.min_latency} is more than max_latency={self.max_latency}")
-        for name in WEIGHTS:
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
 
     def _check_combinations(self):
         defaults = {field.name: field.default for field in dataclasses.fields(self)}

@@ -22,8 +22,7 @@ def best_choice(
     """Choose one option of each group, of largest total value, with `minimum <= total cost <= maximum`.
 
     Args:
-        costs: for each group (options,) whole numbers >= 0.
-        values: likewise, finite numbers.
+        costs, values: for each group (options,) whole numbers >= 0, and finite numbers.
 
     Returns:
         The number of the option chosen in each group; None: no choice is within the budget.

@@ -37,7 +37,6 @@ class Layout:
     """The targets of an adapter by layer.
 
     Args:
-        model: the model; it is only looked at.
         targets: `{full name: base layer}`, as `BaseTuner.targets_of` gives them.
 
     Attributes:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...utils.other import frozen
 from ...utils.peft_types import PeftType
 from ..common_config import TargetedConfig
 from ..tuners_utils import BaseTunerLayer
@@ -163,20 +164,7 @@ def make_batches(model: nn.Module, search: DenasConfig, tokenizer: Any, batch: A
 @contextlib.contextmanager
 def left_as_it_was(model: nn.Module, seed: int) -> Iterator[None]:
     """Within this context the model is frozen and the generators are seeded; afterwards all is as it was before."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    gradients = [(parameter, parameter.grad) for parameter, _ in flags if parameter.grad is not None]
-    training = [(module, module.training) for module in model.modules()]
-    devices = sorted({parameter.device.index for parameter, _ in flags if parameter.is_cuda})
-    with torch.random.fork_rng(devices):
+    devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
+    with torch.random.fork_rng(devices), frozen(model):
         torch.manual_seed(seed)
-        try:
-            for parameter, _ in flags:
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
-            for module, mode in training:
-                module.training = mode
+        yield

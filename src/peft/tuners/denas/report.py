@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ...config import write_atomically
+from ...config import write_atomically, write_text
 from ...utils.constants import STRUCTURE_NAME
 from ...utils.peft_types import PeftType
 from .search import Record
@@ -61,7 +61,7 @@ class SearchResult:
         folder.mkdir(parents=True, exist_ok=True)
         write_structure(self.structure, folder / STRUCTURE_NAME)
         content = {"method": self.method.value, "history": self.history, "front": self.front}
-        write_atomically(folder / "history.json", lambda path: Path(path).write_text(json.dumps(content) + "\n"))
+        write_text(folder / "history.json", json.dumps(content) + "\n")
         write_atomically(folder / "history.csv", self._write_csv)
         if plots:
             self.plot_search(folder / "search.png")
@@ -78,7 +78,7 @@ class SearchResult:
 
     def plot_search(self, path: str | os.PathLike) -> None:
         """Draw score over evaluations, and, after "nsga2", score over parameters with the Pareto front."""
-        figure = _figure(9 if self.front else 6, 4)
+        figure = new_figure(9 if self.front else 6, 4)
         panels = figure.subplots(1, 2 if self.front else 1, squeeze=False)[0]
         scores = [row["score"] for row in self.history]
         panels[0].plot(scores, ".", label="structure")
@@ -93,7 +93,7 @@ class SearchResult:
             )
             panels[1].set(xlabel="trained parameters", ylabel="score")
             panels[1].legend()
-        _write(figure, path)
+        write_figure(figure, path)
 
     def plot_structure(self, path: str | os.PathLike) -> None:
         """Draw the size of every layer's delta as bars (rank, share, or on and off), a row for each type of module."""
@@ -101,22 +101,21 @@ class SearchResult:
         sizes, on = self.structure[name], self.structure[self._layer_name]
         if not isinstance(on, dict):
             sizes, on = {"": sizes}, {"": on}
-        figure = _figure(3 + 0.25 * self._space.layout.layers, 1 + 1.6 * len(on))
+        figure = new_figure(3 + 0.25 * self._space.layout.layers, 1 + 1.6 * len(on))
         for axes, kind in zip(figure.subplots(len(on), squeeze=False)[:, 0], on):
             axes.bar(range(len(on[kind])), [size * used for size, used in zip(sizes[kind], on[kind])])
             axes.set(ylabel={"r": "rank", "share": "share"}.get(name, "on"), title=kind, xlabel="layer")
         figure.suptitle(f"{PeftType(self.method).value}: {self.params:,} parameters, score {self.score:.4g}")
-        _write(figure, path)
+        write_figure(figure, path)
 
 
-def _figure(width: float, height: float):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def new_figure(width: float, height: float):
+    """A figure of so many inches that no window of matplotlib's belongs to."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
-def _write(figure, path: str | os.PathLike) -> None:
+def write_figure(figure, path: str | os.PathLike) -> None:
+    """Write a figure as PNG."""
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))

@@ -95,9 +95,7 @@ class Search:
         params = int(self.space.params(codes))
         allowed = self.budget.min_params <= params <= self.budget.max_params and bool(codes[:, 0].any())
         latency = self.scorer.latency(codes) if allowed else None
-        if latency is not None and not self.budget.allows_latency(latency):
-            allowed = False
-        if not allowed:
+        if not allowed or (latency is not None and not self.budget.allows_latency(latency)):
             self.seen[key] = None
             return None
         return self.remember(Record(codes, self.scorer.score(codes, latency), params, latency))
@@ -125,9 +123,7 @@ class Search:
         except KeyboardInterrupt:
             if not self.history:
                 raise
-            warn(
-                f"The search was interrupted after {len(self.history)} structures; the best of them is taken",
-            )
+            warn(f"The search was interrupted after {len(self.history)} structures; the best of them is taken")
         finally:
             self._bar.close()
         if self.best is None:
@@ -187,7 +183,6 @@ def random_search(search: Search) -> None:
 def evolutionary(search: Search) -> None:
     """Each round keeps the best, crosses and mutates them, and fills up with random candidates."""
     config, space, rng = search.config, search.space, search.rng
-
     best: list[Record] = []
 
     def parent() -> np.ndarray:

@@ -64,9 +64,7 @@ class SearchSpace:
     """All structures of an adapter on a model.
 
     Args:
-        model: the base model.
         config: the adapter: a LoraConfig, SsfConfig or SftConfig.
-        search: ranges and granularity.
         with_alpha: whether LoRA's multiplier of alpha is searched; else it is that of `config`.
 
     Attributes:

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import nn
 
-from ...config import write_atomically
+from ...config import write_text
 from ...utils.constants import STRUCTURE_NAME
 from ...utils.peft_types import PeftType
 from ..common_config import TargetedConfig
@@ -157,15 +157,8 @@ def presets() -> list[str]:
 
 def write_structure(structure: dict[str, Any], path: str | os.PathLike) -> None:
     """Write a structure's object as one line of JSON; into a folder under the name that adapters' folders use."""
-    text = json.dumps(structure) + "\n"
-    if os.path.isdir(path):
-        path = os.path.join(path, STRUCTURE_NAME)
-
-    def write(temporary):
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-
-    write_atomically(path, write)
+    path = os.path.join(path, STRUCTURE_NAME) if os.path.isdir(path) else path
+    write_text(path, json.dumps(structure) + "\n")
 
 
 # ---- From a structure to an ordinary configuration ----
@@ -181,7 +174,6 @@ def apply_structure(
 
     Args:
         config: a LoraConfig, SsfConfig or SftConfig; its targets are those that the structure chooses from.
-        model: the base model.
         structure: the object or a file.
 
     Returns:

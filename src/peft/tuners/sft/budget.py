@@ -28,15 +28,7 @@ def find(wanted: Tensor, ordered: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """Mask of the `count` largest scores; among equal ones the first come first. No score may be NaN.
-
-    Args:
-        scores: (n,) numbers.
-        count: At most n.
-
-    Returns:
-        (n,) bool, true `count` times.
-    """
+    """Mask (n,) of the `count` <= n largest of scores (n,); among equal ones the first come first. None may be NaN."""
     if count == scores.numel():
         return torch.ones_like(scores, dtype=torch.bool)
     if count == 0:
@@ -49,13 +41,9 @@ def largest(scores: Tensor, count: int) -> Tensor:
 
 
 def candidate_counts(active: Sequence[int], rooms: Sequence[int]) -> list[int]:
-    """How many candidates each layer offers under a global budget.
+    """How many candidates each layer offers under a global budget, from its trained positions and its size.
 
     Half of them follow what the layer has, half its size, so that a layer that lost everything can come back.
-
-    Args:
-        active: Trained positions of each layer.
-        rooms: Size of each layer.
     """
     even = sum(active) / max(1, sum(rooms))
     return [min(room, max(1, int(OFFERED * (k + even * room)))) for k, room in zip(active, rooms)]
@@ -89,11 +77,7 @@ def exchange(magnitude: Tensor, slots: Tensor, is_active: Tensor, score: Tensor,
 def exchange_anywhere(
     layers: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], count: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """`exchange` over several layers as if they were one.
-
-    Args:
-        layers: For each `(magnitude, slots, is_active, score)`; all may be empty.
-        count: At most all k together.
+    """`exchange` over several layers, each `(magnitude, slots, is_active, score)`, as if they were one.
 
     Returns:
         For each layer the slots given up and the candidates grown, not equally many.

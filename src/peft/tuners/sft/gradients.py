@@ -192,11 +192,7 @@ class WholeGradient(WeightGradient):
 
 
 def touched(delta: SparseDelta, slots: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The numbers of an embedding's delta that belong to some tokens.
-
-    Args:
-        slots: (m,) of the delta, sorted.
-        tokens: (T,) sorted, distinct.
+    """The numbers in some slots (m,) of an embedding's delta that belong to tokens (T,); both sorted, distinct.
 
     Returns:
         (c,) where they are among the m or m * s numbers of the slots, and (c,) where in the vectors (T, E), flat.

@@ -153,15 +153,8 @@ class _WrittenProduct(torch.autograd.Function):
 
 
 def written_product(x: torch.Tensor, op: LinearOp | ConvOp, deltas) -> torch.Tensor:
-    """What a linear layer or a convolution computes with the deltas added to its weight, which `is_writable`.
-
-    Args:
-        x: as the layer takes it.
-        deltas: the `SparseDelta`s, in order.
-
-    Returns:
-        The output, in autocast's dtype under autocast.
-    """
+    """What a linear layer or a convolution makes of `x` with the deltas added, in order, to its weight, which
+    `is_writable`; in autocast's dtype under autocast."""
     device, weight, bias = x.device.type, op.layer.weight, op.layer.bias
     autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
@@ -171,32 +164,6 @@ def written_product(x: torch.Tensor, op: LinearOp | ConvOp, deltas) -> torch.Ten
     return y if y.dim() == x.dim() else y.squeeze(0)  # one image, without a batch
 
 
-class _AddTouched(torch.autograd.Function):
-    """`vectors (T, E), tokens (T,), values, indices, delta -> the vectors with the delta added`."""
-
-    @staticmethod
-    def forward(ctx, vectors, tokens, values, indices, delta):
-        ctx.save_for_backward(tokens, indices)
-        ctx.delta, ctx.dtype = delta, values.dtype
-        if ctx.needs_input_grad[2]:
-            expect(ctx, [delta])
-        numbers, places = touched(delta, indices, tokens)
-        sums = vectors.clone()
-        flat = sums.view(-1)
-        flat[places] = wide_sum(flat[places], values.view(-1)[numbers])
-        return sums
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        tokens, indices = ctx.saved_tensors
-        grad = None
-        if ctx.needs_input_grad[2]:
-            (grad,) = gradients_of(ctx, LookupGradient(tokens, gradient.contiguous()), [ctx.delta], [indices])
-            grad = grad.to(ctx.dtype)
-        return gradient if ctx.needs_input_grad[0] else None, None, grad, None, None
-
-
 def lookup(x: torch.Tensor, op: EmbeddingOp, deltas) -> torch.Tensor:
     """What an embedding gives for the tokens `x` with the deltas added to its table, of which only the vectors of these
     tokens are copied."""
@@ -204,7 +171,7 @@ def lookup(x: torch.Tensor, op: EmbeddingOp, deltas) -> torch.Tensor:
     tokens = tokens.long()
     vectors = op.vectors(tokens)
     for delta in deltas:
-        vectors = _AddTouched.apply(vectors, tokens, delta.values, delta.indices, delta)
+        vectors = _Add.apply(vectors.flatten(), delta.values, delta.indices, delta, tokens).view_as(vectors)
     return op.op_on(places, tokens, vectors)
 
 
@@ -255,22 +222,31 @@ def sparse_product(x: torch.Tensor, delta, op: LinearOp) -> torch.Tensor:
 
 
 class _Add(torch.autograd.Function):
+    """`flat, values, indices, delta, tokens -> flat` with the delta: the flattened weight (n,), or of an embedding the
+    flattened vectors (T * E,) of some tokens (T,)."""
+
     @staticmethod
-    def forward(ctx, flat, values, indices, delta):
-        ctx.save_for_backward(indices)
+    def forward(ctx, flat, values, indices, delta, tokens):
+        ctx.save_for_backward(indices, tokens)
         ctx.delta, ctx.dtype = delta, values.dtype
         if ctx.needs_input_grad[1]:
             expect(ctx, [delta])
-        return added(flat, values.flatten(), delta.positions(indices).flatten())
+        if tokens is None:
+            return added(flat, values.flatten(), delta.positions(indices).flatten())
+        numbers, places = touched(delta, indices, tokens)
+        return added(flat, values.view(-1)[numbers], places)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        (indices,) = ctx.saved_tensors
+        indices, tokens = ctx.saved_tensors
         grad = None
         if ctx.needs_input_grad[1]:
-            grad = gradients_of(ctx, WholeGradient(gradient), [ctx.delta], [indices])[0].to(ctx.dtype)
-        return gradient if ctx.needs_input_grad[0] else None, grad, None, None
+            whole = WholeGradient(gradient)
+            if tokens is not None:
+                whole = LookupGradient(tokens, gradient.reshape(len(tokens), ctx.delta.shape[1]))
+            grad = gradients_of(ctx, whole, [ctx.delta], [indices])[0].to(ctx.dtype)
+        return gradient if ctx.needs_input_grad[0] else None, grad, None, None, None
 
 
 def added(flat: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -281,4 +257,4 @@ def added(flat: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> to
 
 def add(flat: torch.Tensor, delta) -> torch.Tensor:
     """A copy of the flattened weight (n,) with the delta added, differentiable."""
-    return _Add.apply(flat, delta.values, delta.indices, delta)
+    return _Add.apply(flat, delta.values, delta.indices, delta, None)

@@ -104,13 +104,10 @@ class SparseDelta(nn.Module):
         return self.dense_numel if self.layout is None else self.layout.count
 
     def positions(self, slots: torch.Tensor | None = None) -> torch.Tensor:
-        """Flat row-major positions of all numbers of some slots in the weight as it is stored, int64.
+        """Flat row-major positions (m,) or (m, s), int64, of all numbers of some slots (m,) in the weight as stored.
 
         Args:
-            slots: (m,) as in `indices`; None: those.
-
-        Returns:
-            (m,) or (m, s).
+            slots: As in `indices`; None: those.
         """
         slots = self.indices.detach() if slots is None else slots
         return slots.long() if self.layout is None else self.layout.positions(slots)
@@ -174,12 +171,8 @@ class SparseDelta(nn.Module):
     # Gathering of gradients for a reselection ("rigl")
 
     def start_gathering(self, ranks: Ranks | None = None, count: int | None = None) -> None:
-        """From now on: choose candidates in the next backward pass, and sum up their gradients in every one.
-
-        Args:
-            ranks: The processes that choose together; None: this one alone.
-            count: Number of candidates c; None: as many as there are slots.
-        """
+        """From now on: choose c = `count` candidates (None: as many as there are slots) in the next backward pass, with
+        the processes of `ranks` if there are others, and sum up their gradients in every one."""
         self.is_gathering = True
         self.ranks = ranks
         self.candidate_count = self.slots if count is None else count
@@ -327,8 +320,7 @@ def _added(flat: torch.Tensor, delta: SparseDelta) -> torch.Tensor:
     """A copy of the flattened weight (n,) with the delta added, differentiable.
 
     Raises:
-        RuntimeError: A transform of torch.func is active while gradients are gathered: it runs no backward pass in
-            which they could be.
+        RuntimeError: A transform of torch.func is active, which runs no backward pass, while gradients are gathered.
     """
     if not torch._C._are_functorch_transforms_active():
         return add(flat, delta)

@@ -37,11 +37,7 @@ class SftOptimizer(torch.optim.Optimizer):
     """Prefixes of every state entry, to recognise the state of a foreign optimiser."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as `torch.optim.Optimizer` does.
-
-        Raises:
-            ValueError: A hyperparameter of the group, its own or a default, is out of its range.
-        """
+        """As `torch.optim.Optimizer`; raises ValueError if a hyperparameter of the group is out of its range."""
         super().add_param_group(param_group)
         self._check_group(self.param_groups[-1])
 
@@ -62,14 +58,7 @@ class SftOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step on every parameter that has a gradient.
-
-        Args:
-            closure: Evaluates the model again and returns the loss.
-
-        Returns:
-            What the closure returned, or None.
-        """
+        """Take one step on every parameter that has a gradient, and return the loss that `closure` gives."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -86,10 +75,9 @@ class SftOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def move_slots(self, param: nn.Parameter, source: Tensor) -> None:
-        """Move the state along with a parameter whose slots have changed places, and their number perhaps.
+        """Move the state along with the values of a delta, (k,) or (g, s), whose slots have changed places.
 
         Args:
-            param: The values of a delta, (k,) or (g, s): slots along the first dimension.
             source: One int64 per slot of today: the slot that it was before, or -1 for one that starts afresh.
         """
         state = self.state[param]
@@ -130,11 +118,8 @@ class SftAdamW(SftOptimizer):
     number of gradients that the moments will hold after the coming step, in float32 or wider.
 
     Args:
-        params: Parameters or parameter groups.
-        lr: Learning rate.
-        betas: Decay rates of the first and the second moment.
+        params, lr, betas, weight_decay: As in torch's AdamW.
         eps: Added to the root of the second moment, before its bias correction.
-        weight_decay: Decay rate per unit of learning rate.
         momentum_dtype: dtype in which the moments are stored; None: the parameter's. The arithmetic is in float32 or
             wider in any case.
 
@@ -222,9 +207,7 @@ class SftAdamW(SftOptimizer):
         Args:
             param: The values of a delta, (k,) or (g, s).
             slots: (m,) int64, the slots to seed.
-            mean_grad: (m,) or (m, s), mean gradient per update step.
-            mean_square_grad: Likewise, mean squared gradient per update step.
-            count: Number of update steps behind the means, at least 1.
+            mean_grad, mean_square_grad: (m,) or (m, s), means of the gradient and of its square over `count` steps.
         """
         beta1, beta2 = next(group["betas"] for group in self.param_groups if any(p is param for p in group["params"]))
         state = self.state_of(param)
@@ -242,13 +225,12 @@ class SftSM3(SftOptimizer):
     that is not a delta, and `momentum_buffer`, of the parameter's shape, if there is momentum.
 
     Args:
-        params: Parameters or parameter groups.
+        params: Parameters or groups of them.
         deltas: Maps the `values` parameter of each sparse delta to that delta. A parameter that is not in it is dense
             and is covered along each of its own dimensions. A weight of more than two dimensions counts as a matrix
             of its first dimension by all the others.
-        lr: Learning rate.
         momentum: Decay rate mu of the running mean of the updates, m = mu * m + (1 - mu) * update.
-        weight_decay: Decay rate per unit of learning rate, decoupled.
+        weight_decay: Decay rate per unit of learning rate `lr`, decoupled.
         eps: Added to nu.
         row_cover_only: Keep accumulators of the first dimension alone: nu = row[i] + g**2.
 

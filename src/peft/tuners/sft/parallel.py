@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ...utils.placement import is_dtensor
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -65,12 +67,11 @@ class Ranks:
         self._tasks: set[int] = set()  # backward passes under way that will announce their end
         self._latest_task = -1
         self._added_zeros: dict[SparseDelta, int] = {}  # the backward pass in which this process did not use the delta
-        self._choices: dict[
-            SparseDelta, Candidates | GroupCandidates
-        ] = {}  # of deltas that others use, until they are complete
+        # Of deltas that others use, until they are complete.
+        self._choices: dict[SparseDelta, Candidates | GroupCandidates] = {}
 
     def __reduce__(self) -> Any:
-        return _nobody, ()  # a copy of the model does not take part in the run
+        return type(None), ()  # a copy of the model does not take part in the run
 
     # ---- In a backward pass ----
 
@@ -96,14 +97,7 @@ class Ranks:
             torch.autograd.Variable._execution_engine.queue_callback(lambda: self._finish(task))
 
     def sum(self, delta: SparseDelta, gradient: Tensor, start: int) -> Tensor:
-        """Sum a block of a dense gradient over all processes.
-
-        Args:
-            delta: The delta of the weight.
-            gradient: (n,) this process's gradient at the positions from `start` on.
-
-        Returns:
-            (n,) a new tensor.
+        """A new tensor: the sum over all processes of the gradient (n,) of `delta`'s weight from position `start` on.
 
         Raises:
             RuntimeError: Another process sums other positions of the same weight.
@@ -169,10 +163,6 @@ class Ranks:
         return self._all_reduce(numbers.to(self.deltas[0].indices.device, copy=True)).div_(self.size)
 
 
-def _nobody() -> None:
-    return None
-
-
 _own_groups: weakref.WeakKeyDictionary[ProcessGroup, dict[str, ProcessGroup]] = weakref.WeakKeyDictionary()
 
 
@@ -206,19 +196,15 @@ def find_group(model: nn.Module, group: ProcessGroup | None | str) -> ProcessGro
             return None
         raise ValueError(f"SftSelector: process_group is {group!r}, but torch.distributed is not initialized")
     if group == "auto":
-        for wrapper in wrappers(model):
-            if isinstance(wrapper, nn.parallel.DistributedDataParallel):
-                group = wrapper.process_group
-                break
-        else:
-            if distributed.get_world_size() > 1:
-                raise ValueError(
-                    f"There are {distributed.get_world_size()} processes, but {type(model).__name__} does not tell "
-                    f"whether they share their batches: hand the model to SftSelector as DistributedDataParallel (or "
-                    f"accelerate) has wrapped it, or say process_group=torch.distributed.group.WORLD, or "
-                    f"process_group=None if every process trains a model of its own"
-                )
-            return None
+        parallel = (wrapper for wrapper in wrappers(model) if isinstance(wrapper, nn.parallel.DistributedDataParallel))
+        group = next((wrapper.process_group for wrapper in parallel), None)
+        if group is None and distributed.get_world_size() > 1:
+            raise ValueError(
+                f"There are {distributed.get_world_size()} processes, but {type(model).__name__} does not tell whether "
+                "they share their batches: hand the model to SftSelector as DistributedDataParallel (or accelerate) "
+                "has wrapped it, or say process_group=torch.distributed.group.WORLD, or process_group=None if every "
+                "process trains a model of its own"
+            )
     if group is None:
         return None
     size = distributed.get_world_size(group)
@@ -253,11 +239,8 @@ def check_whole(model: nn.Module, deltas: dict[str, SparseDelta]) -> None:
     fsdp = sys.modules.get("torch.distributed.fsdp")  # nobody has wrapped anything by a module that is not loaded
     if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(refusal("FSDP"))
-    dtensor = sys.modules.get("torch.distributed.tensor")
-    if dtensor is None:
-        return
     for name, delta in deltas.items():
-        if any(isinstance(tensor, dtensor.DTensor) for tensor in (delta.values, delta.indices)):
+        if is_dtensor(delta.values) or is_dtensor(delta.indices):
             raise ValueError(f"{name}: {refusal('FSDP2 (fully_shard)')}")
 
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 import functools
 import math
 import struct
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...utils.warning import PeftWarning
+from ...utils.warning import warn
 from .budget import best_anywhere, candidate_counts, exchange, exchange_anywhere, find, largest, smallest_anywhere
 from .optimizer import SftAdamW, SftOptimizer, SftSM3
 from .parallel import Ranks, check_whole, find_group
@@ -171,7 +170,7 @@ class SftSelector:
         self.optimizer = _unwrapped_optimizer(optimizer, sft_config.selection_algorithm)
         _check_trained(self.deltas, self.optimizer)
         _check_selected(self.deltas, sft_config)
-        self._grad_scale = grad_scale or _scale_getter(optimizer)
+        self._grad_scale = grad_scale or getattr(getattr(optimizer, "scaler", None), "get_scale", lambda: 1.0)
         competes = sft_config.budget == "global" and sft_config.selection_algorithm != "static"
         needs_group = competes or sft_config.selection_algorithm == "rigl"
         group = find_group(model, process_group) if needs_group else None
@@ -245,7 +244,8 @@ class SftSelector:
         counts = self._candidate_counts()
         for name, delta in self.deltas.items():
             delta.start_gathering(self._ranks, counts[name])
-            self._statistics[name] = _empty_statistics(delta)
+            zeros = torch.zeros(2, counts[name], *delta.values.shape[1:], device=delta.indices.device)
+            self._statistics[name] = _Statistics(*zeros, updates=0)
         self._shrinkage = _Shrinkage(self.deltas.values())
 
     def _candidate_counts(self) -> dict[str, int]:
@@ -301,12 +301,10 @@ class SftSelector:
             for name, delta in self.deltas.items()
         ]
         if self._statistics and not any(statistics.updates for statistics in self._statistics.values()):
-            warnings.warn(
+            warn(
                 f"No position was reselected after update step {step}: the optimizer took no step with finite "
                 f"gradients since the previous {self.config.selection_accumulation_steps} calls of SftSelector.step(). "
-                f"Call it after optimizer.step(), and see whether the gradients overflow.",
-                PeftWarning,
-                stacklevel=3,
+                f"Call it after optimizer.step(), and see whether the gradients overflow."
             )
         self._close_window()
         summary = {key: sum(entry[key] for entry in self.last_report) for key in ("moved", "total")}
@@ -367,7 +365,7 @@ class SftSelector:
 
             def offer(layer: int, wanted: int) -> tuple[Tensor, Tensor]:
                 positions, *factors = best(deltas[layer], wanted)
-                return positions.cpu(), _RankOne.of(*factors).at(positions.cpu())
+                return positions.cpu(), _RankOne(*factors).at(positions.cpu())
 
             smallest = smallest_anywhere([_magnitude(delta) for delta in deltas], count)
             yield from zip(smallest, best_anywhere(offer, rooms, count))
@@ -552,20 +550,6 @@ def _check_trained(deltas: dict[str, SparseDelta], optimizer: torch.optim.Optimi
             raise ValueError(f"{name} is not in the `deltas` that SftSM3 was made with; map {name}.values to it")
 
 
-def _scale_getter(optimizer: torch.optim.Optimizer) -> Callable[[], float]:
-    scaler = getattr(optimizer, "scaler", None)
-    return scaler.get_scale if scaler is not None else lambda: 1.0
-
-
-# ---- Gathered gradients ----
-
-
-def _empty_statistics(delta: SparseDelta) -> _Statistics:
-    shape = (delta.candidate_count, *delta.values.shape[1:])
-    total, squares = torch.zeros(2, *shape, device=delta.indices.device)
-    return _Statistics(total, squares, updates=0)
-
-
 def _all_finite(tensors: Any) -> bool:
     flags = [tensor.isfinite().all() for tensor in tensors]
     return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
@@ -613,7 +597,7 @@ def largest_products(rows: Tensor, columns: Tensor, active: Tensor, count: int) 
     device, active = active.device, active.cpu()
     if count == 0:
         return active[:0].to(device)
-    products = _RankOne.of(rows, columns)
+    products = _RankOne(rows, columns)
     active_products = products.at(active)
     ascending = active_products.sort().values
 
@@ -646,18 +630,14 @@ def largest_products(rows: Tensor, columns: Tensor, active: Tensor, count: int) 
 
 
 class _RankOne:
-    """The R x C matrix of all products of two vectors >= 0, as far as one can know it without forming it."""
+    """The R x C matrix of all products of two vectors >= 0, as far as one can know it without forming it; NaN is 0."""
 
-    def __init__(self, rows: Tensor, columns: Tensor) -> None:
-        self.rows, self.columns = rows, columns  # (R,), (C,) float64
-        self.descending, self.order = columns.sort(descending=True)
-        self.width = columns.numel()
-        self.row_offsets = torch.arange(rows.numel()) * self.width  # (R,) flat position of the first of each row
-
-    @classmethod
-    def of(cls, rows: Tensor, columns: Tensor) -> _RankOne:
-        """On the CPU, NaN as 0."""
-        return cls(*(factor.detach().cpu().nan_to_num(nan=0.0).double() for factor in (rows, columns)))
+    def __init__(self, *factors: Tensor) -> None:
+        # (R,), (C,) float64, on the CPU
+        self.rows, self.columns = (factor.detach().cpu().nan_to_num(nan=0.0).double() for factor in factors)
+        self.descending, self.order = self.columns.sort(descending=True)
+        self.width = self.columns.numel()
+        self.row_offsets = torch.arange(len(self.rows)) * self.width  # (R,) flat position of the first of each row
 
     def at(self, positions: Tensor) -> Tensor:
         """The products at flat positions."""

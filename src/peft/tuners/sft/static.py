@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +27,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ...utils.other import frozen
 from ...utils.quantization_utils import is_quantized
-from ...utils.warning import PeftWarning
+from ...utils.warning import warn
 from .budget import Pool, largest
 from .config import choices
 from .parallel import find_group
@@ -94,7 +94,8 @@ def select_static(
             delta.is_selected = True
         return
     if criterion == "magnitude":
-        scores = _magnitudes(active)
+        weights = ((name, delta, layer.op.to_view(layer.op.load()[0])) for layer, name, delta in active)
+        scores = ((name, delta, _of_slots(delta, weight.reshape(-1).abs())) for name, delta, weight in weights)
     else:
         batches = list(batches) if batches is not None else []
         if not batches:
@@ -114,11 +115,9 @@ def select_static(
             "or merged, or are the batches of another kind than in training?"
         )
     if unseen:
-        warnings.warn(
+        warn(
             f"{len(unseen)} adapted layers took no part in the calibration, such as {unseen[:3]}; they keep random "
-            f"positions. Use more batches if they will be trained",
-            PeftWarning,
-            stacklevel=2,
+            "positions. Use more batches if they will be trained"
         )
     for _, _, delta in active:
         delta.is_selected = True
@@ -142,11 +141,6 @@ def _resolve_criterion(tuner: nn.Module, criterion: str | None) -> str:
 # ---- Scores: (name, delta, scores (n,) >= 0 or None if the layer was not used), one layer after the other ----
 
 Scores = Iterator[tuple[str, "SparseDelta", Tensor | None]]
-
-
-def _magnitudes(active: Sequence[tuple[SftLayer, str, SparseDelta]]) -> Scores:
-    for layer, name, delta in active:
-        yield name, delta, _of_slots(delta, layer.op.to_view(layer.op.load()[0]).reshape(-1).abs())
 
 
 def _of_slots(delta: SparseDelta, sizes: Tensor) -> Tensor:
@@ -186,7 +180,7 @@ def _groups(active: Sequence[tuple], squared: bool, workspace_bytes: int) -> lis
     used = 0
     for entry in active:
         layer, _, delta = entry
-        size = delta.dense_numel * _GradientSum.bytes_per_element(layer, squared)
+        size = delta.dense_numel * _sum_dtype(layer).itemsize * (2 if squared else 1)
         if not groups or used + size > workspace_bytes:
             groups.append([])
             used = 0
@@ -204,13 +198,13 @@ class _GradientSum:
         self.of_batch: Tensor | None = None  # (n,), if squared: sum over the uses of the weight in one batch
         self.uses = 0
 
-    @staticmethod
-    def bytes_per_element(layer: SftLayer, squared: bool) -> int:
-        return _sum_dtype(layer).itemsize * (2 if squared else 1)
-
     def __call__(self, stored: Tensor) -> Tensor:
-        """The same weight, with its gradient observed. It is frozen, so the graph hangs on an empty tensor."""
-        return _Observed.apply(stored, torch.empty(0, requires_grad=True), self._observe)
+        """The same weight, with its gradient observed."""
+        if not stored.requires_grad:  # else another adapter has begun
+            stored = stored.detach().requires_grad_()
+            stored.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
+        stored.register_hook(self._observe)
+        return stored
 
     def _observe(self, gradient: Tensor) -> None:
         self.uses += 1
@@ -247,41 +241,19 @@ def _sum_dtype(layer: SftLayer) -> torch.dtype:
     return torch.promote_types(layer.weight.dtype, torch.float32)
 
 
-class _Observed(torch.autograd.Function):
-    """The identity on a weight; its gradient is handed to `observe`."""
-
-    @staticmethod
-    def forward(ctx, weight, anchor, observe):
-        ctx.observe = observe
-        return weight.view_as(weight)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        ctx.observe(gradient)
-        return gradient if ctx.needs_input_grad[0] else None, None, None
-
-
 @contextlib.contextmanager
 def _observed(model: nn.Module, sums: Sequence[_GradientSum]) -> Iterator[None]:
     """Let the sums see the gradients of their weights, while nothing else has gradients and there is no dropout."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        for module, training in modes:
-            module.training = training and getattr(module, "gradient_checkpointing", False) is True
-        for one in sums:
-            one.delta.observer = one
-        yield
-    finally:
-        for one in sums:
-            one.delta.observer = None
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, training in modes:
-            module.training = training
+    with frozen(model):
+        for module in model.modules():
+            module.training = module.training and getattr(module, "gradient_checkpointing", False) is True
+        try:
+            for one in sums:
+                one.delta.observer = one
+            yield
+        finally:
+            for one in sums:
+                one.delta.observer = None
 
 
 @contextlib.contextmanager

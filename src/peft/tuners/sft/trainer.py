@@ -12,7 +12,6 @@ import copyreg
 import functools
 import itertools
 import os
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from torch import nn
 
 from ...config import write_atomically
 from ...utils.save_and_load import read_tensors
-from ...utils.warning import PeftWarning
+from ...utils.warning import warn
 from .config import SftConfig
 from .optimizer import SftSM3
 from .parallel import THREADS, refusal
@@ -88,17 +87,18 @@ class SftTrainerMixin:
     def __init__(
         self, *args: Any, sft_config: SftConfig | None = None, log_sft_layers: bool = False, **kwargs: Any
     ) -> None:
+        from .callback import SftCallback
+
         super().__init__(*args, **kwargs)
-        self.sft_config = _resolve_config(self.model) if sft_config is None else sft_config
+        self.sft_config = _checked_config(sft_config, self.model)
         self.sft_selector: SftSelector | None = None
         self._sft_checkpoint: str | None = None
         self.log_sft_layers = log_sft_layers
         self._sft_logged = 0
-        _check_config(self.sft_config)
         check_agreement(self.model, self.sft_config)
         self._check_optimizer_settings()
         self._check_strategy()
-        self.add_callback(_callback_class()(self))
+        self.add_callback(SftCallback(self))
 
     def _check_strategy(self) -> None:
         """Refuse what distributes more than the batch."""
@@ -291,11 +291,9 @@ class SftTrainerMixin:
                 f"checkpoint folder"
             )
         if not all(found):
-            warnings.warn(
+            warn(
                 f"{checkpoint} has no {SELECTOR_NAME}: gradients gathered before it was saved are lost, so training "
-                f"will not continue exactly as it would have",
-                PeftWarning,
-                stacklevel=2,
+                "will not continue exactly as it would have"
             )
             return
         state = read_tensors(path)
@@ -307,17 +305,13 @@ class SftTrainerMixin:
         self.sft_selector.load_state_dict(state)
 
 
-def _resolve_config(model: nn.Module) -> Any:
-    """The configuration of the model's active adapter, of the SFT one if several are active, or None."""
+def _checked_config(config: SftConfig | None, model: nn.Module) -> SftConfig:
+    """`config`; None: that of the model's active adapter, of the SFT one if several are active."""
     from ...peft_model import PeftModel
 
-    if not isinstance(model, PeftModel):
-        return None
-    configs = [model.peft_config[name] for name in model.active_adapters]
-    return next((config for config in configs if isinstance(config, SftConfig)), next(iter(configs), None))
-
-
-def _check_config(config: Any) -> None:
+    if config is None and isinstance(model, PeftModel):
+        configs = [model.peft_config[name] for name in model.active_adapters]
+        config = next((config for config in configs if isinstance(config, SftConfig)), next(iter(configs), None))
     if config is None:
         raise ValueError(
             "The model has no adapter to take `sft_config` from; make one with get_peft_model(model, SftConfig(...)) "
@@ -325,9 +319,10 @@ def _check_config(config: Any) -> None:
         )
     if not isinstance(config, SftConfig):
         raise TypeError(f"SftTrainer needs an SftConfig, got {type(config).__name__}")
+    return config
 
 
-# ---- Classes that can only be made once transformers is there ----
+# ---- Pickling ----
 
 
 class _SftTrainerType(type):
@@ -346,32 +341,3 @@ def _reduce_trainer_class(cls: type) -> str | tuple:
     if "sft_base" in vars(cls):
         return SftTrainer, (cls.sft_base,)
     return cls.__qualname__  # a user's subclass, found by its name
-
-
-@functools.cache
-def _callback_class() -> type:
-    from transformers import TrainerCallback
-
-    class SftCallback(TrainerCallback):
-        """Drives the selector of a trainer."""
-
-        def __init__(self, trainer: SftTrainerMixin) -> None:
-            self.trainer = trainer
-
-        def on_train_begin(self, args, state, control, **kwargs):
-            self.trainer.start_sft_selection()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            self.trainer.sft_selector.step()
-
-        def on_train_end(self, args, state, control, **kwargs):
-            self.trainer.stop_sft_selection()
-
-    SftCallback.__qualname__ = "SftCallback"
-    return SftCallback
-
-
-def __getattr__(name: str) -> type:
-    if name == "SftCallback":  # where pickle looks for it
-        return _callback_class()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
