@@ -78,7 +78,6 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "peft.tuners.lora.layer": {
         "Helpers for quantised and off-loaded layers": ("get_bnb_param_type", "skip_init_on_device"),
         "Inspection of what targets match": ("check_adapters_to_merge",),
-        "LoRA on nn.MultiheadAttention": ("MultiheadAttention",),
         "LoRA on tensor-parallel layers": ("LoraEmbeddingATPHolder",),
         "The dispatch of LoRA's layer classes": ("dispatch_default",),
         "Variants of LoRA (DoRA and others)": ("LoraVariant",),

@@ -28,6 +28,7 @@ from ..utils.other import (
 from ..utils.placement import home_device, offload_hook, own_tensor, reshard
 from ..utils.quantization_utils import forget_quantization, is_quantized, keep_packed
 from ..utils.warning import warn
+from .attention import check_attention, drops
 from .ops import OP_KINDS, make_op
 from .parts import (
     cast_adapter_dtype,
@@ -45,7 +46,6 @@ from .parts import (
 )
 from .targeting import (
     TASK_HEAD_NAMES,
-    is_never_called,
     is_target,
     keep_called,
     keys_ending_in,
@@ -54,7 +54,7 @@ from .targeting import (
     resolve_all_linear,
     unmatched_entries,
 )
-from .tuners_utils import BASE_ADAPTER, BaseTunerLayer, MergeError, as_list
+from .tuners_utils import BASE_ADAPTER, BaseTunerLayer, MergeError, as_list, base_of
 
 
 def check_adapter_name(name: str) -> None:
@@ -141,6 +141,11 @@ class BaseTuner(nn.Module):
                 del model.peft_config
             raise
 
+    @property
+    def _folds(self) -> bool:
+        """Whether the method can change a weight that is taken from its layer, which is not called."""
+        return self.tuner_layer_cls.fold is not BaseTunerLayer.fold
+
     # What a method may add
 
     def shared_state(self, config, targets: dict[str, nn.Module], adapter_name: str) -> None:
@@ -187,7 +192,7 @@ class BaseTuner(nn.Module):
                 )
             config.target_modules = targets if isinstance(targets, str) else set(targets)
         config.target_modules = resolve_all_linear(
-            self.model, config.target_modules, lambda module: isinstance(module, BaseTunerLayer)
+            self.model, config.target_modules, lambda module: isinstance(module, BaseTunerLayer), self._folds
         )
         return config
 
@@ -232,7 +237,7 @@ class BaseTuner(nn.Module):
             config = self.peft_config[adapter_name] = self.prepare_config(config)
         targets = self._find_targets(config, state_dict)
         targets = self._without_whole_modules(config, targets, explicit=given is not None and given != "all-linear")
-        self._check_supported(targets)
+        self._check_supported(config, targets)
         self._warn_of_names_without_use(config, given, targets)
         self.shared_state(config, targets, adapter_name)
         active, disabled = self.active_adapters, self._adapters_disabled
@@ -241,7 +246,7 @@ class BaseTuner(nn.Module):
         try:
             for key in targets:
                 parent, target, target_name = _get_submodules(model, key)
-                base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+                parent, base = base_of(parent), base_of(target)
                 on_meta = low_cpu_mem_usage or home_device(base).type == "meta"
                 with torch.device("meta") if on_meta else nullcontext():
                     self._create_and_replace(config, adapter_name, target, target_name, parent, key)
@@ -253,7 +258,7 @@ class BaseTuner(nn.Module):
                     layer._active_adapter = list(active)
                     layer.enable_adapters(not disabled)
                 # A merged layer has parted from the others for a while.
-                layer.op.shared |= not layer.keeps_ties and id(layer.weight) in shared
+                layer.op.shared |= not layer.keeps_ties and id(layer.op.weight) in shared
                 changes.append(layer.base_change(adapter_name, config))
             wrap_modules_to_save(model, getattr(config, "modules_to_save", None) or [], adapter_name)
             with torch.device("meta") if low_cpu_mem_usage else nullcontext():
@@ -331,9 +336,10 @@ class BaseTuner(nn.Module):
                 targets = {key: target for key, target in targets.items() if key not in inside}
         return targets
 
-    def _check_supported(self, targets: dict[str, nn.Module]) -> None:
+    def _check_supported(self, config, targets: dict[str, nn.Module]) -> None:
         """Refuse targets that the method has no layer for, before it makes anything out of their sizes."""
         for key, target in targets.items():
+            check_attention(self.model, key, targets, self._folds, drops(config) and not config.inference_mode)
             if isinstance(target, AuxiliaryTrainingWrapper):
                 raise ValueError(
                     f"{key} is trained whole (modules_to_save) and cannot be a target of the adapter as well"
@@ -350,6 +356,7 @@ class BaseTuner(nn.Module):
         if state_dict is not None:
             keys = [key.removeprefix("base_model.model.") for key in state_dict]
             wanted = {key[: key.index("." + self.prefix)] for key in keys if "." + self.prefix in key}
+            wanted = {key.replace(".base_layer.", ".") for key in wanted}
             wanted -= {owner for owner, _ in self.parameter_targets(config).values()}
         targets: dict[str, nn.Module] = {}
         inside: tuple[str, ...] = ()
@@ -358,13 +365,15 @@ class BaseTuner(nn.Module):
                 continue
             if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                 inside = (*inside, key + ".")
-            if key in wanted if state_dict is not None else is_target(config, key):
-                if is_never_called(self.model, key):
-                    raise ValueError(
-                        f"Target module {key} is part of a MultiheadAttention of torch, which takes its weight without "
-                        "calling it, so an adapter would have no effect: add it to exclude_modules"
-                    )
-                targets[key] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            base = base_of(module)
+            is_wanted = key in wanted if state_dict is not None else is_target(config, key)
+            if isinstance(base, nn.MultiheadAttention) and self._folds:
+                out, inside = f"{key}.out_proj", (*inside, key + ".")
+                along = is_wanted and not name_matches(getattr(config, "exclude_modules", None) or [], out)
+                if out in wanted if state_dict is not None else along or is_target(config, out):
+                    targets[out] = base_of(base.out_proj)  # first: then it is inside when the attention is replaced
+            if is_wanted:
+                targets[key] = base
                 inside = (*inside, key + ".")
         if not targets and not self.parameter_targets(config):
             raise NoMatchingPeftModuleError(self._no_match_message(config))
@@ -400,10 +409,11 @@ class BaseTuner(nn.Module):
                 "choose other targets, or make the model with get_peft_model(..., mixed=True)"
             )
         if layer is None:
-            layer = self.layer_class(target.get_base_layer() if is_adapted else target, current_key)(target)
+            layer = self.layer_class(base_of(target), current_key)(target)
             layer.train(target.training)
             setattr(parent, target_name, layer)
         layer.update_layer(adapter_name, config, **self.layer_kwargs(config, current_key))
+        layer._dropping |= {adapter_name} if drops(config) else set()
         self._move_to_base(layer, adapter_name)
 
     def _own_layer(self, module: nn.Module) -> BaseTunerLayer | None:
@@ -421,7 +431,7 @@ class BaseTuner(nn.Module):
     def _move_to_base(self, layer: BaseTunerLayer, adapter_name: str) -> None:
         """Bring a new adapter to its base layer's device and (unless the method has its own) floating-point dtype."""
         base = layer.get_base_layer()
-        device, dtype = home_device(base), layer.weight.dtype
+        device, dtype = home_device(base), layer.op.weight.dtype
         for _, parameter in layer.adapter_tensors(adapter_name):
             cast = layer.widens_parameters and parameter.is_floating_point() and not is_quantized(base)
             where = parameter.device if parameter.is_meta else device
