@@ -321,7 +321,7 @@ CASES = [
     _Family("conv")("Convolutions, modules_to_save", target_modules=["plane.0"], modules_to_save=["head"]),
     _Family("attention")("Attention of torch", target_modules=["attn", "cross"], r=4, lora_alpha=16),
     _Family("attention")("Attention of torch, patterns", target_modules=r".*(attn|head|cross)", r=4, use_rslora=True,
-                         rank_pattern={"attn": 2}, alpha_pattern={"cross": 32}, lora_dropout=0.1),
+                         rank_pattern={"attn": 2}, alpha_pattern={"cross": 4}, lora_dropout=0.1),
     Case("Attention of torch, two adapters", "attention", {
         "default": {"target_modules": ["attn"], "r": 4},
         "second": {"target_modules": ["attn", "cross", "head"], "r": 2},

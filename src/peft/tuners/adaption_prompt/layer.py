@@ -65,8 +65,11 @@ KINDS = {"llama": _Llama, "mistral": _Llama, "gpt2": _GPT2}
 class _Weightless:
     """What stands for an `Op` where there is no weight to fold into."""
 
-    shared = False
-    is_parted = False
+    shared = is_parted = is_read = False
+    bias = None
+
+    def __init__(self, layer: nn.Module):
+        self.weight = next(layer.parameters())  # any, for its type
 
     def retie(self) -> None:
         """Nothing was merged that could have parted weights."""
@@ -124,11 +127,7 @@ class AdaptedAttention(BaseTunerLayer, nn.Module):
 
     @property
     def op(self) -> _Weightless:
-        return _Weightless()
-
-    @property
-    def weight(self) -> torch.Tensor:
-        return next(self.get_base_layer().parameters())
+        return _Weightless(self.get_base_layer())
 
     def merge(self, safe_merge=False, adapter_names=None) -> None:
         raise TypeError(
