@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
@@ -410,6 +411,15 @@ def test_three_projections_are_refused_with_the_reason():
     query, key, value = torch.randn(N, L, E), torch.randn(N, S, 5), torch.randn(N, S, 7)
     y = model(query, key, value)
     assert_close(model.merge_and_unload()(query, key, value), y)
+
+
+@pytest.mark.parametrize("target", ["attn", "out_proj"])
+def test_off_loaded_attentions_are_refused(target):
+    base = Net()
+    accelerate.cpu_offload(base, torch.device("cpu"), preload_module_classes=["MultiheadAttention"])
+    with pytest.raises(ValueError, match="is an off-loaded MultiheadAttention or part of one"):
+        adapted(base, lora(target_modules=[target]))
+    assert not layers(base)
 
 
 def test_bottlenecks_stand_behind_the_whole_attention():

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..utils.mixed_batch import run_by_row
 from ..utils.other import AdapterParts
+from ..utils.placement import offload_hook
 from .ops import Op
 
 
@@ -140,32 +141,34 @@ def drops(config) -> bool:
     return any(value for field, value in vars(config).items() if field.endswith("dropout"))
 
 
-def _is_alone(model: nn.Module, key: str) -> bool:
-    """Whether module `key` is the `out_proj` of an attention without an adapter layer around."""
-    return isinstance(model.get_submodule(key.rpartition(".")[0]), nn.MultiheadAttention)
-
-
 def check_attention(model: nn.Module, key: str, targets: Mapping[str, nn.Module], folds: bool, drops: bool) -> None:
     """Refuse what an adapter of a target that is an attention, or part of one, could not do.
 
     Raises:
-        ValueError: the attention has no packed in-projection; or its `out_proj` is a target without it, and the adapter
-            is more than a change of the weight.
+        ValueError: the attention has no packed in-projection, or is off-loaded; or its `out_proj` is a target without
+            it, and the adapter is more than a change of the weight.
     """
-    target = targets[key]
+    target, owner = targets[key], key.rpartition(".")[0]
+    parent = model.get_submodule(owner)
+    is_alone = isinstance(parent, nn.MultiheadAttention) and owner not in targets
     if folds and isinstance(target, nn.MultiheadAttention) and not target._qkv_same_embed_dim:
         raise ValueError(
             f"Target module {key} (MultiheadAttention) is not supported: kdim={target.kdim} or vdim={target.vdim} is "
             f"not embed_dim={target.embed_dim}, so it has three in-projections instead of the one, packed "
             "in_proj_weight that adapters and their files are for. Its out_proj alone can be a target"
         )
-    if (folds and not drops) or not _is_alone(model, key) or key.rpartition(".")[0] in targets:
-        return
-    why = "drops something in training" if folds else "is no change of a weight"
-    raise ValueError(
-        f"Target module {key} is part of a MultiheadAttention of torch, which takes its weight without calling it, and "
-        f"the adapter {why}, so it would have no effect: target {key.rpartition('.')[0]} as a whole, or leave it out"
-    )
+    attention = parent if is_alone else target
+    if folds and isinstance(attention, nn.MultiheadAttention) and offload_hook(attention) is not None:
+        raise ValueError(
+            f"Target module {key} is an off-loaded MultiheadAttention or part of one, which gets its own weights back "
+            "whenever it runs: keep it on a device, or leave it out"
+        )
+    if is_alone and (drops or not folds):
+        why = "drops something in training" if folds else "is no change of a weight"
+        raise ValueError(
+            f"Target module {key} is part of a MultiheadAttention of torch, which takes its weight without calling it, "
+            f"and the adapter {why}, so it would have no effect: target {owner} as a whole, or leave it out"
+        )
 
 
 def check_mixed(model: nn.Module) -> None:
