@@ -158,7 +158,7 @@ def held_out_loss(problem, model: torch.nn.Module, problems: list[dict[str, Any]
     examples = problem.examples_of(problems)
     model.eval()
     total = count = 0
-    for rows in own_batches([len(example["input_ids"]) for example in examples], 2 * problem.batch):
+    for rows in own_batches([problem.length_of(example) for example in examples], 2 * problem.batch):
         batch = problem.collate([examples[row] for row in rows])
         labels = int((batch["labels"] != -100).sum())
         with torch.no_grad():

