@@ -106,8 +106,7 @@ class ReadLayer(AdapterParts):
         ours = {"in_proj_weight": eye.repeat(3, 1)}
         if attention.in_proj_bias is not None:
             ours["in_proj_bias"] = eye.new_zeros(3 * width)
-        with torch.device("meta"):
-            nothing = nn.Linear(width, width, bias=False)
+        nothing = nn.Linear(width, width, bias=False, device="meta")
         nothing.weight = nn.Parameter(eye, requires_grad=False)
         out, attention.out_proj = attention.out_proj, nothing
         try:
@@ -117,23 +116,23 @@ class ReadLayer(AdapterParts):
         names = {} if adapter_names is None or not isinstance(out, ReadLayer) else {"adapter_names": adapter_names}
         return rows_first(out(rows_first(y), **names)), weights
 
-    def _projected(self, adapter_names: Sequence[str] | None, x: torch.Tensor) -> torch.Tensor:
-        """The in-projection as a layer, (N, L, E) -> (N, L, 3 E)."""
-        inner = self.base_layer
-
-        def run(names: Sequence[str], rows: Sequence[str] | None, x: torch.Tensor) -> torch.Tensor:
-            def plain(x):
-                return self.op.op(x, *self.op.load())
-
-            return self._compose(names, partial(inner._projected, rows) if isinstance(inner, ReadLayer) else plain, x)
-
-        def run_rows(name: str, x: torch.Tensor) -> torch.Tensor:
-            return run([name] if name in self._available_adapters else [], [name] * len(x), x)
-
-        if adapter_names is None:
-            return run([] if self._disable_adapters else self._applied_adapters(), None, x)
+    def _projected(self, rows: Sequence[str] | None, x: torch.Tensor) -> torch.Tensor:
+        """The in-projection as a layer, (N, L, E) -> (N, L, 3 E); with the active adapters, or one for each row."""
+        if rows is None:
+            return self._projected_by([] if self._disable_adapters else self._applied_adapters(), None, x)
         self._refuse_merged()
-        return run_by_row(run_rows, adapter_names, (x,), {})
+
+        def run(name: str, x: torch.Tensor) -> torch.Tensor:
+            return self._projected_by([name] if name in self._available_adapters else [], [name] * len(x), x)
+
+        return run_by_row(run, rows, (x,), {})
+
+    def _projected_by(self, names: Sequence[str], rows: Sequence[str] | None, x: torch.Tensor) -> torch.Tensor:
+        inner = self.base_layer
+        if isinstance(inner, ReadLayer):
+            return self._compose(names, partial(inner._projected, rows), x)
+        W, b = self.op.load()
+        return self._compose(names, partial(self.op.op, W=W, b=b), x)
 
 
 def drops(config) -> bool:

@@ -125,7 +125,8 @@ class Op:
                     f"The weight of {type(self.layer).__name__} is packed and sharded, and cannot be read in parts: "
                     "save the adapter and do this in one process"
                 )
-            return self.to_view(whole_tensor(dequantize(self.layer))), None if bias is None else whole_tensor(bias)
+            W = dequantize(self.layer) if is_quantized(self.layer) else self.weight
+            return self.to_view(whole_tensor(W)), None if bias is None else whole_tensor(bias)
 
     def store(self, W: torch.Tensor, b: torch.Tensor | None) -> None:
         """Write a weight and a bias (None: the layer has none) to where the layer's own are.
@@ -138,7 +139,7 @@ class Op:
         self._refuse_computed()
         W = self.to_view(W.detach())
         if not is_quantized(self.layer):
-            self._write("weight", W.to(self.layer.weight.dtype).contiguous())
+            self._write(self.weight_name, W.to(self.weight.dtype).contiguous())
         elif offload_hook(self.layer) is not None:
             raise RuntimeError(
                 f"The packed weight of {type(self.layer).__name__} is off-loaded and cannot be rewritten: load the "
@@ -316,21 +317,6 @@ class ParameterOp(Op):
     @property
     def stored_shape(self):
         return logical_shape(self.weight)
-
-    def load(self):
-        with onloaded(self.layer):
-            refuse_flattened(self.layer)
-            self._was_sharded |= is_sharded(self.weight)
-            return whole_tensor(self.weight), None if self.bias is None else whole_tensor(self.bias)
-
-    def store(self, W, b):
-        refuse_flattened(self.layer)
-        self._refuse_computed()
-        self._write(self.weight_name, W.detach().to(self.weight.dtype).contiguous())
-        self._store_bias(b)
-
-    def keep(self):
-        return None
 
 
 class InProjectionOp(ParameterOp, LinearOp):
