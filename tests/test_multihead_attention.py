@@ -428,6 +428,12 @@ def test_bottlenecks_stand_behind_the_whole_attention():
     assert model(torch.randn(N, L, E)).shape == (N, L, E)
     model = adapted(Net(), BottleneckConfig(target_modules="all-linear", bottleneck_size=2))
     assert list(layers(model)) == ["base_model.model.out"]
+    encoder = nn.TransformerEncoderLayer(E, HEADS, 8, dropout=0.0, batch_first=True)
+    config = BottleneckConfig(target_modules=["self_attn"], bottleneck_size=2, init_weights=False)
+    model, x = adapted(nn.Sequential(encoder), config), torch.randn(N, L, E)
+    y = model(x)
+    with torch.no_grad():
+        assert_close(model.eval()(x), y)
 
 
 # Life of an adapter

@@ -67,9 +67,12 @@ class ReadLayer(AdapterParts):
             raise AttributeError(f"{type(self).__name__} has no attributes of an attention")
         return attention
 
+    def _packed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attention = self._attention()
+        return self.read() if self.op.is_read else (attention.in_proj_weight, attention.in_proj_bias)
+
     # What torch's transformer layers ask an attention for.
-    in_proj_weight = property(lambda self: self._attention() and self.read()[0])
-    in_proj_bias = property(lambda self: self._attention() and self.read()[1])
+    in_proj_weight, in_proj_bias = property(lambda self: self._packed()[0]), property(lambda self: self._packed()[1])
     embed_dim, num_heads, head_dim = _asked("embed_dim"), _asked("num_heads"), _asked("head_dim")
     batch_first, _qkv_same_embed_dim = _asked("batch_first"), _asked("_qkv_same_embed_dim")
     out_proj, merge_masks = _asked("out_proj"), _asked("merge_masks")

@@ -118,14 +118,14 @@ class Op:
         """
         with onloaded(self.layer):
             refuse_flattened(self.layer)
-            bias = self.bias
+            bias, is_packed = self.bias, is_quantized(self.layer)
             self._was_sharded |= is_sharded(self.weight)
-            if is_quantized(self.layer) and is_sharded(self.weight):
+            if is_packed and is_sharded(self.weight):
                 raise RuntimeError(
                     f"The weight of {type(self.layer).__name__} is packed and sharded, and cannot be read in parts: "
                     "save the adapter and do this in one process"
                 )
-            W = dequantize(self.layer) if is_quantized(self.layer) else self.weight
+            W = dequantize(self.layer) if is_packed else self.weight
             return self.to_view(whole_tensor(W)), None if bias is None else whole_tensor(bias)
 
     def store(self, W: torch.Tensor, b: torch.Tensor | None) -> None:
