@@ -140,6 +140,12 @@ def test_auto_is_ssf_without_lora(tokenizer):
     assert model.peft_config["default"].peft_type == "SSF"
 
 
+def test_auto_is_lora_whatever_the_models_lora_is_called(tokenizer):
+    model = get_peft_model(ARCHITECTURES["llama"](), LoraConfig(r=2), "mine")
+    model = deltatuner.optimize(model, tokenizer, search_engine="exact", progress=False)
+    assert {name: config.peft_type for name, config in model.peft_config.items()} == {"default": "LORA"}
+
+
 def test_sft_with_a_share_for_each_layer(tokenizer, tmp_path):
     base = ARCHITECTURES["llama"]()
     model = deltatuner.optimize(base, tokenizer, algo="sft", search_engine="exact", progress=False, img_size=16)

@@ -225,6 +225,22 @@ def test_killed_search_goes_on(batch, tmp_path, engine, kind):
     assert rest.front == whole.front
     with pytest.raises(ValueError, match=r"search with other settings .*r_max"):
         find(batch, model, max_epochs=3, storage=storage, r_max=5, **options)
+    with pytest.raises(ValueError, match=r"search with other settings \(\['seed'\]\)"):  # of the scored deltas
+        find(batch, model, max_epochs=3, storage=storage, seed=5, **options)
+    other = {name: ids + 1 for name, ids in batch.items()}
+    for theirs in ((other, model), (batch, llama())):
+        with pytest.raises(ValueError, match=r"search with other settings \(\['model or data'\]\)"):
+            find(*theirs, max_epochs=3, storage=storage, **options)
+
+
+@needs_optuna
+@pytest.mark.parametrize("storage", ["nowhere/search.log", "sqlite:///nowhere/search.db", "nonsense://x", "data.jsonl"])
+def test_storage_that_cannot_be_opened(batch, tmp_path, monkeypatch, storage):
+    monkeypatch.chdir(tmp_path)
+    Path("data.jsonl").write_text('{"text": "no journal"}\n')
+    with pytest.raises(ValueError, match=f"storage '{storage}' is no journal file or database that can be opened"):
+        find(batch, engine="tpe", storage=storage)
+    assert Path("data.jsonl").read_text() == '{"text": "no journal"}\n'
 
 
 SEARCHER = """
@@ -341,8 +357,15 @@ def test_latency_limits_what_is_scored(monkeypatch, batch):
     result = find(batch, engine="random", max_latency=1.0)
     assert {row["latency_ms"] for row in result.history} == {1.0}
     assert all(sum(row["structure"]["num_hidden_layers"]) == 1 for row in result.history)
-    with pytest.raises(ValueError, match="found no structure within the budget: .* 5 to inf ms"):
+    # Refused before anything is scored: two layers with two targets each are all there are.
+    monkeypatch.setattr("peft.tuners.denas.search.Scorer.score", lambda *_: pytest.fail("a structure was scored"))
+    with pytest.raises(ValueError, match="min_latency = 5 ms is more than .* with the largest adapter, 2 ms: lower it"):
         find(batch, engine="random", min_latency=5.0)
+    monkeypatch.setattr(Supernet, "latency", lambda net: 1e-3 + fake(net))
+    with pytest.raises(ValueError, match="max_latency = 0.5 ms is less than .* without an adapter, 1 ms: raise it"):
+        find(batch, engine="random", max_latency=0.5)
+    with pytest.raises(ValueError, match="found no structure within the budget: .* 0 to 1 ms"):
+        find(batch, engine="random", max_latency=1.0)
 
 
 def test_latency_weight_divides_the_score(batch):
@@ -397,7 +420,10 @@ def test_many_candidates_are_looked_up_at_once(seed):
         ({"engine": "nsga2", "objectives": ["params"]}, "objectives must be 'score' and at least one more"),
         ({"r_min": 5, "r_max": 4}, "r_min..r_max must be whole numbers >= 1 in order, got 5..4"),
         ({"engine": "evolutionary", "crossover_num": 40}, "is more than population_num = 50"),
-        ({"max_params": -1}, "max_params must be positive"),
+        ({"max_params": -1}, "max_params must be a positive number, got -1"),
+        ({"min_params": float("nan")}, "min_params must be a positive number, got nan"),
+        ({"max_latency": "3"}, "max_latency must be a positive number, got '3'"),
+        ({"seed": -1}, "seed must be a whole number >= 0, got -1"),
         ({"m_prob": 1.5}, r"m_prob must be in \[0, 1\]"),
         ({"min_latency": 3, "max_latency": 2}, "min_latency=3 is more than max_latency=2"),
     ],

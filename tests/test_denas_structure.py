@@ -144,6 +144,8 @@ def test_saved_as_an_ordinary_lora_with_the_structure_beside(tmp_path):
     loaded = PeftModel.from_pretrained(again, tmp_path)
     assert type(loaded.peft_config["default"]) is LoraConfig
     assert torch.equal(logits(loaded, ids), expected)
+    loaded.save_pretrained(tmp_path / "again")  # as after more training: the structure stays with the adapter
+    assert read_structure(tmp_path / "again") == LORA
     loaded.load_adapter(tmp_path, "second")  # an adapter like any other
     assert loaded.peft_config["second"].rank_pattern == model.peft_config["default"].rank_pattern
 

@@ -22,6 +22,7 @@ from transformers import (
     MptConfig,
     OPTConfig,
 )
+from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
@@ -39,6 +40,7 @@ LAYERS = {
     "conv3d without bias": (lambda: nn.Conv3d(4, 6, 2, bias=False), (2, 4, 3, 3, 3), 1),
     "GroupNorm": (lambda: nn.GroupNorm(2, 6), (2, 6, 5), 1),
     "GroupNorm of images": (lambda: nn.GroupNorm(3, 6), (2, 6, 4, 5), 1),
+    "ConvNeXt's LayerNorm": (lambda: ConvNextLayerNorm(6, data_format="channels_first"), (2, 6, 4, 6), 1),
     "LayerNorm without bias": (lambda: nn.LayerNorm(6, bias=False), (2, 3, 6), -1),
     "Llama's norm": (lambda: LlamaRMSNorm(6), (2, 3, 6), -1),
     "Gemma's norm": (lambda: GemmaRMSNorm(6), (2, 3, 6), -1),
@@ -92,6 +94,14 @@ def test_layers(case):
     assert base.state_dict().keys() == before.keys()
     assert all(torch.equal(base.state_dict()[key], tensor) for key, tensor in before.items())
     assert torch.equal(base(x), plain)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.LayerNorm((3, 6)), nn.LayerNorm(6, elementwise_affine=False), nn.SyncBatchNorm(6)], ids=str
+)
+def test_norms_without_a_weight_for_each_of_the_last_channels_are_refused(layer):
+    with pytest.raises(ValueError, match=r"layer \(\w+Norm\) is not supported"):
+        adapted(layer)
 
 
 @pytest.mark.parametrize("norm", [LlamaRMSNorm, GemmaRMSNorm])

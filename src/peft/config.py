@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from .utils.constants import CONFIG_NAME
+from .utils.constants import CONFIG_NAME, STRUCTURE_NAME
 from .utils.peft_types import PeftType, TaskType
 from .utils.warning import warn
 
@@ -283,6 +283,11 @@ class PeftConfigMixin:
         overrides = {name: value for name, value in overrides.items() if name in known}
         config = cls.from_peft_type(**{**content, **overrides})
         config.from_file = True
+        structure = os.path.join(os.path.dirname(path), STRUCTURE_NAME)
+        if os.path.exists(structure):  # so that it stays with the adapter when this is saved again
+            from .tuners.denas.structure import read_structure
+
+            config.structure = read_structure(structure)
         return config
 
     @classmethod

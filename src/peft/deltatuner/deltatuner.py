@@ -84,8 +84,9 @@ def _arguments(args: DeltaTunerArguments | None, overrides: dict[str, Any]) -> D
 
 
 def _lora_of(model: nn.Module, adapter_name: str) -> LoraConfig | None:
-    """The configuration of the model's LoRA, if it has one."""
-    config = getattr(model, "peft_config", {}).get(adapter_name)
+    """The configuration of the model's LoRA, if it has one: that of this name, or the only adapter."""
+    configs = getattr(model, "peft_config", {})
+    config = next(iter(configs.values())) if len(configs) == 1 else configs.get(adapter_name)
     return config if config is not None and config.peft_type == PeftType.LORA else None
 
 

@@ -521,7 +521,8 @@ class NormOp(Op):
 
     def __init__(self, layer):
         super().__init__(layer)
-        self.channel_dim = 1 if isinstance(layer, nn.GroupNorm) else -1
+        first = getattr(layer, "data_format", None) == "channels_first"  # of ConvNeXt's norms
+        self.channel_dim = 1 if first or isinstance(layer, nn.GroupNorm) else -1
 
     @property
     def in_features(self) -> int:
@@ -573,7 +574,9 @@ def _is_conv1d(layer: nn.Module) -> bool:
 
 def _is_norm(layer: nn.Module) -> bool:
     weight = getattr(layer, "weight", None)
-    return isinstance(weight, torch.Tensor) and weight.dim() == 1 and type(layer).__name__.endswith("Norm")
+    if not isinstance(weight, torch.Tensor) or len(logical_shape(weight)) != 1 or isinstance(layer, nn.SyncBatchNorm):
+        return False
+    return isinstance(layer, (nn.LayerNorm, nn.GroupNorm)) or type(layer).__name__.endswith("Norm")
 
 
 def make_op(layer: nn.Module) -> Op | None:
@@ -590,8 +593,8 @@ def make_op(layer: nn.Module) -> Op | None:
         return ConvOp(layer)
     if isinstance(layer, nn.Embedding):
         return EmbeddingOp(layer)
-    if isinstance(layer, (nn.LayerNorm, nn.GroupNorm)) or _is_norm(layer):
-        return NormOp(layer) if getattr(layer, "weight", None) is not None else None
+    if _is_norm(layer):
+        return NormOp(layer)
     if is_quantized(layer):
         return LinearOp(layer)
     return None

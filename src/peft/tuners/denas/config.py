@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 from ...config import documented
@@ -142,7 +144,7 @@ class DenasConfig(SearchSettings):
         for name in ("population_num", "select_num", "max_epochs", "scale_factor", "batch_size", "sequence_length"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a whole number >= 1, got {getattr(self, name)!r}")
-        for name in ("crossover_num", "mutation_num"):
+        for name in ("crossover_num", "mutation_num", "seed"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
                 raise ValueError(f"{name} must be a whole number >= 0, got {getattr(self, name)!r}")
         if self.patience is not None and self.patience < 1:
@@ -152,8 +154,8 @@ class DenasConfig(SearchSettings):
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
         for name in ("max_params", "min_params", "max_latency", "min_latency"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be positive, got {value!r}")
+            if value is not None and not (isinstance(value, Real) and 0 < value < math.inf):
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
         if None not in (self.min_latency, self.max_latency) and self.min_latency > self.max_latency:
             raise ValueError(f"min_latency={self.min_latency} is more than max_latency={self.max_latency}")
         for name in WEIGHTS:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,7 +20,7 @@ from .report import SearchResult
 from .search import Scorer, Search
 from .space import SearchSpace
 from .structure import LAYER_NAME
-from .supernet import supernet
+from .supernet import Supernet, supernet
 
 EXAMPLE_TEXT = (
     "The river rises in the hills behind the old town and reaches the sea after ninety miles. In spring, when the "
@@ -81,9 +83,42 @@ def search_structure(
             if len(batches) > 1:
                 raise ValueError(f"score='deltatuner' and latencies take one batch, got {len(batches)}")
             net = stack.enter_context(supernet(model, space, batches[0], search.seed))
-        running = Search(space, Scorer(space, search, table, net), search, progress)
+            _check_latency(net, search)
+        data = _checksum(space, batches) if search.storage is not None else 0
+        running = Search(space, Scorer(space, search, table, net), search, progress, data)
         best = running.run()
     return SearchResult(space, best, running.history, running.front, layer_name)
+
+
+def _checksum(space: SearchSpace, batches: Sequence[Mapping[str, Any]]) -> int:
+    """Of the batches, and of the model by its first target's weight, in the precision that all devices have."""
+    weight = next(iter(space.layout.ops.values())).load()[0].detach()
+    tensors = [value for batch in batches for _, value in sorted(batch.items()) if torch.is_tensor(value)]
+    checksum = 0
+    for tensor in (weight, *tensors):
+        exact = tensor.bfloat16() if tensor.is_floating_point() else tensor.long()
+        checksum = zlib.crc32(exact.cpu().contiguous().view(torch.uint8).numpy(), checksum)
+    return checksum
+
+
+def _check_latency(net: Supernet, search: DenasConfig) -> None:
+    """Refuse a limit that the model breaks without any adapter, or with the largest one.
+
+    Raises:
+        ValueError: such a limit.
+    """
+    for name, on, what in (
+        ("max_latency", 0, "less than this batch takes without an adapter, {:.3g} ms: raise it, or cut the batch"),
+        ("min_latency", 1, "more than this batch takes with the largest adapter, {:.3g} ms: lower it"),
+    ):
+        limit = getattr(search, name)
+        if limit is not None:
+            codes = np.zeros((len(net.space.units), 1 + len(net.space.values)), dtype=np.int64)
+            codes[:, 0], codes[:, 1:2] = on, on * (net.space.costs.shape[1] - 1)
+            net.apply(codes)
+            latency = 1000 * net.latency()
+            if (latency < limit) if on else (latency > limit):
+                raise ValueError(f"{name} = {limit:g} ms is " + what.format(latency))
 
 
 def make_batches(model: nn.Module, search: DenasConfig, tokenizer: Any, batch: Any) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ neither scores it.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -93,17 +94,32 @@ def _open(optuna, search: Search) -> optuna.Study:
 
 def _settings(search: Search) -> dict:
     """What all processes of a search must agree on."""
-    own = {name: value for name, value in vars(search.config).items() if name not in _NOT_THE_SEARCHS_OWN}
-    space = [[unit.layer, list(unit.keys)] for unit in search.space.units]
-    budget = [search.budget.max_params, search.budget.min_params]
-    return json.loads(json.dumps(own | {"method": search.space.method.value, "targets": space, "budget": budget}))
+    config, space = search.config, search.space
+    own = {name: value for name, value in vars(config).items() if name not in _NOT_THE_SEARCHS_OWN}
+    own |= {"method": space.method.value, "targets": [[unit.layer, list(unit.keys)] for unit in space.units]}
+    own |= {"budget": [search.budget.max_params, search.budget.min_params], "costs": zlib.crc32(space.costs.tobytes())}
+    own |= {"alpha": space.values[1:], "model or data": search.data}
+    if not config.is_additive:
+        own["seed"] = config.seed  # of the deltas that are scored
+    return json.loads(json.dumps(own))
 
 
 def _storage(optuna, where: str | None):
-    if where is None or "://" in where:
-        return where
-    journal = optuna.storages.journal
-    return optuna.storages.JournalStorage(journal.JournalFileBackend(where))
+    """Optuna's storage of this name.
+
+    Raises:
+        ValueError: it cannot be opened, or is something else.
+    """
+    if where is None:
+        return None
+    storages = optuna.storages
+    try:
+        if "://" in where:
+            return storages.get_storage(where)
+        return storages.JournalStorage(storages.journal.JournalFileBackend(where))
+    except Exception as error:  # every driver of a database has its own
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"storage {where!r} is no journal file or database that can be opened ({reason})") from error
 
 
 def _sampler(optuna, config: DenasConfig, number: int, salt: int):

@@ -57,10 +57,14 @@ class Scorer:
 
 
 class Search:
-    """A search under way: its budget, its history, and what it has tried."""
+    """A search under way: its budget, its history, and what it has tried.
 
-    def __init__(self, space: SearchSpace, scorer: Scorer, config: DenasConfig, progress: bool):
-        self.space, self.scorer, self.config = space, scorer, config
+    Args:
+        data: a checksum of what scores are measured on; searches with a common storage have the same.
+    """
+
+    def __init__(self, space: SearchSpace, scorer: Scorer, config: DenasConfig, progress: bool, data: int = 0):
+        self.space, self.scorer, self.config, self.data = space, scorer, config, data
         self.budget: Budget = space.budget(config)
         self.rng = np.random.default_rng(config.seed)
         self.history: list[Record] = []
