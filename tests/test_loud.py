@@ -474,34 +474,18 @@ def test_an_adapter_that_is_gone_is_not_saved_empty(tmp_path, method, way):
     assert not (tmp_path / "adapter").exists()
 
 
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention, self.out = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.out(self.attention(x, x, x)[0])
-
-
-@methods
-def test_a_module_that_torch_never_calls_is_no_target(method):
-    with pytest.raises(ValueError, match="attention.out_proj is part of a MultiheadAttention"):
-        get_peft_model(Attention(), CONFIGS[method](target_modules=["out_proj"]))
-    model = get_peft_model(Attention(), CONFIGS[method](target_modules="all-linear", **few(method)))
-    assert adapter_layers(model) == {"base_model.model.out"}
-
-
 @methods
 def test_adapters_inside_a_transformer_layer_of_torch_have_effect_in_evaluation(method):
     """There torch takes the weights of the layer's parts without calling them (its fast path)."""
     base = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2).eval()
-    x = torch.randn(2, 3, 8)
+    x, real = torch.randn(2, 3, 8), torch.tensor([[True, True, False], [True, True, True]])
     model = adapted(base, method=method, target_modules=["linear1", "linear2"], **few(method))
-    expected = model(x)  # with gradients there is no fast path
+    expected = [model(x), model(x, src_key_padding_mask=~real)[real]]  # with gradients there is no fast path
     with torch.no_grad():
-        assert torch.allclose(model(x), expected, atol=1e-6)
+        assert torch.allclose(model(x), expected[0], atol=1e-6)
+        assert torch.allclose(model(x, src_key_padding_mask=~real)[real], expected[1], atol=1e-6)
         merged = model.merge_and_unload()(x)
-    assert torch.allclose(merged, expected, atol=1e-5)
+    assert torch.allclose(merged, expected[0], atol=1e-5)
 
 
 def few(method: str) -> dict:

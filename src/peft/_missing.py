@@ -62,7 +62,6 @@ FEATURES = {
     "KappaTune target selection": "KappaTuneSelector find_kappa_target_modules",
     "A LoRA class of its own for EETQ layers (lora.Linear adapts them)": "EetqLoraLinear",
     "A LoRA class of its own for GPTQ layers (lora.Linear adapts them)": "GPTQLoraLinear",
-    "LoRA on nn.MultiheadAttention": "MultiheadAttention",
     "LoRA on tensor-parallel layers": "LoraEmbeddingATPHolder TpInfo add_lora_tp_hooks_dtensor "
     "dtensor_from_local_like get_tp_plan_and_mesh",
     "Monte Carlo LoRA": "MontecloraConfig MontecloraTrainerMixin",
@@ -124,7 +123,7 @@ NAMES = {
     "VeloraConfig create_arrow_model",
     "peft.tuners.lora.bnb": "dispatch_bnb_4bit dispatch_bnb_8bit",
     "peft.tuners.lora.config": "ArrowConfig BdLoraConfig KasaConfig MontecloraConfig VeloraConfig",
-    "peft.tuners.lora.layer": "LoraEmbeddingATPHolder LoraVariant MultiheadAttention check_adapters_to_merge "
+    "peft.tuners.lora.layer": "LoraEmbeddingATPHolder LoraVariant check_adapters_to_merge "
     "dispatch_default get_bnb_param_type skip_init_on_device",
     "peft.tuners.lora.model": "TpInfo add_lora_tp_hooks_dtensor dispatch_aqlm dispatch_awq dispatch_default "
     "dispatch_eetq dispatch_gptq dispatch_hqq dispatch_inc dispatch_megatron dispatch_torchao "

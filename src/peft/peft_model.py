@@ -21,6 +21,7 @@ from ._lazy import explain_missing
 from .config import PeftConfig, find_file, split_hub_kwargs
 from .mapping import PEFT_TYPE_TO_TUNER_MAPPING, config_class
 from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
+from .tuners.attention import check_mixed
 from .tuners.base import BASE_ADAPTER, BaseTuner, check_adapter_name
 from .tuners.parts import modules_with_adapters
 from .tuners.prompt_learning import PromptTuner
@@ -323,6 +324,8 @@ class PeftModel(nn.Module):
                 "A mixed batch cannot be trained with gradient checkpointing: the layers run again in the backward "
                 "pass, when the batch's adapter_names are gone. Switch one of them off"
             )
+
+        check_mixed(self)
 
         def hand_over(module, args, kwargs, *, exact):
             x = args[0] if args else next(iter(kwargs.values()))

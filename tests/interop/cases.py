@@ -33,6 +33,25 @@ class ConvNet(nn.Module):
         return self.head(x.reshape(x.shape[0], -1))
 
 
+class AttentionNet(nn.Module):
+    """An attention of torch and its cross attention: `x` (batch, LENGTH, WIDTH) -> the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.cross = nn.MultiheadAttention(WIDTH, HEADS)
+        self.head = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(x, x, x, need_weights=False)[0]
+        context, padding = x.flip(-1).transpose(0, 1), torch.arange(LENGTH).expand(len(x), -1) > 4
+        y, _ = self.cross(x.transpose(0, 1), context, 2 * context, key_padding_mask=padding)
+        return self.head(x + y.transpose(0, 1))
+
+
+PLAIN = {"conv": ConvNet, "attention": AttentionNet}  # bases that are no models of transformers
+
+
 def _transformers_model(model_class: str, config_class: str, **config) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         import transformers
@@ -75,7 +94,7 @@ BASES: dict[str, Callable[[], nn.Module]] = {
         "MixtralForCausalLM", "MixtralConfig", vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=INNER,
         num_hidden_layers=2, num_attention_heads=HEADS, num_key_value_heads=2, num_local_experts=3,
     ),
-    "conv": ConvNet,
+    **PLAIN,
 }  # fmt: skip
 
 
@@ -83,6 +102,8 @@ def make_inputs(base: str) -> dict[str, torch.Tensor]:
     """Random inputs of a base model, by the names of its forward's arguments."""
     if base == "conv":
         return {"x": torch.randn(BATCH, 64)}
+    if base == "attention":
+        return {"x": torch.randn(BATCH, LENGTH, WIDTH)}
     inputs = {"input_ids": torch.randint(2, VOCABULARY, (BATCH, LENGTH))}
     if base == "t5":
         inputs["decoder_input_ids"] = torch.randint(2, VOCABULARY, (BATCH, LENGTH))
@@ -298,6 +319,13 @@ CASES = [
     _Family("conv")("Convolutions, DoRA", target_modules=["line.0", "plane.0", "space.0", "head"], r=2, use_dora=True),
     _gpt2_case("GPT-2 (Conv1D), DoRA", use_dora=True),
     _Family("conv")("Convolutions, modules_to_save", target_modules=["plane.0"], modules_to_save=["head"]),
+    _Family("attention")("Attention of torch", target_modules=["attn", "cross"], r=4, lora_alpha=16),
+    _Family("attention")("Attention of torch, patterns", target_modules=r".*(attn|head|cross)", r=4, use_rslora=True,
+                         rank_pattern={"attn": 2}, alpha_pattern={"cross": 4}, lora_dropout=0.1),
+    Case("Attention of torch, two adapters", "attention", {
+        "default": {"target_modules": ["attn"], "r": 4},
+        "second": {"target_modules": ["attn", "cross", "head"], "r": 2},
+    }, upstream_mixes=False),
     *_lycoris_cases("LoHaConfig"),
     *_lycoris_cases("LoKrConfig"),
     # (Upstream's LoKr fails on such kernels as these here.)

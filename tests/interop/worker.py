@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from cases import BASES, CASES, Case, ConvNet, make_inputs, outputs
+from cases import BASES, CASES, PLAIN, Case, make_inputs, outputs
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -31,7 +31,7 @@ def write_bases(folder: Path, seed: int) -> None:
     for name, make in BASES.items():
         model, path = make(), folder / "bases" / name
         path.mkdir(parents=True)
-        if isinstance(model, ConvNet):
+        if name in PLAIN:
             save_file(model.state_dict(), path / "model.safetensors")
         else:
             model.save_pretrained(path)
@@ -42,8 +42,8 @@ def load_base(folder: Path, case: Case) -> tuple[nn.Module, dict[str, torch.Tens
     """The base model and its inputs, from the files."""
     path = folder / "bases" / case.base
     inputs = load_file(path / "inputs.safetensors")
-    if case.base == "conv":
-        model = ConvNet()
+    if case.base in PLAIN:
+        model = PLAIN[case.base]()
         model.load_state_dict(load_file(path / "model.safetensors"))
         return model.eval(), inputs
     import transformers

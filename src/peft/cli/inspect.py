@@ -189,7 +189,7 @@ def measure_delta(layer: BaseTunerLayer, adapter: str) -> Delta:
     import torch
 
     trained = sum(tensor.numel() for _, tensor in layer.adapter_tensors(adapter) if tensor.is_floating_point())
-    weight = layer.weight if layer.weight.is_meta else layer.op.load()[0]
+    weight = layer.op.weight if layer.op.weight.is_meta else layer.op.load()[0]
     with torch.no_grad():
         norms = (
             None if tensor is None or tensor.is_meta else torch.linalg.vector_norm(tensor, dtype=torch.float64).item()

@@ -29,6 +29,7 @@ from ..utils.placement import home_device, offload_hook, own_tensor, reshard
 from ..utils.quantization_utils import forget_quantization, is_quantized, keep_packed
 from ..utils.warning import warn
 from ._buffer_dict import BufferDict
+from .attention import check_attention, drops
 from .ops import OP_KINDS, make_op
 from .parts import (
     cast_adapter_dtype,
@@ -46,7 +47,6 @@ from .parts import (
 )
 from .targeting import (
     TASK_HEAD_NAMES,
-    is_never_called,
     is_target,
     keep_called,
     keys_ending_in,
@@ -57,7 +57,7 @@ from .targeting import (
     unmatched_entries,
     usual_modules,
 )
-from .tuners_utils import BASE_ADAPTER, BaseTunerLayer, MergeError, as_list
+from .tuners_utils import BASE_ADAPTER, BaseTunerLayer, MergeError, as_list, base_of
 
 
 def check_adapter_name(name: str) -> None:
@@ -134,6 +134,11 @@ class BaseTuner(nn.Module):
                 del model.peft_config
             raise
 
+    @property
+    def _folds(self) -> bool:
+        """Whether the method can change a weight that is taken from its layer, which is not called."""
+        return self.tuner_layer_cls.fold is not BaseTunerLayer.fold
+
     # What a method may add
 
     def shared_state(self, config, targets: dict[str, nn.Module], adapter_name: str) -> None:
@@ -176,7 +181,7 @@ class BaseTuner(nn.Module):
             targets = usual_modules(self.model, "target_modules", mapping, what, default)
             config.target_modules = targets if isinstance(targets, str) else set(targets)
         config.target_modules = resolve_all_linear(
-            self.model, config.target_modules, lambda module: isinstance(module, BaseTunerLayer)
+            self.model, config.target_modules, lambda module: isinstance(module, BaseTunerLayer), self._folds
         )
         return config
 
@@ -221,7 +226,7 @@ class BaseTuner(nn.Module):
             config = self.peft_config[adapter_name] = self.prepare_config(config)
         targets = self._find_targets(config, state_dict)
         targets = self._without_whole_modules(config, targets, explicit=given is not None and given != "all-linear")
-        self._check_supported(targets)
+        self._check_supported(config, targets)
         self._warn_of_names_without_use(config, given, targets)
         for attribute in self.adapter_layer_names:  # one for all layers, also those of the model's earlier tuners
             held = (getattr(layer, attribute) for layer in self.layers() if isinstance(layer, self.tuner_layer_cls))
@@ -233,7 +238,7 @@ class BaseTuner(nn.Module):
         try:
             for key in targets:
                 parent, target, target_name = _get_submodules(model, key)
-                base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+                parent, base = base_of(parent), base_of(target)
                 on_meta = low_cpu_mem_usage or home_device(base).type == "meta"
                 with torch.device("meta") if on_meta else nullcontext():
                     self._create_and_replace(config, adapter_name, target, target_name, parent, key)
@@ -245,7 +250,7 @@ class BaseTuner(nn.Module):
                     layer._active_adapter = list(active)
                     layer.enable_adapters(not disabled)
                 # A merged layer has parted from the others for a while.
-                layer.op.shared |= not layer.keeps_ties and id(layer.weight) in shared
+                layer.op.shared |= not layer.keeps_ties and id(layer.op.weight) in shared
                 changes.append(layer.base_change(adapter_name, config))
             wrap_modules_to_save(model, getattr(config, "modules_to_save", None) or [], adapter_name)
             with torch.device("meta") if low_cpu_mem_usage else nullcontext():
@@ -323,9 +328,10 @@ class BaseTuner(nn.Module):
                 targets = {key: target for key, target in targets.items() if key not in inside}
         return targets
 
-    def _check_supported(self, targets: dict[str, nn.Module]) -> None:
+    def _check_supported(self, config, targets: dict[str, nn.Module]) -> None:
         """Refuse targets that the method has no layer for, before it makes anything out of their sizes."""
         for key, target in targets.items():
+            check_attention(self.model, key, targets, self._folds, drops(config) and not config.inference_mode)
             if isinstance(target, AuxiliaryTrainingWrapper):
                 raise ValueError(
                     f"{key} is trained whole (modules_to_save) and cannot be a target of the adapter as well"
@@ -342,6 +348,7 @@ class BaseTuner(nn.Module):
         if state_dict is not None:
             keys = [key.removeprefix("base_model.model.") for key in state_dict]
             wanted = {key[: key.index("." + self.prefix)] for key in keys if "." + self.prefix in key}
+            wanted = {key.replace(".base_layer.", ".") for key in wanted}
             wanted -= {owner for owner, _ in self.parameter_targets(config).values()}
         targets: dict[str, nn.Module] = {}
         inside: tuple[str, ...] = ()
@@ -350,13 +357,15 @@ class BaseTuner(nn.Module):
                 continue
             if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                 inside = (*inside, key + ".")
-            if key in wanted if state_dict is not None else is_target(config, key):
-                if is_never_called(self.model, key):
-                    raise ValueError(
-                        f"Target module {key} is part of a MultiheadAttention of torch, which takes its weight without "
-                        "calling it, so an adapter would have no effect: add it to exclude_modules"
-                    )
-                targets[key] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            base = base_of(module)
+            is_wanted = key in wanted if state_dict is not None else is_target(config, key)
+            if isinstance(base, nn.MultiheadAttention) and self._folds:
+                out, inside = f"{key}.out_proj", (*inside, key + ".")
+                along = is_wanted and not name_matches(getattr(config, "exclude_modules", None) or [], out)
+                if out in wanted if state_dict is not None else along or is_target(config, out):
+                    targets[out] = base_of(base.out_proj)  # first: then it is inside when the attention is replaced
+            if is_wanted:
+                targets[key] = base
                 inside = (*inside, key + ".")
         if not targets and not self.parameter_targets(config):
             raise NoMatchingPeftModuleError(self._no_match_message(config))
@@ -368,11 +377,8 @@ class BaseTuner(nn.Module):
         wanted = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
         names = list(dict.fromkeys(key.rpartition(".")[2] for key, _ in self.model.named_modules() if key))
         examples = [name for name in names if not name.isdigit()][:20]
-        limits = {
-            field: getattr(config, field, None)
-            for field in ("layers_to_transform", "layers_pattern", "exclude_modules")
-            if getattr(config, field, None) is not None
-        }
+        fields = ("layers_to_transform", "layers_pattern", "exclude_modules")
+        limits = {field: limit for field in fields if (limit := getattr(config, field, None)) is not None}
         named = [key for key, _ in self.model.named_modules() if key and name_matches(config.target_modules, key)]
         numbers = {layer_index(key, getattr(config, "layers_pattern", None)) for key in named}
         return (
@@ -385,14 +391,13 @@ class BaseTuner(nn.Module):
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key) -> None:
         """Give `target` the adapter, replacing it by an adapter layer unless it is one already."""
         layer = self._own_layer(target)
-        is_adapted = isinstance(target, BaseTunerLayer)
-        if layer is None and is_adapted and not self.mixes:
+        if layer is None and isinstance(target, BaseTunerLayer) and not self.mixes:
             raise ValueError(
                 f"{current_key} has an adapter of another method ({type(target).__name__}): unload() the first one, "
                 "choose other targets, or make the model with get_peft_model(..., mixed=True)"
             )
         if layer is None:
-            layer = self.layer_class(target.get_base_layer() if is_adapted else target, current_key)(target)
+            layer = self.layer_class(base_of(target), current_key)(target)
             layer.train(target.training)
             setattr(parent, target_name, layer)
         for attribute in self.adapter_layer_names:
@@ -400,11 +405,11 @@ class BaseTuner(nn.Module):
         try:
             layer.update_layer(adapter_name, config, **self.layer_kwargs(config, current_key))
         except ValueError as error:
-            kind = type(layer.get_base_layer()).__name__
-            raise ValueError(f"Target module {current_key} ({kind}): {error}") from error
+            raise ValueError(f"Target module {current_key} ({type(base_of(target)).__name__}): {error}") from error
         for child in layer.children():
             if isinstance(child, nn.ModuleDict) and adapter_name in child:
                 child[adapter_name].train(layer.training)
+        layer._dropping |= {adapter_name} if drops(config) else set()
         self._move_to_base(layer, adapter_name)
 
     def _own_layer(self, module: nn.Module) -> BaseTunerLayer | None:
@@ -422,7 +427,7 @@ class BaseTuner(nn.Module):
     def _move_to_base(self, layer: BaseTunerLayer, adapter_name: str) -> None:
         """Bring a new adapter to its base layer's device and (unless the method has its own) floating-point dtype."""
         base = layer.get_base_layer()
-        device, dtype = home_device(base), layer.weight.dtype
+        device, dtype = home_device(base), layer.op.weight.dtype
         for _, parameter in layer.adapter_tensors(adapter_name):
             cast = layer.widens_parameters and parameter.is_floating_point() and not is_quantized(base)
             where = parameter.device if parameter.is_meta else device

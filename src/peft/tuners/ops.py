@@ -5,7 +5,7 @@ here), and computes with any such weight. Methods are written against this view 
 
 Shape letters: O output channels, I input channels, K kernel, N tokens or images.
 
-Left out: `MultiheadAttention`. (Fused expert parameters are in `lora/parameters.py`.)
+How `nn.MultiheadAttention` runs with adapters is in `attention.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..utils.placement import (
     OffloadedTensor,
@@ -51,12 +52,17 @@ class Op:
         layer: the module.
         in_features, out_features: channels of its input and output.
         channel_dim: where the output channels stand in the layer's output (-1, or 1 for convolutions).
+        is_read: others take the weight from the layer (`layer.weight`) and do not call it.
+        lora_gain: by what LoRA multiplies its scaling.
         shared: another module holds the same weight `Parameter`; then `store` gives this layer one of its own.
     """
 
     kind = "?"
     channel_dim = -1
     transposed = False
+    is_read = False
+    lora_gain = 1
+    weight_name, bias_name = "weight", "bias"
 
     def __init__(self, layer: nn.Module):
         self.layer = layer
@@ -81,6 +87,10 @@ class Op:
     def weight(self) -> torch.Tensor:
         """The tensor with the numbers of the layer's weight, packed or not."""
         return stored_weight(self.layer)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return getattr(self.layer, self.bias_name, None)
 
     @property
     def stored_shape(self) -> torch.Size:
@@ -114,14 +124,15 @@ class Op:
         """
         with onloaded(self.layer):
             refuse_flattened(self.layer)
-            bias = getattr(self.layer, "bias", None)
+            bias, is_packed = self.bias, is_quantized(self.layer)
             self._was_sharded |= is_sharded(self.weight)
-            if is_quantized(self.layer) and is_sharded(self.weight):
+            if is_packed and is_sharded(self.weight):
                 raise RuntimeError(
                     f"The weight of {type(self.layer).__name__} is packed and sharded, and cannot be read in parts: "
                     "save the adapter and do this in one process"
                 )
-            return self.to_view(whole_tensor(dequantize(self.layer))), None if bias is None else whole_tensor(bias)
+            W = dequantize(self.layer) if is_packed else self.weight
+            return self.to_view(whole_tensor(W)), None if bias is None else whole_tensor(bias)
 
     def store(self, W: torch.Tensor, b: torch.Tensor | None) -> None:
         """Write a weight and a bias (None: the layer has none) to where the layer's own are.
@@ -134,7 +145,7 @@ class Op:
         self._refuse_computed()
         W = self.to_view(W.detach())
         if not is_quantized(self.layer):
-            self._write("weight", W.to(self.layer.weight.dtype).contiguous())
+            self._write(self.weight_name, W.to(self.weight.dtype).contiguous())
         elif offload_hook(self.layer) is not None:
             raise RuntimeError(
                 f"The packed weight of {type(self.layer).__name__} is off-loaded and cannot be rewritten: load the "
@@ -146,7 +157,7 @@ class Op:
 
     def keep(self) -> tuple[dict[str, object], torch.Tensor | None] | None:
         """What `put_back` needs to undo a `store` bit for bit, without a copy; None where the weight is not packed."""
-        state, bias = packed_state(self.layer), getattr(self.layer, "bias", None)
+        state, bias = packed_state(self.layer), self.bias
         return None if state is None else (state, None if bias is None else bias.detach())
 
     def put_back(self, kept: tuple[dict[str, object], torch.Tensor | None]) -> None:
@@ -157,20 +168,20 @@ class Op:
 
     def _store_bias(self, b: torch.Tensor | None) -> None:
         is_offloaded = offload_hook(self.layer) is not None
-        bias = getattr(self.layer, "bias", None)
+        bias, name = self.bias, self.bias_name
         if b is None:
             if bias is not None:
-                self.layer.bias = None
-            if "bias" in self._offloaded:
-                self._offloaded.pop("bias").restore()
+                setattr(self.layer, name, None)
+            if name in self._offloaded:
+                self._offloaded.pop(name).restore()
         elif bias is None:
             b = b.detach().to(self._bias_dtype(b), copy=True)
             here = torch.empty_like(b, device="meta") if is_offloaded else b
-            self.layer.bias = nn.Parameter(here, requires_grad=False)
+            setattr(self.layer, name, nn.Parameter(here, requires_grad=False))
             if is_offloaded:
-                self._write("bias", b)
+                self._write(name, b)
         elif b is not bias:
-            self._write("bias", b.detach().to(bias.dtype))
+            self._write(name, b.detach().to(bias.dtype))
 
     def plain(self, dtype: torch.dtype | None = None) -> nn.Module:
         """A layer that computes the same as this packed one, with its weight in the clear; None: in the type it has."""
@@ -196,7 +207,7 @@ class Op:
                 f"The weight of {name} is sharded, and what is written into its gathered form would be lost: call "
                 "reshard() on the FSDP modules first"
             )
-        if "weight" not in layer._parameters and not is_quantized(layer):
+        if self.weight_name not in layer._parameters and not is_quantized(layer):
             raise RuntimeError(
                 f"The weight of {name} is computed from other parameters (a parametrisation, weight norm) and would be "
                 "so again after merging: make it a plain parameter first (remove_parametrizations, remove_weight_norm)"
@@ -205,7 +216,7 @@ class Op:
     def _write(self, name: str, value: torch.Tensor) -> None:
         """Give the parameter `name` other numbers, wherever they are kept."""
         parameter = getattr(self.layer, name)
-        apart = self.shared and name != "bias"  # who shares the weight must not see the change
+        apart = self.shared and name != self.bias_name  # who shares the weight must not see the change
         if offload_hook(self.layer) is not None:
             if name not in self._offloaded:
                 self._offloaded[name] = OffloadedTensor(self.layer, name)
@@ -229,7 +240,8 @@ class Op:
     @property
     def is_parted(self) -> bool:
         """Whether `store`, if it has written, had to part the layer's weight from the module that shares it."""
-        return self.shared or ("weight" in self._offloaded and self._offloaded["weight"].tied)
+        offloaded = self._offloaded.get(self.weight_name)
+        return self.shared or (offloaded is not None and offloaded.tied)
 
     def retie(self) -> None:
         """Put back what `store` had to replace: a weight that is shared, entries of off-loaded weights."""
@@ -292,6 +304,46 @@ class LinearOp(Op):
         self, gy: torch.Tensor, x: torch.Tensor, start: int = 0, stop: int | None = None
     ) -> torch.Tensor:
         return gy[:, start:stop].T @ x
+
+
+class ParameterOp(Op):
+    """The view of one parameter of a module, in the shape in which it is stored."""
+
+    kind = "Parameter"
+    bias_name = ""
+
+    def __init__(self, layer: nn.Module, name: str):
+        super().__init__(layer)
+        self.weight_name = name
+
+    @property
+    def weight(self):
+        return getattr(self.layer, self.weight_name)
+
+    @property
+    def stored_shape(self):
+        return logical_shape(self.weight)
+
+
+class InProjectionOp(ParameterOp, LinearOp):
+    """The packed in-projection of `nn.MultiheadAttention`, (3 E, E): query, key and value below each other."""
+
+    kind = "Linear"
+    is_read = True
+    bias_name = "in_proj_bias"
+
+    def __init__(self, layer):
+        super().__init__(layer, "in_proj_weight")
+
+
+class OutProjectionOp(LinearOp):
+    """The out-projection of `nn.MultiheadAttention`.
+
+    Its LoRA counts twice: upstream adds its change twice, always, so that adapters from there were trained to that.
+    """
+
+    is_read = True
+    lora_gain = 2
 
 
 class Conv1DOp(LinearOp):
@@ -558,8 +610,12 @@ def _is_norm(layer: nn.Module) -> bool:
 
 def make_op(layer: nn.Module) -> Op | None:
     """The `Op` of a layer, or None where there is none for its kind."""
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        return OutProjectionOp(layer)
     if isinstance(layer, nn.Linear):
         return LinearOp(layer)
+    if isinstance(layer, nn.MultiheadAttention):
+        return InProjectionOp(layer) if layer._qkv_same_embed_dim else None
     if _is_conv1d(layer):
         return Conv1DOp(layer)
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):

@@ -267,5 +267,5 @@ def dequantize_layers(model: nn.Module, dtype: torch.dtype | None = None) -> dic
     shared = shared_parameters(model)
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
-            layer.op.shared = not layer.keeps_ties and id(layer.weight) in shared
+            layer.op.shared = not layer.keeps_ties and id(layer.op.weight) in shared
     return replaced

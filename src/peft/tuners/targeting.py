@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
-from .ops import make_op
+from .ops import OutProjectionOp, make_op
 
 TASK_HEAD_NAMES = (*SEQ_CLS_HEAD_NAMES, "qa_outputs")
 SHORTEN_FROM = 20  # upstream's number: configurations that mean the same layers are then the same
@@ -72,6 +72,12 @@ def get_pattern_key(pattern_keys: Iterable[str], key_to_match: str) -> str:
 def for_module(key: str, pattern: dict, default):
     """The value of a pattern's first entry that fits module `key`, or else the default."""
     return pattern.get(get_pattern_key(pattern, key), default)
+
+
+def pattern_key(config, key: str) -> str:
+    """The name by which patterns of ranks mean a target: an attention's `out_proj` goes along with it, as in files."""
+    owner, _, name = key.replace(".base_layer", "").rpartition(".")
+    return owner if name == "out_proj" and is_target(config, owner) else key
 
 
 def layer_index(key: str, layers_pattern: str | Sequence[str] | None) -> int | None:
@@ -148,23 +154,18 @@ def unmatched_entries(
     return {field: entries for field, entries in found.items() if entries}
 
 
-def is_linear(module: nn.Module) -> bool:
-    op = make_op(module)
-    return op is not None and op.kind == "Linear"
-
-
-def is_never_called(model: nn.Module, key: str) -> bool:
-    """Whether torch takes the weight of module `key` and never calls it: an adapter around it would do nothing."""
-    return isinstance(model.get_submodule(key.rpartition(".")[0]), nn.MultiheadAttention)
-
-
 def keep_called(model: nn.Module, key: str, layer: nn.Module) -> None:
     """Keep torch from taking the weights of a transformer layer's parts, among them `layer`, and calling none of them.
 
     In evaluation it does that (the "fast path"), unless one of the parts has a hook.
     """
-    if isinstance(model.get_submodule(key.rpartition(".")[0]), nn.TransformerEncoderLayer):
+    parent = model.get_submodule(key.rpartition(".")[0])
+    if isinstance(parent, nn.TransformerEncoderLayer):
         layer.register_forward_pre_hook(_do_nothing)
+        for encoder in model.modules():
+            # It would hand its layers nested tensors, which nothing but the fast path takes.
+            if isinstance(encoder, nn.TransformerEncoder) and parent in set(encoder.layers):
+                encoder.use_nested_tensor = False
 
 
 def _do_nothing(layer: nn.Module, args: tuple) -> None:
@@ -195,11 +196,12 @@ def _endings(key: str) -> list[str]:
     return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
 
 
-def resolve_all_linear(model: nn.Module, target_modules, is_adapter_layer=lambda module: False):
+def resolve_all_linear(model: nn.Module, target_modules, is_adapter_layer=lambda module: False, read: bool = True):
     """Replace `"all-linear"` by names that mean every linear layer of the backbone (the heads left out).
 
-    A layer that already carries an adapter counts by its base layer. From `SHORTEN_FROM` layers on the names are
-    endings such as `q_proj`, below they are whole.
+    An attention of torch is one (not if `read` is False); its `out_proj` goes along with it. A layer that already
+    carries an adapter counts by its base layer. From `SHORTEN_FROM` layers on the names are endings such as `q_proj`,
+    below they are whole.
     """
     if not (isinstance(target_modules, str) and target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND):
         return target_modules
@@ -207,9 +209,10 @@ def resolve_all_linear(model: nn.Module, target_modules, is_adapter_layer=lambda
     names = set()
     for name, module in model.named_modules():
         adapted = is_adapter_layer(module)
-        if name in heads or not (adapted or is_linear(module)) or is_never_called(model, name):
+        op = make_op(module.get_base_layer() if adapted else module)
+        if name in heads or op is None or op.kind != "Linear" or isinstance(op, OutProjectionOp):
             continue
-        if is_linear(module.get_base_layer() if adapted else module):
+        if read or not op.is_read:
             names.add(name)
     inside = {name for name in names for outer in names if name != outer and name.startswith(outer + ".")}
     names -= inside

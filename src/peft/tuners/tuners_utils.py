@@ -20,10 +20,10 @@ from torch import nn
 
 from .._lazy import explain_missing
 from ..utils.mixed_batch import run_by_row
-from ..utils.other import AdapterParts
 from ..utils.placement import onloaded as onload_layer, whole_modules  # noqa: F401  (others import the first)
 from ..utils.warning import warn
-from .ops import BlockOp, Op, make_op
+from .attention import ReadLayer
+from .ops import BlockOp, InProjectionOp, Op, make_op
 
 __all__ = [
     "AdditiveLayer", "BASE_ADAPTER", "BaseTunerLayer", "LowRankLayer", "MergeError", "ScaledLayer", "WeightSpaceLayer",
@@ -34,6 +34,11 @@ BASE_ADAPTER = "__base__"  # in a mixed batch: this row goes through the base mo
 
 def as_list(names: str | Sequence[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """What an adapter layer is around; of any other module itself."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 class MergeError(NamedTuple):
@@ -67,7 +72,7 @@ class _Merge(NamedTuple):
     error: MergeError | None
 
 
-class BaseTunerLayer(AdapterParts):
+class BaseTunerLayer(ReadLayer):
     """Mixin of all adapter layers; a concrete layer also inherits `nn.Module`, after this class.
 
     Class attributes of a method:
@@ -104,6 +109,7 @@ class BaseTunerLayer(AdapterParts):
                     setattr(self, attribute, nn.ModuleDict() if attribute in self.module_dicts else kind())
         self.merged_adapters: list[str] = []
         self._merges: list[_Merge] = []
+        self._dropping: set[str] = set()  # adapters whose configuration drops something in training
         self._init_flags()
 
     # The mathematics, one method each
@@ -176,14 +182,6 @@ class BaseTunerLayer(AdapterParts):
         return op
 
     @property
-    def weight(self) -> torch.Tensor:
-        return self.op.weight
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        return getattr(self.get_base_layer(), "bias", None)
-
-    @property
     def in_features(self) -> int:
         return self.op.in_features
 
@@ -206,6 +204,8 @@ class BaseTunerLayer(AdapterParts):
             if self.merged:
                 self.unmerge()
             return self.base_layer(*args, **kwargs)
+        if isinstance(self.op, InProjectionOp):
+            return self._attend(adapter_names, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_forward(adapter_names, *args, **kwargs)
         active = self._applied_adapters()
@@ -218,18 +218,21 @@ class BaseTunerLayer(AdapterParts):
         return [name for name in self.active_adapters if self.has_adapter(name) and name not in self.merged_adapters]
 
     def _apply_adapters(self, names: Sequence[str], x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        return self._compose(names, self.base_layer, x, *args, **kwargs)
+
+    def _compose(self, names: Sequence[str], base: Callable[..., torch.Tensor], x: torch.Tensor, *args, **kwargs):
+        """`F_n(x)` of these adapters, with `base` for `F_0`."""
         inputs = [x]  # the input of F_n, F_{n-1}, ..., F_0
         for name in reversed(names):
             inputs.append(self.pre(name, inputs[-1]))
-        y = self.base_layer(inputs.pop(), *args, **kwargs)
+        y = base(inputs.pop(), *args, **kwargs)
         for i, name in enumerate(names):
             y = self.post(name, inputs.pop(), y, names[:i])
         return y
 
     def _mixed_forward(self, adapter_names: Sequence[str], *args, **kwargs) -> torch.Tensor:
         """Row `i` of the batch goes through `adapter_names[i]` (`__base__`: none)."""
-        if self.merged:
-            raise ValueError("A mixed batch needs the plain base weights: call unmerge_adapter() first")
+        self._refuse_merged()
         own = {name for name in set(adapter_names) if self.has_adapter(name)}
         ways = [name if name in own else BASE_ADAPTER for name in adapter_names]
         return self._apply_by_row(ways, *args, **kwargs)
@@ -248,6 +251,10 @@ class BaseTunerLayer(AdapterParts):
             inner = run_by_row(lambda name, x: x if name == BASE_ADAPTER else self.pre(name, x), names, (x,), {})
         y = self.base_layer(inner, *args, **kwargs)
         return run_by_row(lambda name, x, y: y if name == BASE_ADAPTER else self.post(name, x, y), names, (x, y), {})
+
+    def _refuse_merged(self) -> None:
+        if self.merged:
+            raise ValueError("A mixed batch needs the plain base weights: call unmerge_adapter() first")
 
     def _apply_or_base(self, name: str, *args, **kwargs) -> torch.Tensor:
         if name == BASE_ADAPTER:
@@ -424,6 +431,7 @@ class BaseTunerLayer(AdapterParts):
             if adapter_name in (container := getattr(self, attribute)):
                 del container[adapter_name]
         self._forget_flags(adapter_name)
+        self._dropping.discard(adapter_name)
         if adapter_name in self.active_adapters:
             self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
 

@@ -196,7 +196,7 @@ def _fill(path: str, layer: LoraLayer, name: str, config: LoraConfig, own, new) 
             (parameter if axis is None else parameter.narrow(axis, 0, given[key].shape[axis])).copy_(given[key])
     r, alpha = rank_and_alpha(config, path.removeprefix(_PREFIX))
     layer.r[name], layer.lora_alpha[name] = r, alpha
-    scaling = scaling_of(r, alpha, config.use_rslora)
+    scaling = layer.op.lora_gain * scaling_of(r, alpha, config.use_rslora)
     if torch.is_tensor(layer.scaling[name]):
         layer.scaling[name].fill_(scaling)
     else:

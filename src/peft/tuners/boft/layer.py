@@ -77,10 +77,10 @@ class BOFTLayer(RotationLayer):
 
     def post(self, name, x, y, before=()):
         s = self.boft_s[name].flatten()
-        scaled, base = y * s, self.get_base_layer()
-        if getattr(base, "bias", None) is not None:  # it is not scaled
-            with onloaded(base):
-                scaled = scaled + (1 - s) * whole_tensor(base.bias)
+        scaled = y * s
+        if self.op.bias is not None:  # it is not scaled
+            with onloaded(self.op.layer):
+                scaled = scaled + (1 - s) * whole_tensor(self.op.bias)
         return scaled.to(y.dtype)
 
     def turned_weight(self, name, W, training=False):

@@ -22,7 +22,8 @@ from ..tuners_utils import BASE_ADAPTER, BaseTunerLayer
 
 def is_block(module: nn.Module) -> bool:
     """Whether the module holds layers that tell its input and output width."""
-    return make_op(module) is None and any(make_op(part) is not None for part in module.modules())
+    is_one = make_op(module) is None or isinstance(module, nn.MultiheadAttention)
+    return is_one and any(make_op(part) is not None for part in module.modules() if part is not module)
 
 
 class BottleneckLayer(BaseTunerLayer, nn.Module):

@@ -24,6 +24,8 @@ class LNTuningLayer(BaseTunerLayer, nn.Module):
         base = self.get_base_layer()
         if is_quantized(base):
             raise ValueError(f"LN tuning trains a layer's own weights, and those of {type(base).__name__} are packed")
+        if isinstance(base, nn.MultiheadAttention):
+            raise ValueError("LN tuning trains a layer's own weights, and an attention's are more than one layer's")
         if self.merged:
             raise ValueError("A new adapter starts from the base weights: call unmerge_adapter() first")
         self.ln_tuning_layers[name] = independent_copy(base)

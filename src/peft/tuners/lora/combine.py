@@ -175,7 +175,7 @@ def fill(layer: LoraLayer, name: str, weights: dict[str, float], combination: Co
         return
     new_A, new_B = combination.factors(layer, weights, len(A))
     A.data[: len(new_A)] = new_A.to(A)
-    B.data[:, : new_B.shape[1]] = new_B.to(B)
+    B.data[:, : new_B.shape[1]] = (new_B / layer.scaling[name]).to(B)  # 1, but for an attention's out_proj
     if layer.lora_bias[name]:
         bias = layer.lora_B[name].bias
         bias.data = sum(layer._delta_bias(other) * weight for other, weight in weights.items()).to(bias)

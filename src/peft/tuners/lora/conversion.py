@@ -110,6 +110,12 @@ def convert_to_lora(
     source = getattr(model, "peft_config", {}).get(adapter_name)
     if isinstance(source, LoraConfig):
         warn(f"Adapter {adapter_name!r} is a LoRA already; converting it makes one of another rank")
+    attention = next((path for path, layer in layers.items() if layer.op.is_read), None)
+    if attention and isinstance(rank, float):
+        raise ValueError(
+            f"{attention} belongs to a MultiheadAttention, both of whose projections have one rank in a LoRA: give a "
+            f"whole number, got rank={rank}"
+        )
     factorise = _factors if compile_kwargs is None else torch.compile(_factors, **compile_kwargs)
     tensors, errors, ranks, biases = {}, {}, {}, {}
     for path, layer in tqdm(layers.items(), disable=not progressbar, desc="Converting to LoRA"):
@@ -119,11 +125,13 @@ def convert_to_lora(
             folded, shifted = layer.fold(adapter_name, W.to(wide), None if b is None else b.to(wide))
         D = folded - W.to(wide)
         A, B, errors[path] = factorise(D.flatten(1), rank)
+        B = B / layer.op.lora_gain
         kernel = D.shape[2:]
         name = "lora_embedding_{}" if layer.op.kind == "Embedding" else "lora_{}.weight"
         for letter, factor in (("A", A.view(len(A), -1, *kernel)), ("B", B.view(*B.shape, *[1] * len(kernel)))):
             tensors[f"{path}.{name.format(letter)}"] = factor.contiguous()
-        ranks[path.removeprefix("base_model.model.")] = len(A)
+        if not path.endswith(".base_layer.out_proj"):  # an attention's, which goes along with it
+            ranks[path.removeprefix("base_model.model.")] = len(A)
         if shifted is not None:
             biases[path] = shifted - (0 if b is None else b.to(wide))
     has_bias = any(bias.any() for bias in biases.values())

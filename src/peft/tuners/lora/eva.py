@@ -162,7 +162,7 @@ def _layers(model: nn.Module, config: LoraConfig | None, adapter_name: str) -> t
     if config.init_lora_weights != "eva":
         raise ValueError(f"EVA is for adapters with init_lora_weights='eva', got {config.init_lora_weights!r}")
     for path, layer in found.items():
-        if (op := make_op(layer)) is None or op.kind != "Linear":
+        if (op := make_op(layer)) is None or op.kind != "Linear" or op.is_read:
             raise ValueError(f"EVA is for linear layers, and {path} is a {type(layer).__name__}: leave it out")
     return found, config
 

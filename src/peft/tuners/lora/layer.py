@@ -64,7 +64,7 @@ class LoraLayer(ScaledLayer):
         return {name: name in self.lora_magnitude_vector for name in self.r}
 
     def _initial_scaling(self, name: str) -> float:
-        return scaling_of(self.r[name], self.lora_alpha[name], self.use_rslora[name])
+        return self.op.lora_gain * scaling_of(self.r[name], self.lora_alpha[name], self.use_rslora[name])
 
     def create_factors(self, name: str, r: int, bias: bool) -> None:
         """Create `lora_A[name]` and `lora_B[name]`."""
@@ -184,7 +184,9 @@ class LoraLayer(ScaledLayer):
             setattr(module, size, len(A))
 
     def _delta_bias(self, name: str) -> torch.Tensor | None:
-        return self.lora_B[name].bias * self.scaling[name] if self.lora_bias[name] else None
+        if not self.lora_bias[name]:
+            return None
+        return self.lora_B[name].bias * (self.scaling[name] / self.op.lora_gain)
 
     def post(self, name, x, y, before=()):
         variant = self.lora_variant.get(name)
@@ -278,6 +280,10 @@ class Linear(LoraLayer, nn.Module):
             return super()._apply_by_row(names, x, *args, **kwargs)
         ways = [(start * tokens, stop * tokens, [self._adapter(n)]) for n, start, stop in runs if n != BASE_ADAPTER]
         return fused_lora(x, None, self.base_layer, ways)
+
+
+class MultiheadAttention(Linear):
+    """LoRA on the packed in-projection of `nn.MultiheadAttention`; its `out_proj` has a layer of its own."""
 
 
 class _ConvNd(LoraLayer, nn.Module):

@@ -6,23 +6,25 @@ from contextlib import nullcontext
 from typing import Literal
 
 import torch
+from torch import nn
 
 from ..._lazy import explain_missing
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from ...utils.other import shared_parameters
 from ...utils.quantization_utils import find_backend
 from ..base import BaseTuner
-from ..targeting import for_module, name_matches
+from ..targeting import for_module, name_matches, pattern_key
 from .bnb import Linear4bit, Linear8bitLt
 from .combine import Combination, combined_config, fill
 from .config import LoraConfig
-from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
+from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer, MultiheadAttention
 from .parameters import walk_parameters, wrapper_of
 from .replication import Replication, replicate_layers
 
 
 def rank_and_alpha(config, key: str) -> tuple[int, float]:
     """`(r, lora_alpha)` of the layer `key`, from the patterns or the configuration."""
+    key = pattern_key(config, key)
     r = for_module(key, config.rank_pattern, config.r)
     return r, for_module(key, config.alpha_pattern, config.lora_alpha)
 
@@ -99,10 +101,10 @@ class LoraModel(BaseTuner):
             if not layer._available_adapters:
                 layer._active_adapter = list(active)
                 layer.enable_adapters(not disabled)
-            with torch.device("meta") if layer.weight.is_meta else nullcontext():
+            with torch.device("meta") if layer.op.weight.is_meta else nullcontext():
                 layer.update_layer(adapter_name, config, **self.layer_kwargs(config, key))
             self._move_to_base(layer, adapter_name)
-            layer.op.shared |= id(layer.weight) in shared
+            layer.op.shared |= id(layer.op.weight) in shared
 
     def add_parts(self, config, adapter_name):
         self._add_to_parameters(config, adapter_name)
@@ -116,6 +118,8 @@ class LoraModel(BaseTuner):
 
     def layer_class(self, target, key):
         own = super().layer_class(target, key)
+        if own is Linear and isinstance(target, nn.MultiheadAttention):
+            return MultiheadAttention
         backend = find_backend(target) if own is Linear else None
         return self.packed_linear_classes.get(backend.name, own) if backend else own
 

@@ -15,37 +15,10 @@ import torch
 from torch import nn
 
 from ...utils.other import AuxiliaryTrainingWrapper, Places
-from ...utils.placement import logical_shape, offload_hook, whole_tensor
-from ..ops import Op
+from ...utils.placement import offload_hook
+from ..ops import ParameterOp
 from ..tuners_utils import BaseTunerLayer
 from .layer import LoraLayer
-
-
-class ParameterOp(Op):
-    """The view of one parameter of a module, in the shape in which it is stored."""
-
-    kind = "Parameter"
-
-    def __init__(self, layer: nn.Module, name: str):
-        super().__init__(layer)
-        self.name = name
-
-    @property
-    def weight(self):
-        return getattr(self.layer, self.name)
-
-    @property
-    def stored_shape(self):
-        return logical_shape(self.weight)
-
-    def load(self):
-        return whole_tensor(self.weight), None
-
-    def store(self, W, b):
-        self._write(self.name, W.detach().to(self.weight.dtype).contiguous())
-
-    def keep(self):
-        return None
 
 
 class ParamWrapper(LoraLayer, nn.Module):

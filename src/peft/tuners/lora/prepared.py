@@ -72,7 +72,7 @@ def linear_targets(model: nn.Module, config, init: str, vectors: int = 1) -> dic
     targets = {}
     for name, layer in LoraModel.targets_of(model, config).items():
         op, r = make_op(layer), rank_and_alpha(config, name)[0]
-        if op is None or op.kind != "Linear" or is_quantized(layer):
+        if op is None or op.kind != "Linear" or op.is_read or is_quantized(layer):
             raise ValueError(
                 f"init_lora_weights={init!r} is for plain linear layers, and {name} is {layer}: leave it out"
             )

@@ -248,7 +248,7 @@ class SftLayer(AdditiveLayer, nn.Module):
 
     def update_layer(self, name, config, *, key: str):
         # A packed weight has no type of its own.
-        natural = torch.float32 if is_quantized(self.get_base_layer()) else self.weight.dtype
+        natural = torch.float32 if is_quantized(self.get_base_layer()) else self.op.weight.dtype
         dtype = natural if config.dtype == "auto" else getattr(torch, config.dtype)
         layout = make_layout(self.op, config, type(self.get_base_layer()).__name__)
         counts, is_global = config.num_deltas, config.budget == "global"

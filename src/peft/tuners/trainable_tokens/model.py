@@ -8,7 +8,6 @@ from torch import nn
 
 from ...utils.other import AuxiliaryTrainingWrapper, memory_of
 from ...utils.placement import offload_hook
-from ...utils.quantization_utils import stored_weight
 from ..base import BaseTuner
 from ..ops import make_op
 from ..targeting import model_config
@@ -99,4 +98,5 @@ def _offloaded_partner(model: nn.Module, base: nn.Module) -> nn.Module | None:
 
 def _weight_of(module: nn.Module) -> Hashable | None:
     """What is equal for layers that hold the same weight, packed or not; None: it is no layer, or not known."""
-    return None if make_op(module) is None else memory_of(stored_weight(module))
+    op = make_op(module)
+    return None if op is None else memory_of(op.weight)
