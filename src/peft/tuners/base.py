@@ -134,11 +134,6 @@ class BaseTuner(nn.Module):
                 del model.peft_config
             raise
 
-    @property
-    def _folds(self) -> bool:
-        """Whether the method can change a weight that is taken from its layer, which is not called."""
-        return self.tuner_layer_cls.fold is not BaseTunerLayer.fold
-
     # What a method may add
 
     def shared_state(self, config, targets: dict[str, nn.Module], adapter_name: str) -> None:
@@ -181,7 +176,10 @@ class BaseTuner(nn.Module):
             targets = usual_modules(self.model, "target_modules", mapping, what, default)
             config.target_modules = targets if isinstance(targets, str) else set(targets)
         config.target_modules = resolve_all_linear(
-            self.model, config.target_modules, lambda module: isinstance(module, BaseTunerLayer), self._folds
+            self.model,
+            config.target_modules,
+            lambda module: isinstance(module, BaseTunerLayer),
+            self.tuner_layer_cls.folds(),
         )
         return config
 
@@ -331,7 +329,9 @@ class BaseTuner(nn.Module):
     def _check_supported(self, config, targets: dict[str, nn.Module]) -> None:
         """Refuse targets that the method has no layer for, before it makes anything out of their sizes."""
         for key, target in targets.items():
-            check_attention(self.model, key, targets, self._folds, drops(config) and not config.inference_mode)
+            check_attention(
+                self.model, key, targets, self.tuner_layer_cls.folds(), drops(config) and not config.inference_mode
+            )
             if isinstance(target, AuxiliaryTrainingWrapper):
                 raise ValueError(
                     f"{key} is trained whole (modules_to_save) and cannot be a target of the adapter as well"
@@ -359,7 +359,7 @@ class BaseTuner(nn.Module):
                 inside = (*inside, key + ".")
             base = base_of(module)
             is_wanted = key in wanted if state_dict is not None else is_target(config, key)
-            if isinstance(base, nn.MultiheadAttention) and self._folds:
+            if isinstance(base, nn.MultiheadAttention) and self.tuner_layer_cls.folds():
                 out, inside = f"{key}.out_proj", (*inside, key + ".")
                 along = is_wanted and not name_matches(getattr(config, "exclude_modules", None) or [], out)
                 if out in wanted if state_dict is not None else along or is_target(config, out):

@@ -141,6 +141,11 @@ class BaseTunerLayer(ReadLayer):
         """The same change on the weights: `W[O, I, *K]`, `b[O]` or None."""
         raise TypeError(self.not_merged_because)
 
+    @classmethod
+    def folds(cls) -> bool:
+        """Whether the method has a form as a change of its base layer's weights."""
+        return cls.fold is not BaseTunerLayer.fold
+
     def remember(self, name: str, W: torch.Tensor, b: torch.Tensor | None):
         """What `unfold` will need; called with the weights before `fold`. By default all of it (no copy is made)."""
         return W.detach(), None if b is None else b.detach()
@@ -178,7 +183,10 @@ class BaseTunerLayer(ReadLayer):
         layer = self.get_base_layer()
         op = self.__dict__.get("_op")
         if op is None or op.layer is not layer:
-            op = self.__dict__["_op"] = make_op(layer) or BlockOp(layer)
+            op = make_op(layer)
+            if op is None or (op.is_read and not self.folds()):
+                op = BlockOp(layer)
+            self.__dict__["_op"] = op
         return op
 
     @property
@@ -336,7 +344,7 @@ class BaseTunerLayer(ReadLayer):
 
     def _mergeable(self, names: Sequence[str]) -> list[str]:
         new = [name for name in names if name in self._available_adapters and name not in self.merged_adapters]
-        if new and type(self).fold is BaseTunerLayer.fold:
+        if new and not self.folds():
             raise TypeError(self.not_merged_because)
         self.check_active([*self.merged_adapters, *new])
         return new
@@ -437,8 +445,7 @@ class BaseTunerLayer(ReadLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter's change of the layer is one of a matrix, which a LoRA can approximate."""
-        folds = type(self).fold is not BaseTunerLayer.fold
-        return folds and self.op.kind != "Norm" and getattr(self.op, "groups", 1) == 1
+        return self.folds() and self.op.kind != "Norm" and getattr(self.op, "groups", 1) == 1
 
 
 def _wide(t: torch.Tensor) -> torch.Tensor:
