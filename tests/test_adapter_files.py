@@ -84,11 +84,14 @@ def test_adapters_that_are_there_do_not_slow_down_loading_and_saving(method, tmp
         model.load_adapter(tmp_path, name)
         model.save_pretrained(tmp_path / "new", selected_adapters=[name])
 
+    def fewest_calls(name):  # caches of Python and torch that other tests have filled are emptied now and then
+        return min(calls_of(lambda number=number: work(f"{name}-{number}")) for number in range(3))
+
     work("warm")
-    few = calls_of(lambda: work("few"))
+    few = fewest_calls("few")
     for number in range(10):
         model.load_adapter(tmp_path, f"number-{number}")
-    assert calls_of(lambda: work("many")) < 1.1 * few
+    assert fewest_calls("many") < 1.1 * few
 
 
 def calls_of(run):

@@ -26,6 +26,7 @@ def test_example(tmp_path, monkeypatch, capsys):
         int(re.search(rf"^{name}: ([\d,]+) trained", printed, re.M)[1].replace(",", "")) for name in ("even", "compact")
     )
     assert even - 96 < compact <= even
-    assert PeftConfig.from_pretrained(output).structure is None  # an ordinary LoRA; the structure is beside it
-    assert set(read_structure(output)) == {"num_hidden_layers", "r", "alpha"}
+    config = PeftConfig.from_pretrained(output)
+    assert config.peft_type == "LORA" and "structure" not in config.to_dict()  # an ordinary one; beside it is
+    assert set(read_structure(output)) == set(config.structure) == {"num_hidden_layers", "r", "alpha"}
     assert (output / "search.png").is_file() and (output / "adapter_model.safetensors").is_file()
