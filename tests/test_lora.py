@@ -586,3 +586,16 @@ def test_layers_of_other_libraries():
     assert layer._available_adapters == {"a"}
     layer.delete_adapter("a")
     assert layer._available_adapters == set() and len(layer.foreign) == 0
+
+
+def test_adapters_in_half_precision_are_put_together_in_that_of_the_input():
+    base = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    model = get_peft_model(base, LoraConfig(r=2, lora_alpha=3, target_modules=["0"], init_lora_weights=False))
+    model.add_adapter("b", LoraConfig(r=3, lora_alpha=4, target_modules=["0"], init_lora_weights=False))
+    layer, x = model.base_model.model[0], torch.randn(5, 8)
+    layer.lora_A.bfloat16(), layer.lora_B.bfloat16()
+    model.base_model.set_adapter(["default", "b"])
+    delta = sum(layer.scaling[n] * layer.lora_B[n].weight.double() @ layer.lora_A[n].weight.double() for n in layer.r)
+    expected = layer.base_layer.double()(x.double()) + x.double() @ delta.T
+    layer.base_layer.float()
+    torch.testing.assert_close(model(x).double(), expected, rtol=1e-5, atol=1e-5)

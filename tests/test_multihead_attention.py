@@ -31,6 +31,7 @@ from peft import (
 )
 from peft.tuners.lora.layer import Linear, MultiheadAttention
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.warning import PeftWarning
 
 N, L, S, E, HEADS = 4, 3, 5, 6, 2
 # Those that change the weight of a linear layer, of any size.
@@ -436,6 +437,32 @@ def test_bottlenecks_stand_behind_the_whole_attention():
         assert_close(model.eval()(x), y)
 
 
+def test_the_out_projections_lora_bias_counts_once_however_it_is_run():
+    model, x = adapted(Net(), lora(lora_bias=True, lora_dropout=1e-9)), torch.randn(N, L, E)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    with torch.no_grad():
+        called = model.train()(x)
+        read = model.eval()(x)
+        mixed = model(x, adapter_names=["default"] * N)
+        merged = model.merge_and_unload()(x)
+    for other in (called, mixed, merged):
+        assert_close(other, read)
+
+
+def test_lora_only_trains_the_biases_of_both_projections():
+    model = adapted(Net(), lora(bias="lora_only"))
+    biases = {name for name, p in model.named_parameters() if p.requires_grad and "bias" in name}
+    attention = "base_model.model.attn.base_layer."
+    assert biases == {f"{attention}in_proj_bias", f"{attention}out_proj.base_layer.bias"}
+
+
+def test_a_pattern_for_the_out_projection_alone_is_called_useless():
+    with pytest.warns(PeftWarning, match="rank_pattern"):
+        adapted(Net(), lora(rank_pattern={"out_proj": 4}))
+
+
 # Life of an adapter
 
 
@@ -547,6 +574,24 @@ def test_the_out_proj_of_an_attention_that_another_adapter_has(tmp_path):
     assert_close(two, reference(x.double()))
     mixed = model(x, adapter_names=["default", "other"] * 2)
     assert_close(mixed, torch.stack([one[0], two[1], one[2], two[3]]))
+
+
+@pytest.mark.parametrize("order", [["whole", "out"], ["out", "whole"]], ids="-".join)
+def test_files_do_not_know_of_other_adapters_layers(order, tmp_path):
+    base, x = Net(), torch.randn(N, L, E)
+    expected = {}
+    for name, target in (("whole", "attn"), ("out", "out_proj")):
+        alone = adapted(copy.deepcopy(base), lora(target_modules=[target]), adapter_name=name)
+        alone.save_pretrained(tmp_path)
+        expected[name] = alone(x)
+    model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / order[0], order[0])
+    result = model.load_adapter(tmp_path / order[1], order[1])
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    model.save_pretrained(tmp_path / "both")
+    for name in order:
+        model.set_adapter(name)
+        assert_close(model(x), expected[name])
+        assert_close(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "both" / name)(x), expected[name])
 
 
 @pytest.mark.parametrize("method", ["ssf", "lora"])

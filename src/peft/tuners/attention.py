@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..utils.mixed_batch import run_by_row
-from ..utils.other import AdapterParts
+from ..utils.other import AdapterParts, walk
 from ..utils.placement import offload_hook
 from .ops import Op
 
@@ -75,7 +75,7 @@ class ReadLayer(AdapterParts):
     in_proj_weight, in_proj_bias = property(lambda self: self._packed()[0]), property(lambda self: self._packed()[1])
     embed_dim, num_heads, head_dim = _asked("embed_dim"), _asked("num_heads"), _asked("head_dim")
     batch_first, _qkv_same_embed_dim = _asked("batch_first"), _asked("_qkv_same_embed_dim")
-    out_proj, merge_masks = _asked("out_proj"), _asked("merge_masks")
+    out_proj = _asked("out_proj")
 
     def _drops_now(self) -> bool:
         """Whether a forward pass drops something of what it gives to an adapter, which no weight can say."""
@@ -179,8 +179,9 @@ def check_mixed(model: nn.Module) -> None:
     Raises:
         ValueError: there is one.
     """
-    around = {layer.get_base_layer() for layer in model.modules() if isinstance(layer, ReadLayer)}
-    for key, module in model.named_modules():
+    modules = list(walk(model))
+    around = {layer.get_base_layer() for _, layer in modules if isinstance(layer, ReadLayer)}
+    for key, module in modules:
         is_bare = isinstance(module, nn.MultiheadAttention) and module not in around
         if is_bare and isinstance(module.out_proj, ReadLayer):
             raise ValueError(

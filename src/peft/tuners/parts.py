@@ -73,9 +73,8 @@ def trained_biases(model: nn.Module, config, adapter_name: str) -> Iterator[tupl
     elif mode != "none":
         for path, layer in model.named_modules():
             if isinstance(layer, BaseTunerLayer) and adapter_name in layer._available_adapters:
-                bias = getattr(layer.base_layer, "bias", None)
-                if bias is not None:
-                    yield f"{path}.base_layer.bias", bias
+                if (bias := layer.op.bias) is not None:
+                    yield f"{path}.base_layer.{layer.op.bias_name}", bias
 
 
 def keep_trained_biases(model: nn.Module, configs: dict) -> None:

@@ -142,7 +142,9 @@ def unmatched_entries(
     found["feedforward_modules"] = strangers("feedforward_modules", targets)
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, field, None) or {}
-        found[field] = [p for p in patterns if all(get_pattern_key([p], key) != p for key in targets)]
+        found[field] = [
+            p for p in patterns if all(get_pattern_key([p], pattern_key(config, key)) != p for key in targets)
+        ]
     layers, pattern = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
     if layers is not None:
         named = [key for key in keys if name_matches(config.target_modules, key)]

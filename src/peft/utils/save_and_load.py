@@ -98,7 +98,11 @@ def adapter_places(model: nn.Module, adapter_name: str) -> dict[str, Place]:
 
     found: dict[str, Place] = {}
     paths = {module: path for path, module in _holders(model)}
-    adapted = {path for module, path in paths.items() if isinstance(module, BaseTunerLayer)}
+    strangers = {
+        path
+        for module, path in paths.items()
+        if isinstance(module, BaseTunerLayer) and not module.has_adapter(adapter_name)
+    }
     for module, path in paths.items():
         if _holds_prompts(module, adapter_name):  # `BasePromptEncoder.to_file` makes the file's keys of these
             owner = module[adapter_name]
@@ -106,9 +110,7 @@ def adapter_places(model: nn.Module, adapter_name: str) -> dict[str, Place]:
                 found[f"{path}.{adapter_name}.{name}"] = Place(f"prompt_encoder.{name}", owner, name, module)
         stored = paths[getattr(module, "stored_as", module)]
         if isinstance(module, BaseTunerLayer) and not module.numbered_in_files:
-            # Of a layer of another method around it the adapter's file knows nothing.
-            while stored.endswith(".base_layer") and stored.removesuffix(".base_layer") in adapted:
-                stored = stored.removesuffix(".base_layer")
+            stored = _without(strangers, stored)
         for attribute in module.adapter_layer_names:
             container = getattr(module, attribute, {})
             if adapter_name not in container or adapter_name in getattr(container, "_non_persistent_buffers_set", ()):
@@ -125,6 +127,16 @@ def adapter_places(model: nn.Module, adapter_name: str) -> dict[str, Place]:
             else:
                 found[memory] = Place(file, container, adapter_name, module)
     return found
+
+
+def _without(strangers: set[str], path: str) -> str:
+    """The path that a module has in a model without these adapter layers, of which an adapter's file knows nothing."""
+    here, there = "", []
+    for part in path.split("."):
+        if not (part == "base_layer" and here in strangers):
+            there.append(part)
+        here = f"{here}.{part}".removeprefix(".")
+    return ".".join(there)
 
 
 def adapter_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:

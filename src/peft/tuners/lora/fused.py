@@ -109,16 +109,19 @@ def _added(
     return total
 
 
-def _together(adapters: Sequence[Adapter]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float]:
+def _together(
+    adapters: Sequence[Adapter], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float]:
     """A, B, the bias of B and the scaling of the one adapter that does what several do together."""
     s = adapters[0][2]
     if len(adapters) == 1:
         A, B, s = adapters[0]
         return A.weight, B.weight, B.bias, s
+    wide = torch.promote_types(dtype, torch.float32)  # rounded once, with the scaling in it
     s = s if all(each == s for _, _, each in adapters) else 1.0
-    A = torch.cat([A.weight for A, _, _ in adapters])
-    B = torch.cat([B.weight if each == s else B.weight * each for _, B, each in adapters], 1)
-    biases = [B.bias if each == s else B.bias * each for _, B, each in adapters if B.bias is not None]
+    A = torch.cat([A.weight.to(dtype) for A, _, _ in adapters])
+    B = torch.cat([B.weight.to(wide) if each == s else B.weight.to(wide) * each for _, B, each in adapters], 1)
+    biases = [B.bias if each == s else B.bias.to(wide) * each for _, B, each in adapters if B.bias is not None]
     return A, B, sum(biases[1:], biases[0]) if biases else None, s
 
 
@@ -144,7 +147,7 @@ def fused_lora(
         return None if t is None else t.to(dtype)
 
     with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-        stacked = [(start, stop, *_together(adapters)) for start, stop, adapters in ways]
+        stacked = [(start, stop, *_together(adapters, dtype)) for start, stop, adapters in ways]
         W, b = (base.weight, base.bias) if isinstance(base, nn.Linear) else (None, None)
         y = base if torch.is_tensor(base) else None
         factors = [cast(t) for _, _, *own, _ in stacked for t in own]

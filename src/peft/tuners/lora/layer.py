@@ -227,10 +227,13 @@ class Linear(LoraLayer, nn.Module):
 
     def delta(self, name, x):
         A, B, s = self._adapter(name)
+        if self.op.lora_gain != 1 and self.lora_bias[name]:  # the gain is the product's, not the bias's
+            x = self.lora_dropout[name](x)
+            return self.op.op(x, self.delta_weight(name).to(x.dtype), self._delta_bias(name).to(x.dtype))
         return lora_delta(self.lora_dropout[name](x), A, B, s, self.cast_input_dtype_enabled)
 
     def post(self, name, x, y, before=()):
-        if name in self.lora_variant:
+        if name in self.lora_variant or self.op.lora_gain != 1:
             return super().post(name, x, y, before)
         A, B, s = self._adapter(name)
         return lora_delta(self.lora_dropout[name](x), A, B, s, self.cast_input_dtype_enabled, onto=y)
