@@ -497,3 +497,16 @@ def few(method: str) -> dict:
 def test_names_that_no_folder_can_have_are_refused(name):
     with pytest.raises(ValueError, match="without slashes and control characters"):
         get_peft_model(llama(), LoraConfig(target_modules=QV), adapter_name=name)
+
+
+@pytest.mark.parametrize("method", ["lora", "ssf", "sft"])
+def test_merging_into_an_embedding_with_max_norm_is_exact_or_refused(method):
+    base = nn.Sequential(nn.Embedding(10, 4, max_norm=0.5))
+    model = adapted(base, method=method, target_modules=["0"], **few(method))
+    expected = model(torch.arange(10))
+    if method == "sft":  # its lookups shorten the rows with the delta in them
+        assert torch.allclose(model.merge_and_unload()(torch.arange(10)), expected, atol=1e-6)
+    else:
+        with pytest.raises(ValueError, match="max_norm=0.5 would shorten its merged rows"):
+            model.merge_and_unload()
+        assert torch.equal(model(torch.arange(10)), expected)

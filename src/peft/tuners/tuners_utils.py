@@ -346,6 +346,11 @@ class BaseTunerLayer(ReadLayer):
         new = [name for name in names if name in self._available_adapters and name not in self.merged_adapters]
         if new and not self.folds():
             raise TypeError(self.not_merged_because)
+        if new and self.base_is_apart and (limit := getattr(self.get_base_layer(), "max_norm", None)) is not None:
+            raise ValueError(
+                f"An embedding with max_norm={limit} would shorten its merged rows as well, which the adapter beside "
+                "it does not: keep the adapter as it is, or set max_norm to None"
+            )
         self.check_active([*self.merged_adapters, *new])
         return new
 

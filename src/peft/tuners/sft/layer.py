@@ -295,6 +295,10 @@ class SftLayer(AdditiveLayer, nn.Module):
             return y + sparse_product(x, delta, self.op).to(y.dtype)
         return add_product(y, x, self.op, delta)
 
+    @property
+    def base_is_apart(self):
+        return self.op.kind != "Embedding"  # vectors are looked up in the sum of table and delta
+
     def _apply_by_row(self, names, x, *args, **kwargs):
         # A delta that is written into the weight for some rows costs less than one beside the product of all.
         return run_by_row(self._apply_or_base, names, (x, *args), kwargs)
