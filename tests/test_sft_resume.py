@@ -205,9 +205,9 @@ def test_a_killed_trainer_goes_on(algorithm, seed, tmp_path):
     assert unbroken["moved"] > 0
     # Windows are steps 1..3, 6..8 and 11..12: one kill in the middle of one, and one at any step.
     steps = [random.choice([3, 7, 8]), random.randrange(3, STEPS + 1)]
-    for step in steps:
+    for number, step in enumerate(steps):
         moment = random.choice(MOMENTS[:5])
-        broken = Run(tmp_path / f"{moment}-{step}", algorithm, seed, kill_at=(moment, step))
+        broken = Run(tmp_path / str(number), algorithm, seed, kill_at=(moment, step))
         assert execute(broken) == -signal.SIGKILL, f"not killed in {broken.kill_at}"
         result = execute(dataclasses.replace(broken, kill_at=None, resume=True))
         print(f"killed at {broken.kill_at}")
