@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 import transformers as tr
-from tiny_models import SIZES, bert, llama, make_tokenizer
+from tiny_models import SIZES, bert, llama, losses_of_training, make_tokenizer
 
 import peft
 from peft import CompactLoraConfig, DenasConfig, LoraConfig, PeftConfig, PeftModel, SftConfig, get_peft_model
@@ -55,15 +55,7 @@ def train(model, steps: int = 3) -> list[float]:
     """The losses before the steps, without dropout: its noise is larger than what so few steps gain."""
     model.eval()
     ids = torch.randint(4, VOCABULARY, (2, 12))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(steps):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+    return losses_of_training(model, ids, steps, lr=1e-2)
 
 
 @pytest.mark.parametrize("algo", ["lora", "ssf"])

@@ -218,9 +218,9 @@ def test_a_killed_trainer_goes_on(algorithm, seed, tmp_path):
 def test_a_killed_loop_goes_on(algorithm, seed, tmp_path):
     unbroken = execute(Run(tmp_path / "unbroken", algorithm, seed), train_in_a_loop)
     assert unbroken["moved"] > 0
-    for step in [random.choice([3, 7, 8]), random.randrange(3, STEPS + 1)]:
+    for number, step in enumerate([random.choice([3, 7, 8]), random.randrange(3, STEPS + 1)]):
         moment = random.choice(["substep_end", "optimizer_step", "step_end"])
-        broken = Run(tmp_path / f"{moment}-{step}", algorithm, seed, kill_at=(moment, step))
+        broken = Run(tmp_path / str(number), algorithm, seed, kill_at=(moment, step))
         assert execute(broken, train_in_a_loop) == -signal.SIGKILL
         result = execute(dataclasses.replace(broken, kill_at=None, resume=True), train_in_a_loop)
         print(f"killed at {broken.kill_at}")
