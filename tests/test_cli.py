@@ -128,7 +128,7 @@ def test_packed_examples_do_not_see_each_other(tiny):
         loss.backward()
         losses.append((loss.detach(), model.lm_head.weight.grad.clone(), model.model.norm.weight.grad.clone()))
     for packed, alone in zip(*losses):
-        torch.testing.assert_close(packed, alone, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(packed, alone, rtol=1e-6, atol=1e-8)  # Llama's norms are in float32
 
 
 def test_packing_is_refused_where_examples_would_see_each_other(tiny):

@@ -94,7 +94,9 @@ def test_heads_and_targets_come_along(tmp_path):
 def test_layers_with_ranks_of_their_own_load_again(tmp_path):
     base, ids = llama(), tokens()
     fresh = copy.deepcopy(base)
-    model = randomised(base, SftConfig(target_modules=["q_proj", "down_proj"], density=0.05))
+    counts = {"self_attn.q_proj": 3, "mlp.down_proj": 60}  # ranks of 3 and of more
+    counts = {f"model.layers.{n}.{name}": count for n in (0, 1) for name, count in counts.items()}
+    model = randomised(base, SftConfig(num_deltas=counts))
     save_as_lora(tmp_path, model, rank=0.999999)
     lora = PeftModel.from_pretrained(fresh, tmp_path)
     assert lora.peft_config["default"].rank_pattern
