@@ -74,7 +74,8 @@ def test_the_lora_is_the_best_of_its_rank_and_says_what_it_misses(rank):
         r = min(rank, len(S)) if isinstance(rank, int) else min(int((share < rank - 1e-9).sum()) + 1, len(S))
         assert len(A) == r == B.shape[1]
         missed = (D.double().flatten(1) - B @ A).norm() / D.double().norm()
-        assert missed.item() == pytest.approx((1 - share[r - 1]).clamp(min=0).sqrt().item(), abs=1e-6)
+        expected = (1 - share[r - 1]).clamp(min=0).sqrt().item()
+        assert missed.item() == pytest.approx(expected, abs=1e-5)  # the factors are float32
         assert conversion.errors[path] == pytest.approx(missed.item(), abs=1e-4)
 
 
