@@ -30,7 +30,7 @@ def adapted(base, *names: str, **kw) -> PeftModel:
         model.add_adapter(name, config(**kw))
     for layer in model.base_model.layers():
         for name in names:
-            layer.adaption_gate[name].data.normal_(std=2)
+            layer.adaption_gate[name].data.uniform_(1, 3)
     return model.eval()
 
 
@@ -72,7 +72,7 @@ def test_formula(make):
     prompt, gate = layer.adaption_prompt["default"], layer.adaption_gate["default"]
     expected = read_by_hand(layer.base_layer, hidden, prompt, gate, kwargs.get("position_embeddings"))
     assert_close(whole - plain, expected)
-    assert expected.abs().max() > 1e-3
+    assert expected.abs().max() > 1e-4
     weights = torch.randn_like(whole)
     found = torch.autograd.grad((whole * weights).sum(), [prompt, gate], retain_graph=True)
     assert_close(found, torch.autograd.grad((expected * weights).sum(), [prompt, gate]))
@@ -136,15 +136,12 @@ def test_mixed_batch(make):
 @pytest.mark.parametrize("use_cache", [True, False])
 @makers
 def test_generation(make, use_cache):
-    base = make()
-    for parameter in base.parameters():
-        parameter.data.mul_(4)
-    model, ids = adapted(base), tokens()
+    model, ids = adapted(make()).double(), tokens()
     options = {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
     found = model.generate(input_ids=ids, use_cache=use_cache, **options)
-    for _ in range(5):
-        ids = torch.cat([ids, logits(model, ids)[:, -1].argmax(-1, keepdim=True)], 1)
-    assert torch.equal(found, ids)
+    assert torch.equal(found.sequences[:, :-5], ids)
+    assert_close(torch.stack(found.logits, dim=1), logits(model, found.sequences[:, :-1])[:, -5:].float())
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -74,7 +74,8 @@ def test_the_lora_is_the_best_of_its_rank_and_says_what_it_misses(rank):
         r = min(rank, len(S)) if isinstance(rank, int) else min(int((share < rank - 1e-9).sum()) + 1, len(S))
         assert len(A) == r == B.shape[1]
         missed = (D.double().flatten(1) - B @ A).norm() / D.double().norm()
-        assert missed.item() == pytest.approx((1 - share[r - 1]).clamp(min=0).sqrt().item(), abs=1e-6)
+        expected = (1 - share[r - 1]).clamp(min=0).sqrt().item()
+        assert missed.item() == pytest.approx(expected, abs=1e-5)  # the factors are float32
         assert conversion.errors[path] == pytest.approx(missed.item(), abs=1e-4)
 
 
@@ -94,7 +95,9 @@ def test_heads_and_targets_come_along(tmp_path):
 def test_layers_with_ranks_of_their_own_load_again(tmp_path):
     base, ids = llama(), tokens()
     fresh = copy.deepcopy(base)
-    model = randomised(base, SftConfig(target_modules=["q_proj", "down_proj"], density=0.05))
+    counts = {"self_attn.q_proj": 3, "mlp.down_proj": 60}  # ranks of 3 and of more
+    counts = {f"model.layers.{n}.{name}": count for n in (0, 1) for name, count in counts.items()}
+    model = randomised(base, SftConfig(num_deltas=counts))
     save_as_lora(tmp_path, model, rank=0.999999)
     lora = PeftModel.from_pretrained(fresh, tmp_path)
     assert lora.peft_config["default"].rank_pattern

@@ -93,7 +93,7 @@ def test_rank_dropout_drops_output_channels(method, layer):
     model.train()
     share = ((model(x) - base) / delta).transpose(0, 1).flatten(1)  # (channel, ...)
     left = share[:, 0] > 0.5
-    assert 5 < left.sum() < 35
+    assert 1 < left.sum() < 39  # outside by chance once in 10**10 runs
     factor = 40 / left.sum() if method == "loha" else 1.0
     assert_close(share, torch.where(left, factor, 0.0).double()[:, None].expand_as(share), rtol=0, atol=1e-6)
     model.merge_adapter()  # whole, also in training

@@ -237,6 +237,7 @@ TEXTS = ["hello world how are you", "good morning to you all", "what a day", "te
 
 @pytest.mark.parametrize("method", ["prompt", "p_mlp", "prefix", "llama-adapter", "oft"])
 def test_trls_sft_trainer(method, tmp_path):
+    torch.manual_seed(0)  # a few prompts before a random model change its loss by little: by luck, by nothing
     tokenizer = make_tokenizer()
     base = llama(vocab_size=len(tokenizer), pad_token_id=0)
     fresh = copy.deepcopy(base)

@@ -117,8 +117,8 @@ def test_value_dtypes(dtype, base_dtype):
     delta, layer = layer_of(model).sft_delta["a"], layer_of(model)
     assert delta.values.dtype == (base_dtype if dtype == "auto" else getattr(torch, dtype))
     x = torch.randn(7, 6, dtype=base_dtype)
-    weight = layer.base_layer.weight.detach().double()
-    weight.view(-1)[delta.indices.long()] += delta.values.detach().double()
+    weight = layer.base_layer.weight.detach().to(torch.promote_types(base_dtype, delta.values.dtype), copy=True)
+    weight.view(-1)[delta.indices.long()] += delta.values.detach()
     y = model(x)
     assert torch.equal(y, F.linear(x, weight.to(base_dtype), layer.base_layer.bias))
     y.sum().backward()
@@ -434,7 +434,7 @@ def test_random_positions_are_uniform(k):
     for _ in range(400):
         counts[random_positions(100, k)] += 1
     expected = 4.0 * k
-    assert (counts - expected).abs().max() < 6 * expected**0.5
+    assert (counts - expected).abs().max() < 8 * expected**0.5  # eight standard deviations
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((10, 6), torch.int32), ((2**15, 2**16), torch.int64)])

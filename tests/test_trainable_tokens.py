@@ -270,7 +270,7 @@ def test_tied_packed_tables_stay_tied(first):
     expected = logits(model, IDS)
     with pytest.warns(PeftWarning, match="packed again"):
         model.merge_adapter()
-    assert (logits(model, IDS) - expected).norm() < 0.1 * expected.norm()
+    assert (logits(model, IDS) - expected).norm() < 0.2 * expected.norm()  # 0.02 to 0.04 in 150 draws
     model.unmerge_adapter()
     assert_close(logits(model, IDS), expected)
     merged = model.merge_and_unload(dequantize=True)

@@ -166,7 +166,7 @@ def test_dropout_is_on_the_input_of_the_delta():
     model.train()
     share = (model(x) - layer.base_layer(x)) / delta
     dropped = share.abs().amax(1) < 0.5
-    assert 10 < dropped.sum() < 40
+    assert 3 < dropped.sum() < 47  # outside by chance once in 10**10 runs
     assert_close(share[~dropped], torch.full_like(share[~dropped], 2.0), rtol=1e-4, atol=1e-4)
 
 
