@@ -342,16 +342,17 @@ def test_clipping_is_what_a_smaller_loss_is():
     twin = copy.deepcopy(model)
     other_optimizer, other = drive(twin, selector.config, 30)
     factors = []
-    for micro_batches in random_batches(12, accumulation=2):
+    for number, micro_batches in enumerate(random_batches(12, accumulation=2)):
+        weight = 1 + number % 3  # so that the factors differ
         for batch in micro_batches:
-            (loss_of(model, batch) / 2).backward()
+            (weight * loss_of(model, batch) / 2).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.05)
         factors.append(0.05 / (norm.item() + 1e-6))
         optimizer.step()
         optimizer.zero_grad()
         selector.step()
         for batch in micro_batches:
-            (factors[-1] * loss_of(twin, batch) / 2).backward()
+            (factors[-1] * weight * loss_of(twin, batch) / 2).backward()
         other_optimizer.step()
         other_optimizer.zero_grad()
         other.step()
