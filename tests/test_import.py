@@ -38,7 +38,7 @@ HEAVY = (
 
 def run(code: str, *options: str) -> str:
     """Run `code` in a fresh interpreter and return what it prints."""
-    done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

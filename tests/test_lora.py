@@ -275,11 +275,11 @@ if not any(map(shutil.which, ("gcc", "cc", "clang"))):
 @pytest.mark.parametrize("backend", compilers)
 def test_compiled(backend):
     torch.compiler.reset()
-    model = random_lora(Mlp(), lora_bias=True)
-    x, upstream = torch.randn(5, 6), torch.randn(5, 6)
+    model = random_lora(Mlp().double(), lora_bias=True)
+    x, upstream = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
     expected = run(model, x, upstream)
     compiled = torch.compile(model, backend=backend, fullgraph=backend != "inductor")
-    assert_results_close(run(compiled, x, upstream), expected, 1e-5)
+    assert_results_close(run(compiled, x, upstream), expected, 1e-10)
 
 
 # What a user or another library hangs onto the parts must be called
@@ -330,8 +330,8 @@ def test_hooks_that_change_the_output_do():
 
 
 def test_parametrised_and_subclassed_leaves_are_called(fused_calls):
-    model = random_lora(Mlp())
-    up, down, x = model.get_base_model().up, model.get_base_model().down, torch.randn(5, 6)
+    model = random_lora(Mlp().double())
+    up, down, x = model.get_base_model().up, model.get_base_model().down, torch.randn(5, 6, dtype=torch.float64)
     with torch.no_grad():
         torch.nn.utils.parametrize.register_parametrization(up.base_layer, "weight", nn.Tanh())
         expected = up.base_layer(x) + up.delta("default", x)
@@ -342,7 +342,7 @@ def test_parametrised_and_subclassed_leaves_are_called(fused_calls):
                 return 2 * super().forward(x)
 
         down.lora_B["default"].__class__ = Doubling
-        x = torch.randn(5, 8)
+        x = torch.randn(5, 8, dtype=torch.float64)
         A, B = down.factors("default")
         torch.testing.assert_close(down(x), down.base_layer(x) + 2 * x @ A.T @ B.T * down.scaling["default"])
     assert not fused_calls
@@ -428,7 +428,7 @@ def test_rank_and_alpha_patterns():
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_scaling(use_rslora):
-    model = random_lora(Mlp(), r=4, lora_alpha=10, use_rslora=use_rslora)
+    model = random_lora(Mlp().double(), r=4, lora_alpha=10, use_rslora=use_rslora)
     layer = model.get_base_model().up
     expected = 10 / (math.sqrt(4) if use_rslora else 4)
     assert layer.scaling["default"] == pytest.approx(expected)
@@ -438,7 +438,7 @@ def test_scaling(use_rslora):
     assert layer.scaling["default"] == pytest.approx(1.5 * expected)
     layer.unscale_layer(0.5)
     assert layer.scaling["default"] == pytest.approx(3 * expected)
-    x = torch.randn(5, 6)
+    x = torch.randn(5, 6, dtype=torch.float64)
     A, B = layer.factors("default")
     torch.testing.assert_close(layer(x), layer.base_layer(x) + 3 * expected * x @ A.T @ B.T)
     layer.unscale_layer()

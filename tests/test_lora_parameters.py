@@ -146,7 +146,7 @@ def test_a_new_adapter_does_nothing_and_learns(make):
         loss.backward()
         optimizer.step(), optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.1
+    assert losses[-1] < losses[0] - 0.02  # usually 0.15
 
 
 def test_parameters_of_ones_own_module():

@@ -6,6 +6,7 @@ Letters: B rows, T virtual tokens, L tokens, D width.
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -26,7 +27,6 @@ from prompt_models import (
     tasks,
 )
 from tiny_models import SIZES, bert, gpt2, llama, losses_of_training, tokens
-from torch.testing import assert_close
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
@@ -51,6 +51,10 @@ from peft import (
 )
 from peft.utils.warning import PeftWarning
 
+# Llama's and T5's norms go through float32 in a float64 model too: where two ways of computing differ by the last digit
+# of float64, a number may be rounded up there in the one and down in the other.
+assert_close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-6)
+
 # ---- Forward ----
 
 
@@ -67,7 +71,7 @@ def test_every_row_is_as_alone(method, make, side):
     assert logits.shape[1] == virtual + 6
     for row in range(3):
         alone = by_hand(model, method, "default", ids[row], mask[row], task=row)
-        assert_close(logits[row, virtual:][mask[row].bool()], alone[virtual:], rtol=1e-8, atol=1e-8)
+        assert_close(logits[row, virtual:][mask[row].bool()], alone[virtual:])
 
 
 @methods
@@ -94,7 +98,7 @@ def test_mixed_batch(method):
             model.set_adapter(name)
             alone = model(**own, **{key: value[row : row + 1] for key, value in extra.items()}).logits
         kept = mask[row].bool()
-        assert_close(mixed[row][kept], alone[0, -6:][kept], rtol=1e-8, atol=1e-8)
+        assert_close(mixed[row][kept], alone[0, -6:][kept])
 
 
 @methods
@@ -108,7 +112,7 @@ def test_gradients(method):
     found = torch.autograd.grad((model(input_ids=ids, **tasks(method, 2)).logits[:, -5:] * weights).sum(), trained)
     rows = [by_hand(model, method, "default", ids[row], mask[row], task=row)[-5:] for row in range(2)]
     expected = torch.autograd.grad((torch.stack(rows) * weights).sum(), trained)
-    assert_close(found, expected, rtol=1e-7, atol=1e-7)
+    assert_close(found, expected)
     assert all(gradient.any() for gradient in found)
 
 
@@ -282,9 +286,9 @@ def test_mixed_batch_of_encoder_decoders(method, names):
 
 
 def greedy(model, ids, mask, steps, **kw):
-    """Greedy search by whole forward passes."""
+    """Greedy search by whole forward passes. Like `generate` it compares float32 numbers, of which two may be equal."""
     for _ in range(steps):
-        last = model(input_ids=ids, attention_mask=mask, **kw).logits[:, -1].argmax(-1, keepdim=True)
+        last = model(input_ids=ids, attention_mask=mask, **kw).logits[:, -1].float().argmax(-1, keepdim=True)
         ids, mask = torch.cat([ids, last], 1), F.pad(mask, (0, 1), value=1)
     return ids
 
@@ -312,7 +316,8 @@ def test_generation_of_encoder_decoders(make, method, use_cache):
     found = model.generate(input_ids=ids, attention_mask=mask, **options, **tasks(method, 3))
     so_far = found[:, :1]
     for _ in range(4):
-        logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=so_far, **tasks(method, 3)).logits[:, -1]
+        logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=so_far, **tasks(method, 3)).logits
+        logits = logits[:, -1].float()  # as `generate` does: two may be equal then
         logits[:, model.config.eos_token_id] = -torch.inf
         so_far = torch.cat([so_far, logits.argmax(-1, keepdim=True)], 1)
     assert torch.equal(found, so_far)

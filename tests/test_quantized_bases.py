@@ -178,7 +178,7 @@ def test_training_saving_switching(method, base, tmp_path):
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(6):
-        loss = (model(x) - target).square().mean()
+        loss = (model(x) - target).float().square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -92,6 +92,7 @@ class Simulation:
             getattr(self.net, name).load_state_dict(base.state_dict())
         self.base = {name: getattr(self.net, name).weight.detach().clone() for name in ("first", "second")}
         self.config, self.total, self.lr, self.clip, self.t = config, total, lr, clip, 0
+        self.is_clear = True  # no choice has hung on how the gathered gradients, which are float32, were rounded
         self.active = {}
         self.gathered = {name: None for name in self.base}
         self.covers = {name: (torch.zeros(w.shape[0]), torch.zeros(w.shape[1])) for name, w in self.base.items()}
@@ -174,12 +175,13 @@ class Simulation:
         dropped = by_size[:m]
         if self.config.selection_algorithm == "sm3":
             rows, columns = self.covers[name]
-            products = {i: (rows[i // len(columns)] * columns[i % len(columns)]).item() for i in self.inactive(name)}
-            grown = sorted(products, key=lambda position: (-products[position], position))[:m]
+            rows, columns = rows.tolist(), columns.tolist()
+            promise = {i: rows[i // len(columns)] * columns[i % len(columns)] for i in self.inactive(name)}
         else:
             seen = self.gathered[name]
-            pool = [c for c in seen if c not in active or c in dropped]
-            grown = sorted(pool, key=lambda position: (-abs(sum(seen[position])), position))[:m]
+            promise = {c: abs(float(sum(seen[c]))) for c in seen if c not in active or c in dropped}
+        grown = sorted(promise, key=lambda position: (-promise[position], position))[:m]
+        self.is_clear &= told_apart(abs(entry["value"]) for entry in active.values()) and told_apart(promise.values())
         new = [position for position in grown if position not in active]
         for position in [position for position in dropped if position not in grown][: len(new)]:
             del active[position]
@@ -196,12 +198,25 @@ class Simulation:
         return [i for i in range(self.base[name].numel()) if i not in self.active[name]]
 
 
+def told_apart(numbers) -> bool:
+    """None of them is nearly another one."""
+    ordered = sorted(numbers)
+    return all(low == high or high - low > 1e-6 * ordered[-1] for low, high in zip(ordered, ordered[1:]))
+
+
 @pytest.mark.parametrize("algorithm", ["rigl", "sm3"])
 @pytest.mark.parametrize("policy", ["linear", "cosine"])
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("density", [0.1, 0.5])
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_equals_the_simulation(algorithm, policy, accumulation, density, clip):
+    """Of runs that can be told: of two numbers that rounding puts in order, either may be the larger one."""
+    while not equals_the_simulation(algorithm, policy, accumulation, density, clip):
+        pass
+
+
+def equals_the_simulation(algorithm, policy, accumulation, density, clip) -> bool:
+    """False: the draw says nothing. An assertion fails if it says that they are not equal."""
     total = 22
     model, optimizer, selector = make(
         algorithm,
@@ -217,6 +232,8 @@ def test_equals_the_simulation(algorithm, policy, accumulation, density, clip):
     for number, micro_batches in enumerate(random_batches(total, accumulation)):
         train(model, optimizer, selector, [micro_batches], zero_first=number % 2 == 0, clip=clip)
         simulation.step(micro_batches)
+        if not simulation.is_clear:
+            return False
         for name in ("first", "second"):
             delta = getattr(model.model, name).sft_delta["default"]
             expected = simulation.active[name]
@@ -230,6 +247,7 @@ def test_equals_the_simulation(algorithm, policy, accumulation, density, clip):
             else:
                 compare(state["momentum_buffer"], entries, "m")
     assert sum(entry["moved"] for entry in selector.history) > 3
+    return True
 
 
 def compare(tensor, entries, key):
@@ -283,7 +301,7 @@ def test_micro_batches_give_what_one_batch_gives():
     ours, theirs = selector.state_dict(), other.state_dict()
     assert ours.keys() == theirs.keys() and len(ours) == 9
     for key, value in ours.items():
-        torch.testing.assert_close(value, theirs[key], rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(value, theirs[key], rtol=1e-5, atol=1e-6)  # in float32, and may cancel
 
 
 def test_active_candidates_have_the_gradient_that_the_optimizer_sees():
@@ -324,16 +342,17 @@ def test_clipping_is_what_a_smaller_loss_is():
     twin = copy.deepcopy(model)
     other_optimizer, other = drive(twin, selector.config, 30)
     factors = []
-    for micro_batches in random_batches(12, accumulation=2):
+    for number, micro_batches in enumerate(random_batches(12, accumulation=2)):
+        weight = 1 + number % 3  # so that the factors differ
         for batch in micro_batches:
-            (loss_of(model, batch) / 2).backward()
+            (weight * loss_of(model, batch) / 2).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.05)
         factors.append(0.05 / (norm.item() + 1e-6))
         optimizer.step()
         optimizer.zero_grad()
         selector.step()
         for batch in micro_batches:
-            (factors[-1] * loss_of(twin, batch) / 2).backward()
+            (factors[-1] * weight * loss_of(twin, batch) / 2).backward()
         other_optimizer.step()
         other_optimizer.zero_grad()
         other.step()
@@ -424,7 +443,9 @@ def test_grad_scaler_changes_nothing():
 def test_an_optimizer_wrapped_by_accelerate():
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
+    from accelerate.state import GradientState
 
+    GradientState._reset_state()  # a Trainer that was stopped between micro-batches has left that no step is due
     Accelerator(cpu=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
     model, optimizer, selector = make()
@@ -651,11 +672,12 @@ def test_largest_products_never_lists_the_matrix():
     size = 2**18
     rows, columns = torch.rand(size), torch.rand(size)
     active = torch.randint(size * size, (1000,)).unique()
+    active = active[rows[active // size] * columns[active % size] < 0.9]  # far from the best 500, which are above 0.99
     found = largest_products(rows, columns, active, 500)
     assert len(found.unique()) == 500 and not torch.isin(found, active).any()
     best_rows, best_columns = rows.topk(2000), columns.topk(2000)
     products = (best_rows.values.double()[:, None] * best_columns.values.double()).flatten()
-    expected = products.topk(500).values  # the best 500 have factors among the best 500; active ones are far away
+    expected = products.topk(500).values  # the best 500 have factors among the best 500
     product = rows.double()[found // size] * columns.double()[found % size]
     torch.testing.assert_close(product.sort(descending=True).values, expected, rtol=0, atol=0)
     zeros = largest_products(torch.zeros(size), torch.zeros(size), active, 500)
