@@ -412,6 +412,7 @@ def test_scaled_and_shifted_embeddings():
             model.merge_adapter()
             torch.testing.assert_close(positions(mask, 1), before, atol=1e-6 if not quantize else 0.1, rtol=0)
             model.unmerge_adapter()
+        model.double()  # of two tokens that are nearly as likely, rounding with and without a cache is not to decide
         ids = tokens(3, 6)
         generated = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
         for _ in range(4):  # without a cache

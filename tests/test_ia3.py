@@ -63,7 +63,9 @@ def test_adapters_that_scale_different_sides_live_in_one_layer():
 
 def test_random_factors():
     model = get_peft_model(llama(), IA3Config(init_ia3_weights=False))
-    assert all(factors.std() > 0.3 for factors in model.parameters() if factors.requires_grad)
+    layers = [factors.flatten() for factors in model.parameters() if factors.requires_grad]
+    assert torch.cat(layers).std() > 0.3  # of 80 numbers; the 8 of one layer may be close together
+    assert all(len(factors.unique()) > 1 for factors in layers)
 
 
 def test_models_without_defaults_need_both_lists():

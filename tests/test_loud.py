@@ -37,6 +37,11 @@ def roberta() -> RobertaForSequenceClassification:
     return RobertaForSequenceClassification(RobertaConfig(**sizes, intermediate_size=24)).eval()
 
 
+def ours(caught: list[warnings.WarningMessage]) -> list[warnings.WarningMessage]:
+    """Without what Python says of files of other tests that nobody closed: it comes whenever memory is tidied up."""
+    return [warning for warning in caught if issubclass(warning.category, PeftWarning)]
+
+
 def adapter_layers(model: nn.Module) -> set[str]:
     return {key for key, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
@@ -61,7 +66,7 @@ def adapter_layers(model: nn.Module) -> set[str]:
 def test_names_that_match_nothing_are_warned_of(method, fields, named):
     with pytest.warns(PeftWarning) as caught:
         model = get_peft_model(llama(), CONFIGS[method](**fields))
-    (warning,) = caught
+    (warning,) = ours(caught)
     assert f"names what the model does not have, so that it has no effect: {named}. The" in str(warning.message)
     assert warning.filename == __file__  # it points at the user's line
     with pytest.warns(PeftWarning, match="has no effect"):  # for every adapter anew
@@ -408,7 +413,7 @@ def test_warnings_point_at_the_users_line_by_every_way(tmp_path):
     for way in ways:
         with pytest.warns(PeftWarning) as caught:
             way()
-        assert {warning.filename for warning in caught} == {__file__}, [str(w.message) for w in caught]
+        assert {warning.filename for warning in ours(caught)} == {__file__}, [str(w.message) for w in caught]
 
 
 # What a configuration cannot hold
