@@ -15,15 +15,23 @@ import torch
 torch.set_num_threads(1)  # tiny models gain nothing from more, which wait for each other on a busy machine
 
 
-@pytest.fixture(autouse=True)
-def seed() -> int:
+SEED = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures that several tests share
+def pytest_runtest_setup(item: pytest.Item) -> None:
     """Seed all generators afresh for each test. A failing test shows the number; PEFT_TEST_SEED=number repeats it."""
     seed = int(os.environ.get("PEFT_TEST_SEED") or random.SystemRandom().randrange(2**32))
     print(f"PEFT_TEST_SEED={seed}")  # captured by pytest, shown for failures only
+    item.stash[SEED] = seed
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    return seed
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    return request.node.stash[SEED]
 
 
 @pytest.fixture(scope="module")

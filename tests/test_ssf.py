@@ -25,6 +25,7 @@ from transformers import (
 from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.vitdet.modeling_vitdet import VitDetLayerNorm
 from transformers.pytorch_utils import Conv1D
 
 from peft import PeftModel, SSFConfig, SsfConfig, get_peft_model, get_peft_model_state_dict
@@ -41,6 +42,7 @@ LAYERS = {
     "GroupNorm": (lambda: nn.GroupNorm(2, 6), (2, 6, 5), 1),
     "GroupNorm of images": (lambda: nn.GroupNorm(3, 6), (2, 6, 4, 5), 1),
     "ConvNeXt's LayerNorm": (lambda: ConvNextLayerNorm(6, data_format="channels_first"), (2, 6, 4, 6), 1),
+    "VitDet's LayerNorm": (lambda: VitDetLayerNorm(6), (2, 6, 4, 6), 1),
     "LayerNorm without bias": (lambda: nn.LayerNorm(6, bias=False), (2, 3, 6), -1),
     "Llama's norm": (lambda: LlamaRMSNorm(6), (2, 3, 6), -1),
     "Gemma's norm": (lambda: GemmaRMSNorm(6), (2, 3, 6), -1),
@@ -427,3 +429,11 @@ def test_deltatuners_files(form, bias, tmp_path):
     for key, tensor in tensors.items():
         key = key.replace("linear_sub.bias", "bias").replace(".bias", ".base_layer.bias")
         assert torch.equal(loaded[key], tensor), key
+
+
+def test_norms_of_other_classes_under_compile():
+    """Where their channels stand is found by running them once, not while torch.compile traces."""
+    model, layer = adapted(LlamaRMSNorm(6))
+    set_values(layer, torch.randn(6), torch.randn(6))
+    x = torch.randn(2, 3, 6)
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))

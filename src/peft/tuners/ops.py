@@ -525,10 +525,14 @@ class NormOp(Op):
 
     kind = "Norm"
 
-    def __init__(self, layer):
-        super().__init__(layer)
-        first = getattr(layer, "data_format", None) == "channels_first"  # of ConvNeXt's norms
-        self.channel_dim = 1 if first or isinstance(layer, nn.GroupNorm) else -1
+    @functools.cached_property
+    def channel_dim(self) -> int:
+        layer = self.layer
+        if isinstance(layer, nn.GroupNorm) or getattr(layer, "data_format", None) == "channels_first":  # ConvNeXt's
+            return 1
+        if isinstance(layer, nn.LayerNorm):
+            return -1
+        return -1 if self._of_zeros.shape == (1, self.out_features) else 1  # VitDet's makes (1, O) to (O, 1, O)
 
     @property
     def in_features(self) -> int:
@@ -537,16 +541,18 @@ class NormOp(Op):
     @functools.cached_property
     def _offset(self) -> float:
         """1 for norms that multiply by 1 + weight (Gemma's), else 0: a zero weight then does not give zero."""
-        layer = self.layer
-        if isinstance(layer, (nn.LayerNorm, nn.GroupNorm)):
-            return 0.0
-        device = home_device(layer)
+        return 1.0 if not isinstance(self.layer, (nn.LayerNorm, nn.GroupNorm)) and self._of_zeros.any() else 0.0
+
+    @property
+    def _of_zeros(self) -> torch.Tensor:
+        """What the layer makes of one row (1, O) if its parameters are 0."""
+        layer, device = self.layer, home_device(self.layer)
         probe = torch.linspace(1, 2, self.out_features, device=device, dtype=layer.weight.dtype)
         zero = {
             name: torch.zeros(logical_shape(p), dtype=p.dtype, device=device) for name, p in layer.named_parameters()
         }
         with unhooked(layer):
-            return 1.0 if torch.func.functional_call(layer, zero, (probe[None],)).any() else 0.0
+            return torch.func.functional_call(layer, zero, (probe[None],))
 
     def op(self, x, W, b):
         layer = self.layer
@@ -566,7 +572,8 @@ class NormOp(Op):
         return W * scale + self._offset * (scale - 1)
 
     def add_shift(self, W, b, shift):
-        if not isinstance(self.layer, (nn.LayerNorm, nn.GroupNorm)) and shift.any():
+        has_place = isinstance(self.layer, (nn.LayerNorm, nn.GroupNorm)) or self.bias is not None
+        if not has_place and shift.any():
             raise TypeError(
                 f"{type(self.layer).__name__} has no bias, so a shift cannot be merged into it: unload without "
                 "merging, or leave the norms out of the adapter's targets"

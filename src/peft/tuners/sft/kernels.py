@@ -72,30 +72,31 @@ class _Slots:
     """Where the numbers of a delta stand in a weight."""
 
     def __init__(self, weight: torch.Tensor, transposed: bool, delta, indices: torch.Tensor):
-        self.layout, self.indices = delta.layout, indices
+        self.layout = delta.layout
         if delta.layout is not None and weight.is_contiguous():
             self.weight = weight.T if transposed else weight.flatten(1)
+            self.places = delta.layout.places(indices)
             return
         self.layout = None
         self.weight = weight.as_strided((weight.numel(),), (1,))  # as it lies in memory
-        self.indices = delta.positions(indices)
+        self.places = delta.positions(indices)
         if not weight.is_contiguous():
-            places, rest = 0, self.indices
+            places, rest = 0, self.places
             for size, stride in zip(reversed(weight.shape), reversed(weight.stride())):
                 places, rest = places + rest % size * stride, rest // size
-            self.indices = places
+            self.places = places
 
     def read(self) -> torch.Tensor:
         """The numbers, (k,) or (g, s)."""
         if self.layout is None:
-            return self.weight.index_select(0, self.indices.flatten()).view(self.indices.shape)
-        return self.layout.read(self.weight, self.indices)
+            return self.weight.index_select(0, self.places.flatten()).view(self.places.shape)
+        return self.layout.read(self.weight, self.places)
 
     def write(self, numbers: torch.Tensor) -> None:
         if self.layout is None:
-            self.weight.scatter_(0, self.indices.flatten(), numbers.flatten())
+            self.weight.scatter_(0, self.places.flatten(), numbers.flatten())
         else:
-            self.layout.write(self.weight, self.indices, numbers)
+            self.layout.write(self.weight, self.places, numbers)
 
 
 def wide_sum(base: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -80,12 +80,16 @@ class Layout:
         """Output channel, and input channel with kernel (0..I*K-1), of every number: broadcast together, (g, ...)."""
         raise NotImplementedError
 
-    def read(self, W: Tensor, groups: Tensor) -> Tensor:
-        """(g, s) the groups' numbers in the matrix `W` (O, I * K)."""
+    def places(self, groups: Tensor) -> Tensor:
+        """The groups as `read` and `write` take them, int64."""
+        return groups.long()
+
+    def read(self, W: Tensor, places: Tensor) -> Tensor:
+        """(g, s) the groups' numbers in the matrix `W` (O, I * K), which is dense in memory as the weight is stored."""
         raise NotImplementedError
 
-    def write(self, W: Tensor, groups: Tensor, numbers: Tensor) -> None:
-        """Put the groups' numbers (g, s) into the matrix `W` (O, I * K)."""
+    def write(self, W: Tensor, places: Tensor, numbers: Tensor) -> None:
+        """Put the groups' numbers (g, s) into such a matrix."""
         raise NotImplementedError
 
     def inputs(self, x: Tensor, groups: Tensor) -> Tensor:
@@ -135,11 +139,11 @@ class Rows(Layout):
     def _coordinates(self, groups):
         return groups[:, None], torch.arange(self.size, device=groups.device)
 
-    def read(self, W, groups):
-        return W.index_select(0, groups)
+    def read(self, W, places):
+        return W.index_select(0, places)
 
-    def write(self, W, groups, numbers):
-        W.index_copy_(0, groups.long(), numbers)
+    def write(self, W, places, numbers):
+        W.index_copy_(0, places, numbers)
 
     @property
     def is_thin(self):
@@ -173,12 +177,12 @@ class Columns(Layout):
     def _by_channel(self, W: Tensor) -> Tensor:
         return W.unflatten(1, (self.in_features, self.kernel))
 
-    def read(self, W, groups):
-        return self._by_channel(W).index_select(1, groups).transpose(0, 1).flatten(1)
+    def read(self, W, places):
+        return self._by_channel(W).index_select(1, places).transpose(0, 1).flatten(1)
 
-    def write(self, W, groups, numbers):
+    def write(self, W, places, numbers):
         numbers = numbers.unflatten(1, (self.out_features, self.kernel))
-        self._by_channel(W).index_copy_(1, groups.long(), numbers.transpose(0, 1))
+        self._by_channel(W).index_copy_(1, places, numbers.transpose(0, 1))
 
     def inputs(self, x, groups):
         by_group = x.unflatten(1, (self.channel_groups, self.in_features))
@@ -215,7 +219,7 @@ class Blocks(Layout):
         """Whole tiles beside each other."""
         return self.in_features // self.b
 
-    def _places(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+    def _tiles(self, groups: Tensor) -> tuple[Tensor, Tensor]:
         """Tile row and tile column of each group, (g,)."""
         return groups.div(self._across, rounding_mode="floor"), groups.remainder(self._across)
 
@@ -225,41 +229,49 @@ class Blocks(Layout):
         return t[:, : whole * self.b].unflatten(1, (whole, self.b))
 
     def _coordinates(self, groups):
-        row, column = self._places(groups)
+        row, column = self._tiles(groups)
         inner = torch.arange(self.b, device=groups.device)
         return (row[:, None] * self.b + inner)[:, :, None], (column[:, None] * self.b + inner)[:, None, :]
 
-    def _grid(self, W: Tensor) -> Tensor:
-        """`W` (O, I) -> (whole tiles, b, whole tiles, b), a view."""
-        whole = len(W) // self.b
-        return self._tiled(W[: whole * self.b]).unflatten(0, (whole, self.b))
+    def places(self, groups):
+        """(g * b,): where in memory the rows of the tiles begin, or their columns if it is those that lie together."""
+        row, column = self._tiles(groups.long())
+        outer, inner, width = (column, row, self.out_features) if self.transposed else (row, column, self.in_features)
+        lines = outer[:, None] * self.b + torch.arange(self.b, device=groups.device)
+        return (lines * width + inner[:, None] * self.b).flatten()
 
-    def read(self, W, groups):
-        row, column = self._places(groups)
-        return self._grid(W)[row, :, column].flatten(1)
+    def _runs(self, W: Tensor) -> Tensor:
+        """All b consecutive numbers of `W` in memory, (n, b), a view: wherever a run of them begins, it is one row."""
+        return W.as_strided((max(0, W.numel() - self.b + 1), self.b), (1, 1))
 
-    def write(self, W, groups, numbers):
-        row, column = self._places(groups)
-        self._grid(W)[row, :, column] = numbers.unflatten(1, (self.b, self.b))
+    def _turned(self, numbers: Tensor) -> Tensor:
+        """(g * b, b) <-> (g, b * b): tiles as they lie in memory, and row-major."""
+        tiles = numbers.view(-1, self.b, self.b)
+        return tiles.mT if self.transposed else tiles
+
+    def read(self, W, places):
+        return self._turned(self._runs(W).index_select(0, places)).flatten(1)
+
+    def write(self, W, places, numbers):
+        self._runs(W).index_copy_(0, places, self._turned(numbers).reshape(-1, self.b))
 
     def _step(self, t: Tensor) -> int:
         """Tiles at a time, so that what is gathered of (N, channels) for them stays bounded: N * b numbers each."""
         return max(1, gradients.WORKSPACE_BYTES // max(1, len(t) * self.b * t.element_size()))
 
     def gradient(self, op, gy, inputs, groups):
-        left, right = self._tiled(gy), self._tiled(inputs)
+        left, right = self._tiled(gy).transpose(0, 1), self._tiled(inputs).transpose(0, 1)  # (whole tiles, N, b)
         parts = []
         for some in groups.split(self._step(gy)):
-            row, column = self._places(some)
-            tall = left.index_select(1, row).permute(1, 2, 0)  # (g, b, N)
-            parts.append(torch.bmm(tall, right.index_select(1, column).transpose(0, 1)).flatten(1))
-        return torch.cat(parts)
+            row, column = self._tiles(some)
+            parts.append(torch.bmm(left.index_select(0, row).mT, right.index_select(0, column)).flatten(1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def add_product(self, y, x, groups, values):
-        self._add_tiles(y, x, *self._places(groups), values.unflatten(1, (self.b, self.b)).mT)
+        self._add_tiles(y, x, *self._tiles(groups), values.unflatten(1, (self.b, self.b)).mT)
 
     def input_gradient(self, gy, groups, values):
-        row, column = self._places(groups)
+        row, column = self._tiles(groups)
         gx = gy.new_zeros(len(gy), self.in_features)
         self._add_tiles(gx, gy, column, row, values.unflatten(1, (self.b, self.b)))
         return gx
@@ -268,11 +280,13 @@ class Blocks(Layout):
         """`y[:, tile to[n]] += x[:, tile source[n]] @ tiles[n]` for every n."""
         step = self._step(x)
         for some, other, factors in zip(to.split(step), source.split(step), tiles.split(step)):
-            products = torch.bmm(self._tiled(x).index_select(1, other).transpose(0, 1), factors)  # (g, N, b)
+            products = torch.bmm(self._tiled(x).transpose(0, 1).index_select(0, other), factors)  # (g, N, b)
             self._tiled(y).index_add_(1, some, products.transpose(0, 1))
 
     def add_squares(self, squares, block, start):
-        found = _squared_norm(self._grid(block), (1, 3)).flatten()
+        whole = len(block) // self.b
+        grid = self._tiled(block[: whole * self.b]).unflatten(0, (whole, self.b))
+        found = _squared_norm(grid, (1, 3)).flatten()
         first = start // self.b * self._across
         squares[first : first + len(found)] += found
 
