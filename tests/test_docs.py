@@ -115,7 +115,8 @@ def run_command(line: str, model: str, folder: Path) -> int:
         words = [*words[:verb], *shortened(words[verb:], model), "--overwrite"]
         words[0] = str(Path(sys.executable).parent / words[0])
         words = ["2" if word == "4" else word for word in words]  # processes
-    options = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    # PET_STANDALONE lets torchrun find a free port: its usual one may be another run's.
+    options = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "PET_STANDALONE": "1"}
     done = subprocess.run(words, cwd=folder, env=os.environ | options, capture_output=True, text=True)
     print(done.stdout, done.stderr)
     return done.returncode

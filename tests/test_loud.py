@@ -37,6 +37,11 @@ def roberta() -> RobertaForSequenceClassification:
     return RobertaForSequenceClassification(RobertaConfig(**sizes, intermediate_size=24)).eval()
 
 
+def ours(caught: list[warnings.WarningMessage]) -> list[warnings.WarningMessage]:
+    """Without what Python says of files of other tests that nobody closed: it comes whenever memory is tidied up."""
+    return [warning for warning in caught if issubclass(warning.category, PeftWarning)]
+
+
 def adapter_layers(model: nn.Module) -> set[str]:
     return {key for key, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
@@ -61,7 +66,7 @@ def adapter_layers(model: nn.Module) -> set[str]:
 def test_names_that_match_nothing_are_warned_of(method, fields, named):
     with pytest.warns(PeftWarning) as caught:
         model = get_peft_model(llama(), CONFIGS[method](**fields))
-    (warning,) = caught
+    (warning,) = ours(caught)
     assert f"names what the model does not have, so that it has no effect: {named}. The" in str(warning.message)
     assert warning.filename == __file__  # it points at the user's line
     with pytest.warns(PeftWarning, match="has no effect"):  # for every adapter anew
@@ -408,7 +413,7 @@ def test_warnings_point_at_the_users_line_by_every_way(tmp_path):
     for way in ways:
         with pytest.warns(PeftWarning) as caught:
             way()
-        assert {warning.filename for warning in caught} == {__file__}, [str(w.message) for w in caught]
+        assert {warning.filename for warning in ours(caught)} == {__file__}, [str(w.message) for w in caught]
 
 
 # What a configuration cannot hold
@@ -478,14 +483,14 @@ def test_an_adapter_that_is_gone_is_not_saved_empty(tmp_path, method, way):
 def test_adapters_inside_a_transformer_layer_of_torch_have_effect_in_evaluation(method):
     """There torch takes the weights of the layer's parts without calling them (its fast path)."""
     base = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2).eval()
-    x, real = torch.randn(2, 3, 8), torch.tensor([[True, True, False], [True, True, True]])
-    model = adapted(base, method=method, target_modules=["linear1", "linear2"], **few(method))
+    x, real = torch.randn(2, 3, 8).double(), torch.tensor([[True, True, False], [True, True, True]])
+    model = adapted(base, method=method, target_modules=["linear1", "linear2"], **few(method)).double()
     expected = [model(x), model(x, src_key_padding_mask=~real)[real]]  # with gradients there is no fast path
     with torch.no_grad():
-        assert torch.allclose(model(x), expected[0], atol=1e-6)
-        assert torch.allclose(model(x, src_key_padding_mask=~real)[real], expected[1], atol=1e-6)
+        assert torch.allclose(model(x), expected[0], atol=1e-10)
+        assert torch.allclose(model(x, src_key_padding_mask=~real)[real], expected[1], atol=1e-10)
         merged = model.merge_and_unload()(x)
-    assert torch.allclose(merged, expected[0], atol=1e-5)
+    assert torch.allclose(merged, expected[0], atol=1e-10)
 
 
 def few(method: str) -> dict:

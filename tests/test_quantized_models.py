@@ -101,8 +101,12 @@ def test_prepare_model_widens_what_packed_layers_can_take(base):
 def test_the_values_of_four_bits_are_those_of_nf4():
     functional = pytest.importorskip("bitsandbytes.functional")
     theirs = functional.get_4bit_type("nf4", device="cpu")
-    assert_close(normal_float_codes(4).float(), theirs, rtol=0, atol=1e-6)
-    W = torch.randn(30, 70)
+    codes = normal_float_codes(4).float()
+    assert_close(codes, theirs, rtol=0, atol=1e-6)
+    # Nothing is near the middle of two values (0.08 apart), where the last bit decides which of them is the nearest.
+    W = (codes[torch.randint(16, (33, 64))] + 0.06 * (torch.rand(33, 64) - 0.5)).clamp(-1, 1)
+    W[:, 0] = 1
+    W = (W * torch.rand(33, 1)).flatten()[:2100].view(30, 70)
     packed, state = functional.quantize_4bit(W, blocksize=64, quant_type="nf4")
     assert_close(round_to_normal_float(W, 4), functional.dequantize_4bit(packed, state), rtol=1e-5, atol=1e-5)
 
@@ -201,7 +205,8 @@ def test_replace_lora_weights_loftq(where, folder, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=by_transformers("nf4"), dtype="float32")
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     ids = tokens()
-    model = get_peft_model(base, LoraConfig(r=16, lora_alpha=4, target_modules="all-linear")).train()
+    # A rank so near to the full 64 that little is left over, whatever the weights and the tokens are.
+    model = get_peft_model(base, LoraConfig(r=48, lora_alpha=4, target_modules="all-linear")).train()
     before = (model(ids).logits - plain(ids).logits).norm()
     path = {"name": None, "folder": folder, "file": f"{folder}/model.safetensors", "shards": str(tmp_path)}[where]
     if where == "shards":
@@ -212,9 +217,9 @@ def test_replace_lora_weights_loftq(where, folder, tmp_path):
     for key, layer in model.get_base_model().named_modules():
         if key.endswith("down_proj"):
             lost = layers[key].weight - layer.op.load()[0]
-            U, S, Vh = torch.linalg.svd(lost.detach().double())
-            best = U[:, :16] @ torch.diag(S[:16]) @ Vh[:16]
-            assert_close(layer.delta_weight("default").double(), best, rtol=1e-3, atol=1e-5)
+            least = torch.linalg.svdvals(lost.detach().double())[48:].norm()  # that a rank can leave (Eckart, Young)
+            left = (lost - layer.delta_weight("default")).detach().double().norm()
+            assert_close(left, least, rtol=1e-3, atol=0)
     assert (model(ids).logits - plain(ids).logits).norm() < before
 
 

@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import subprocess
 import sys
 import warnings
@@ -446,8 +447,10 @@ def test_trainer_resumes_where_it_was(method, folder, tmp_path):
 
 def test_trainer_loads_the_best_model(folder, tmp_path):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config("lora", modules_to_save=["lm_head"]))
-    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "greater_is_better": True}
-    run = trainer(model, tmp_path, examples(8), metric_for_best_model="eval_loss", **best)  # the worst: the first
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "greater_is_better": False}
+    run = trainer(model, tmp_path, examples(8), metric_for_best_model="eval_count", **best)
+    count = itertools.count()
+    run.compute_metrics = lambda prediction: {"count": next(count)}  # the first checkpoint is the best, not the last
     run.train()
     assert Path(run.state.best_model_checkpoint).name == "checkpoint-2"
     tensors = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
