@@ -7,6 +7,7 @@ import random
 import string
 from pathlib import Path
 
+import matplotlib.font_manager  # noqa: F401 - on a new machine it says that it builds a cache: not within a command
 import pytest
 import torch
 from tiny_models import make_tokenizer, save_llama
