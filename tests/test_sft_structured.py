@@ -140,6 +140,14 @@ def test_edges_that_fill_no_tile_are_not_trained():
         get_peft_model(nn.Sequential(nn.Linear(7, 10)), config("block", block_size=3, num_tunable_weights=63))
 
 
+def test_a_layer_smaller_than_a_run_of_a_tile_trains_nothing():
+    layers = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 8), nn.Linear(8, 8))
+    model = get_peft_model(layers, config("block", block_size=8, target_modules=["0", "2"], num_tunable_weights=64))
+    small, large = deltas_of(model)
+    model(torch.randn(4, 2)).sum().backward()
+    assert small.values.grad.shape == (0, 64) and large.values.grad.shape == (1, 64)
+
+
 # ---- Products and their gradients ----
 
 
