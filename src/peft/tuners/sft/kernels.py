@@ -94,7 +94,7 @@ class _Slots:
 
     def write(self, numbers: torch.Tensor) -> None:
         if self.layout is None:
-            self.weight.scatter_(0, self.places.flatten(), numbers.flatten())
+            self.weight.index_copy_(0, self.places.flatten(), numbers.flatten())
         else:
             self.layout.write(self.weight, self.places, numbers)
 
