@@ -15,23 +15,23 @@ import torch
 torch.set_num_threads(1)  # tiny models gain nothing from more, which wait for each other on a busy machine
 
 
-SEED = pytest.StashKey[int]()
+# One for all tests, so that what they share is the same again whichever of them is repeated.
+SEED = int(os.environ.get("PEFT_TEST_SEED") or random.SystemRandom().randrange(2**32))
 
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures that several tests share
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Seed all generators afresh for each test. A failing test shows the number; PEFT_TEST_SEED=number repeats it."""
-    seed = int(os.environ.get("PEFT_TEST_SEED") or random.SystemRandom().randrange(2**32))
-    print(f"PEFT_TEST_SEED={seed}")  # captured by pytest, shown for failures only
-    item.stash[SEED] = seed
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+def pytest_runtest_setup() -> None:
+    """Seed all generators for each test, in every run anew. A failing test shows the number; PEFT_TEST_SEED=number
+    repeats it."""
+    print(f"PEFT_TEST_SEED={SEED}")  # captured by pytest, shown for failures only
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
 
 
 @pytest.fixture
-def seed(request: pytest.FixtureRequest) -> int:
-    return request.node.stash[SEED]
+def seed() -> int:
+    return SEED
 
 
 @pytest.fixture(scope="module")

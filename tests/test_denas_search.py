@@ -310,16 +310,17 @@ def test_processes_search_together_and_one_is_killed(tmp_path):
     def scored(file) -> list[str]:
         return file.read_text().splitlines() if file.exists() else []
 
-    first, second = start(files[0], files[1]), start(files[1], files[0])
+    processes = [start(files[0], files[1]), start(files[1], files[0])]
+    hang = time.monotonic() + 600
     try:
         while not (len(scored(files[0])) >= 3 and len(scored(files[1])) >= 3):
-            assert not first.poll() and not second.poll()
+            assert not any(process.poll() for process in processes) and time.monotonic() < hang
             time.sleep(0.01)
-        first.kill()
-        third = start(files[2])
-        assert second.wait(600) == 0 and third.wait(600) == 0  # at once; the limit is for a hang
+        processes[0].kill()
+        processes.append(start(files[2]))
+        assert [process.wait(600) for process in processes[1:]] == [0, 0]
     finally:
-        for process in (first, second):
+        for process in processes:
             process.kill()
             process.wait()
     done = [line for file in files for line in scored(file)]

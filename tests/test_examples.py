@@ -209,8 +209,8 @@ def test_addition(script, algorithm, load_example, tmp_path, capsys):
     options = f"--steps 6 --batch-size 2 --density 0.1 --reselection-steps 6 --selection-algorithm {algorithm}"
     load_example(f"{script}.py").main([*options.split(), "--model", folder, "--output", str(tmp_path / "adapter")])
     printed = capsys.readouterr().out
-    before, after = (float(re.search(rf"held-out loss {when}: (\S+)", printed)[1]) for when in ("before", "after"))
-    assert before > 0 and "reselected after step 5: " in printed
+    after = float(re.search(r"held-out loss after: (\S+)", printed)[1])
+    assert "held-out loss before: " in printed and "reselected after step 5: " in printed
     weights = load_peft_weights(str(tmp_path / "adapter"), device="cpu")
     assert all(tensor.any() for key, tensor in weights.items() if key.endswith("sft_delta.values"))
     module = load_example("sft_custom_loop.py")

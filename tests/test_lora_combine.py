@@ -119,9 +119,9 @@ def test_factors_are_thinned_too(kind):
         kept = own != 0
         rescaled = 2.0 if kind.startswith("dare") else 1.0
         torch.testing.assert_close(own[kept], rescaled * 2.0 * side[kept])  # sqrt(weight 2 x scaling 2)
+        assert not kept.all()  # of 20 numbers or more: once in a million draws
         if rescaled == 1.0:
             torch.testing.assert_close(own, 2.0 * largest(side, 0.5))
-    assert not all(factor.all() for factor in layer.factors("n"))  # 44 numbers: all kept once in 10**13 draws
 
 
 def test_random_pruning_keeps_the_expectation():

@@ -154,9 +154,10 @@ def test_the_sampled_product_is_the_entries_of_the_dense_one(kind, window_bytes,
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("rows", [0, 1, 128, 129, 300])
-def test_rows_are_sampled_in_blocks(rows, threads, monkeypatch):
+@pytest.mark.parametrize("width", [7, 192, 512])  # of the latter 64 and 8 rows at a time are laid out
+def test_rows_are_sampled_in_blocks(width, rows, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    gy, x = torch.randn(rows, 7).double(), torch.randn(rows, 5).double()
+    gy, x = torch.randn(rows, width).double(), torch.randn(rows, 5).double()
     blocks = gradients.transposed_blocks(gy), gradients.transposed_blocks(x)
     assert len(blocks[0]) == len(blocks[1]) == (1 if threads == 1 or rows <= 128 else 2 if rows == 129 else 3)
     positions = torch.tensor([0, 3, 11, 34], dtype=torch.int32)

@@ -79,12 +79,11 @@ class _Slots:
             return
         self.layout = None
         self.weight = weight.as_strided((weight.numel(),), (1,))  # as it lies in memory
-        self.places = delta.positions(indices)
+        self.places = rest = delta.positions(indices)
         if not weight.is_contiguous():
-            places, rest = 0, self.places
+            self.places = 0
             for size, stride in zip(reversed(weight.shape), reversed(weight.stride())):
-                places, rest = places + rest % size * stride, rest // size
-            self.places = places
+                self.places, rest = self.places + rest % size * stride, rest // size
 
     def read(self) -> torch.Tensor:
         """The numbers, (k,) or (g, s)."""

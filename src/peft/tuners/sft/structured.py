@@ -80,15 +80,15 @@ class Layout:
         """Output channel, and input channel with kernel (0..I*K-1), of every number: broadcast together, (g, ...)."""
         raise NotImplementedError
 
-    def places(self, groups: Tensor) -> Tensor:
+    def places(self, groups: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The groups as `read` and `write` take them, int64."""
         return groups.long()
 
-    def read(self, W: Tensor, places: Tensor) -> Tensor:
-        """(g, s) the groups' numbers in the matrix `W` (O, I * K), which is dense in memory as the weight is stored."""
+    def read(self, W: Tensor, places: Tensor | tuple[Tensor, ...]) -> Tensor:
+        """(g, s) the groups' numbers in the matrix `W` (O, I * K), a view of a contiguous weight."""
         raise NotImplementedError
 
-    def write(self, W: Tensor, places: Tensor, numbers: Tensor) -> None:
+    def write(self, W: Tensor, places: Tensor | tuple[Tensor, ...], numbers: Tensor) -> None:
         """Put the groups' numbers (g, s) into such a matrix."""
         raise NotImplementedError
 
@@ -233,16 +233,19 @@ class Blocks(Layout):
         inner = torch.arange(self.b, device=groups.device)
         return (row[:, None] * self.b + inner)[:, :, None], (column[:, None] * self.b + inner)[:, None, :]
 
+    def _lines(self, W: Tensor) -> Tensor:
+        """The tiles' lines that lie together in memory (rows, or columns of a transposed weight), (..., b), a view."""
+        stored = W.T if self.transposed else W
+        return self._tiled(stored) if stored.shape[1] % self.b else stored.view(-1, self.b)
+
     def places(self, groups):
-        """(g * b,): where in memory the rows of the tiles begin, or their columns if it is those that lie together."""
+        """Of every line, (g * b,), in `_lines`."""
         row, column = self._tiles(groups.long())
         outer, inner, width = (column, row, self.out_features) if self.transposed else (row, column, self.in_features)
         lines = outer[:, None] * self.b + torch.arange(self.b, device=groups.device)
-        return (lines * width + inner[:, None] * self.b).flatten()
-
-    def _runs(self, W: Tensor) -> Tensor:
-        """All b consecutive numbers of `W` in memory, (n, b), a view: wherever a run of them begins, it is one row."""
-        return W.as_strided((max(0, W.numel() - self.b + 1), self.b), (1, 1))
+        if width % self.b:
+            return lines.flatten(), inner.repeat_interleave(self.b)
+        return ((lines * (width // self.b) + inner[:, None]).flatten(),)
 
     def _turned(self, numbers: Tensor) -> Tensor:
         """(g * b, b) <-> (g, b * b): tiles as they lie in memory, and row-major."""
@@ -250,10 +253,10 @@ class Blocks(Layout):
         return tiles.mT if self.transposed else tiles
 
     def read(self, W, places):
-        return self._turned(self._runs(W).index_select(0, places)).flatten(1)
+        return self._turned(self._lines(W)[places]).flatten(1)
 
     def write(self, W, places, numbers):
-        self._runs(W).index_copy_(0, places, self._turned(numbers).reshape(-1, self.b))
+        self._lines(W)[places] = self._turned(numbers).reshape(-1, self.b)
 
     def _step(self, t: Tensor) -> int:
         """Tiles at a time, so that what is gathered of (N, channels) for them stays bounded: N * b numbers each."""
