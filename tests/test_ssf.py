@@ -25,6 +25,8 @@ from transformers import (
 from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.squeezebert.modeling_squeezebert import SqueezeBertLayerNorm
+from transformers.models.videoprism.modeling_videoprism import VideoPrismLayerNorm
 from transformers.models.vitdet.modeling_vitdet import VitDetLayerNorm
 from transformers.pytorch_utils import Conv1D
 
@@ -43,6 +45,8 @@ LAYERS = {
     "GroupNorm of images": (lambda: nn.GroupNorm(3, 6), (2, 6, 4, 5), 1),
     "ConvNeXt's LayerNorm": (lambda: ConvNextLayerNorm(6, data_format="channels_first"), (2, 6, 4, 6), 1),
     "VitDet's LayerNorm": (lambda: VitDetLayerNorm(6), (2, 6, 4, 6), 1),
+    "SqueezeBERT's LayerNorm": (lambda: SqueezeBertLayerNorm(6), (2, 6, 6), 1),
+    "VideoPrism's LayerNorm": (lambda: VideoPrismLayerNorm(6), (2, 3, 6), -1),
     "LayerNorm without bias": (lambda: nn.LayerNorm(6, bias=False), (2, 3, 6), -1),
     "Llama's norm": (lambda: LlamaRMSNorm(6), (2, 3, 6), -1),
     "Gemma's norm": (lambda: GemmaRMSNorm(6), (2, 3, 6), -1),
@@ -104,6 +108,31 @@ def test_layers(case):
 def test_norms_without_a_weight_for_each_of_the_last_channels_are_refused(layer):
     with pytest.raises(ValueError, match=r"layer \(\w+Norm\) is not supported"):
         adapted(layer)
+
+
+class GatedNorm(LlamaRMSNorm):
+    def forward(self, x, gate):
+        return super().forward(x) * gate
+
+
+class RunningNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6))
+        self.register_buffer("seen", torch.zeros(6))
+
+    def forward(self, x):
+        self.seen += x.abs().mean(tuple(range(x.dim() - 1)))
+        return x / self.seen * self.weight
+
+
+def test_norms_that_cannot_be_tried_out_or_remember_it():
+    model, layer = adapted(GatedNorm(6))
+    assert layer.op.channel_dim == -1
+    with pytest.raises(TypeError, match="GatedNorm cannot be run on a tensor alone, .* unload without merging"):
+        model.merge_adapter()
+    model, layer = adapted(RunningNorm())
+    assert layer.op.channel_dim == -1 and not layer.base_layer.seen.any()
 
 
 @pytest.mark.parametrize("norm", [LlamaRMSNorm, GemmaRMSNorm])

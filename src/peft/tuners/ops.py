@@ -11,6 +11,7 @@ How `nn.MultiheadAttention` runs with adapters is in `attention.py`.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -527,12 +528,12 @@ class NormOp(Op):
 
     @functools.cached_property
     def channel_dim(self) -> int:
-        layer = self.layer
-        if isinstance(layer, nn.GroupNorm) or getattr(layer, "data_format", None) == "channels_first":  # ConvNeXt's
+        """Where the channels stand; a norm that no probe tells it of has them last, as most have."""
+        if type(self.layer).forward is nn.GroupNorm.forward:
             return 1
-        if isinstance(layer, nn.LayerNorm):
+        if type(self.layer).forward is nn.LayerNorm.forward:
             return -1
-        return -1 if self._of_zeros.shape == (1, self.out_features) else 1  # VitDet's makes (1, O) to (O, 1, O)
+        return -1 if self._probe is None else self._probe[0]
 
     @property
     def in_features(self) -> int:
@@ -541,18 +542,34 @@ class NormOp(Op):
     @functools.cached_property
     def _offset(self) -> float:
         """1 for norms that multiply by 1 + weight (Gemma's), else 0: a zero weight then does not give zero."""
-        return 1.0 if not isinstance(self.layer, (nn.LayerNorm, nn.GroupNorm)) and self._of_zeros.any() else 0.0
+        if type(self.layer).forward in (nn.LayerNorm.forward, nn.GroupNorm.forward):
+            return 0.0
+        if self._probe is None:
+            raise TypeError(
+                f"{type(self.layer).__name__} cannot be run on a tensor alone, so that how its weight enters is not "
+                "known: unload without merging, or leave the norms out of the adapter's targets"
+            )
+        return 1.0 if self._probe[1].any() else 0.0
 
-    @property
-    def _of_zeros(self) -> torch.Tensor:
-        """What the layer makes of one row (1, O) if its parameters are 0."""
-        layer, device = self.layer, home_device(self.layer)
-        probe = torch.linspace(1, 2, self.out_features, device=device, dtype=layer.weight.dtype)
-        zero = {
+    @functools.cached_property
+    def _probe(self) -> tuple[int, torch.Tensor] | None:
+        """`(channel_dim, y)`: what the layer makes, its parameters 0, of the first of these inputs that it takes."""
+        layer, device, channels = self.layer, home_device(self.layer), self.out_features
+        ours = {
             name: torch.zeros(logical_shape(p), dtype=p.dtype, device=device) for name, p in layer.named_parameters()
         }
-        with unhooked(layer):
-            return torch.func.functional_call(layer, zero, (probe[None],))
+        ours |= {name: buffer.clone() for name, buffer in layer.named_buffers()}  # statistics stay as they are
+        s, t = [size for size in (2, 3, 5) if size != channels][:2]
+        for shape in ((1, s, t, channels), (1, channels, s, t), (1, s, channels), (1, channels, s), (1, channels)):
+            x = torch.linspace(1, 2, math.prod(shape), device=device, dtype=layer.weight.dtype).view(shape)
+            try:
+                with unhooked(layer):
+                    y = torch.func.functional_call(layer, ours, (x,))
+            except Exception:  # whatever a foreign norm says of an input that it does not take
+                continue
+            if isinstance(y, torch.Tensor) and y.shape == x.shape:
+                return (-1 if shape[-1] == channels else 1), y
+        return None
 
     def op(self, x, W, b):
         layer = self.layer

@@ -187,7 +187,6 @@ class BaseTunerLayer(ReadLayer):
             if op is None or (op.is_read and not self.folds()):
                 op = BlockOp(layer)
             self.__dict__["_op"] = op
-            _ = op.channel_dim  # now: some norms are run to find it, which torch.compile could not trace
         return op
 
     @property

@@ -39,7 +39,8 @@ class BottleneckLayer(BaseTunerLayer, nn.Module):
 
     def update_layer(self, name, config):
         is_parallel = config.placement == "parallel"
-        if is_parallel and (self.op.kind == "Embedding" or self.op.channel_dim == 1):
+        channels_first = self.op.channel_dim == 1  # some norms are run to find it: now, not while torch.compile traces
+        if is_parallel and (self.op.kind == "Embedding" or channels_first):
             raise ValueError(
                 "placement='parallel' needs an input with as many positions as the output: use 'sequential', or other "
                 "targets"

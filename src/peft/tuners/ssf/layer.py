@@ -21,6 +21,7 @@ class SsfLayer(BaseTunerLayer, nn.Module):
     adapter_layer_names = ("ssf_scale", "ssf_shift")
 
     def update_layer(self, name, config):
+        _ = self.op.channel_dim  # some norms are run to find it: now, not while torch.compile traces
         self.ssf_scale[name] = nn.Parameter(torch.ones(self.out_features))
         self.ssf_shift[name] = nn.Parameter(torch.zeros(self.out_features))
         if config.init_ssf_weights == "normal":
