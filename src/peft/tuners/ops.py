@@ -549,11 +549,11 @@ class NormOp(Op):
                 f"{type(self.layer).__name__} cannot be run on a tensor alone, so that how its weight enters is not "
                 "known: unload without merging, or leave the norms out of the adapter's targets"
             )
-        return 1.0 if self._probe[1].any() else 0.0
+        return 1.0 if self._probe[1] else 0.0
 
     @functools.cached_property
     def _probe(self) -> tuple[int, torch.Tensor] | None:
-        """`(channel_dim, y)`: what the layer makes, its parameters 0, of the first of these inputs that it takes."""
+        """`(channel_dim, any number)` of what the layer, its parameters 0, makes of the first input that it takes."""
         layer, device, channels = self.layer, home_device(self.layer), self.out_features
         ours = {
             name: torch.zeros(logical_shape(p), dtype=p.dtype, device=device) for name, p in layer.named_parameters()
@@ -568,7 +568,7 @@ class NormOp(Op):
             except Exception:  # whatever a foreign norm says of an input that it does not take
                 continue
             if isinstance(y, torch.Tensor) and y.shape == x.shape:
-                return (-1 if shape[-1] == channels else 1), y
+                return (-1 if shape[-1] == channels else 1), y.any()
         return None
 
     def op(self, x, W, b):

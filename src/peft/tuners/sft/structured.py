@@ -14,8 +14,8 @@ Forward and input gradient run on the frozen weight with the delta written into 
 Measured on the CPU (float32, one thread, N = 512, as many trained numbers as LoRA of rank 8, ms):
 
     O x I          row: written  thin   column: written  thin   block: written  thin   LoRA, all of it
-    576 x 576           0.01     0.14            0.04    0.10           0.08    0.21   0.39
-    1536 x 576          0.02     0.24            0.08    0.17           0.10    0.49   0.90
+    576 x 576           0.01     0.14            0.04    0.10           0.06    0.21   0.39
+    1536 x 576          0.02     0.24            0.08    0.17           0.07    0.49   0.90
 
 "written" is what writing and restoring adds to one product; "thin" is the product of the delta alone, added to the
 frozen layer's output. The latter is what happens beside layers that cannot be written (packed, with hooks), and beside
