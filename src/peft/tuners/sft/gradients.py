@@ -44,8 +44,8 @@ WINDOW_BYTES = 4 * 2**20  # laid out at a time: what stays in a cache
 SAMPLED_ROWS = 128
 # A first-level cache of 64-byte lines has 64 sets (of 8 or 12 lines), so that addresses with the same remainder by this
 # compete for one set. Numbers of one column, `stride` bytes apart, come into few sets where that shares large factors
-# with it: then more than a few rows at a time drive each other out before all columns of a line have been read. With two
-# threads 512 x 1536 take 0.20 ms a few rows at a time and 0.52 at once, 512 x 4096 0.78 and 2.15.
+# with it: then more than a few rows at a time drive each other out before all columns of a line have been read. With
+# two threads 512 x 1536 take 0.20 ms a few rows at a time and 0.52 at once, 512 x 4096 0.78 and 2.15.
 CACHE_PERIOD, CACHE_WAYS = 4096, 8
 
 
