@@ -412,11 +412,11 @@ def test_scaled_and_shifted_embeddings():
             model.merge_adapter()
             torch.testing.assert_close(positions(mask, 1), before, atol=1e-6 if not quantize else 0.1, rtol=0)
             model.unmerge_adapter()
-        model.double()  # of two tokens that are nearly as likely, rounding with and without a cache is not to decide
+        model.double()  # so that of two tokens that are nearly as likely rounding does not decide
         ids = tokens(3, 6)
         generated = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
         for _ in range(4):  # without a cache
-            ids = torch.cat([ids, logits(model, ids)[:, -1:].argmax(-1)], dim=1)
+            ids = torch.cat([ids, logits(model, ids)[:, -1:].float().argmax(-1)], dim=1)  # `generate` compares float32
         assert torch.equal(generated, ids)
 
 
