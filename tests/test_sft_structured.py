@@ -339,6 +339,27 @@ def test_no_tensor_of_the_size_of_the_weight_is_made(how, gathering, monkeypatch
     assert 0 < largest.size <= 768  # 8 rows of the weight, a tenth of it; the input has 480
 
 
+@linear_cases
+@pytest.mark.parametrize("count", [1, 2])
+def test_where_a_delta_stands_is_found_once_for_forward_and_backward(kind, how, count, monkeypatch):
+    model = adapt(kind, (how,) * count)
+    weight = layer_of(model).base_layer.weight
+    frozen = weight.clone()
+    layout, found = type(deltas_of(model)[0].layout), []
+    places = layout.places
+    monkeypatch.setattr(layout, "places", lambda self, groups: found.append(groups) or places(self, groups))
+    x = draw(kind).requires_grad_()
+    y = model(x)
+    assert len(found) == count
+    y.square().sum().backward()
+    assert len(found) == count
+    assert torch.equal(weight, frozen)
+    y = model(x)
+    y.sum().backward(retain_graph=True)
+    y.sum().backward()  # the second time through the same graph
+    assert len(found) == 2 * count
+
+
 # ---- Gathering ----
 
 

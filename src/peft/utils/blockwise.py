@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..tuners.ops import _is_conv1d, linear
+from .autocast import no_autocast
 from .placement import is_sharded
 from .quantization_utils import QuantizationBackend, register_backend
 
@@ -81,7 +82,7 @@ class _PackedProduct(torch.autograd.Function):
         gx = gb = None
         if ctx.needs_input_grad[0]:
             W = unpack(*ctx.saved_tensors, gy.dtype)
-            with torch.autocast(gy.device.type, enabled=False):
+            with no_autocast(gy.device.type):
                 gx = gy @ (W.T if ctx.transposed else W)
         if ctx.needs_input_grad[3]:
             gb = gy.reshape(-1, gy.shape[-1]).sum(0)

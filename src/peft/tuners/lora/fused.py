@@ -14,12 +14,12 @@ Left out: A and B that are not plain `nn.Linear` leaves; see `ops.is_plain`.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from ...utils.autocast import no_autocast
 from ..ops import is_plain, linear, no_global_hooks
 from ..recompute import keep
 
@@ -68,7 +68,7 @@ class FusedLora(torch.autograd.Function):
         count = len(ctx.ways)
         factors, hiddens, parts = saved[: 3 * count], saved[3 * count : 4 * count], saved[4 * count :]
         create_graph = torch.is_grad_enabled()
-        with torch.autocast(gy.device.type, enabled=False):
+        with no_autocast(gy.device.type):
             dropped = None if ctx.recipe is None else ctx.recipe(parts).reshape(-1, ctx.width)  # (N, I)
             g = gy.reshape(-1, gy.shape[-1])  # (N, O)
             gx = g @ W if need_x and W is not None else None
@@ -146,7 +146,7 @@ def fused_lora(
     def cast(t):
         return None if t is None else t.to(dtype)
 
-    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+    with no_autocast(device):
         stacked = [(start, stop, *_together(adapters, dtype)) for start, stop, adapters in ways]
         W, b = (base.weight, base.bias) if isinstance(base, nn.Linear) else (None, None)
         y = base if torch.is_tensor(base) else None

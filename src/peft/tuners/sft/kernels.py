@@ -15,11 +15,14 @@ is stored (O, I), or (I, O) if `transposed`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from ...utils.autocast import no_autocast
 from ..recompute import keep
 from .gradients import (
     LookupGradient,
@@ -50,12 +53,8 @@ def is_writable(weight: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _written(weight: torch.Tensor, transposed: bool, deltas, values, indices):
-    """While this lasts the weight has the deltas in it; on leaving it is what it was, bit for bit.
-
-    Written through `.data`, whose version counter is its own: autograd graphs that saved the weight stay valid.
-    """
-    slots = [_Slots(weight.data, transposed, delta, i) for delta, i in zip(deltas, indices)]
+def _written(slots: Sequence[_Slots], values: Sequence[torch.Tensor]):
+    """While this lasts the weight has the deltas in it; on leaving it is what it was, bit for bit."""
     base: list[torch.Tensor] = []
     with _writing:
         try:
@@ -69,13 +68,21 @@ def _written(weight: torch.Tensor, transposed: bool, deltas, values, indices):
 
 
 class _Slots:
-    """Where the numbers of a delta stand in a weight."""
+    """Where the numbers of a delta stand in a weight.
 
-    def __init__(self, weight: torch.Tensor, transposed: bool, delta, indices: torch.Tensor):
-        self.layout = delta.layout
+    Written through `.data`, whose version counter is its own: autograd graphs that saved the weight stay valid.
+
+    Attributes:
+        derived: what `Layout.places` made of the indices, few numbers beside those of the delta; given to another
+            `_Slots` of the same weight and indices it is not computed again.
+    """
+
+    def __init__(self, weight: torch.Tensor, transposed: bool, delta, indices, derived: Sequence[torch.Tensor] = ()):
+        weight = weight.data
+        self.layout, self.derived = delta.layout, derived
         if delta.layout is not None and weight.is_contiguous():
             self.weight = weight.T if transposed else weight.flatten(1)
-            self.places = delta.layout.places(indices)
+            self.places = self.derived = derived or delta.layout.places(indices)
             return
         self.layout = None
         self.weight = weight.as_strided((weight.numel(),), (1,))  # as it lies in memory
@@ -98,10 +105,15 @@ class _Slots:
             self.layout.write(self.weight, self.places, numbers)
 
 
+def _split(tensors: Sequence[torch.Tensor], *counts: int) -> list[Sequence[torch.Tensor]]:
+    """The first of them, the next, ..., and those that are left."""
+    edges = list(itertools.accumulate(counts, initial=0))
+    return [tensors[start:stop] for start, stop in zip(edges, [*edges[1:], None])]
+
+
 def wide_sum(base: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """`base + values`, added in the wider of their types and rounded once."""
-    wide = torch.promote_types(base.dtype, values.dtype)
-    return (base.to(wide) + values.to(wide)).to(base.dtype)
+    return (base + values).to(base.dtype)
 
 
 class _WrittenProduct(torch.autograd.Function):
@@ -111,7 +123,8 @@ class _WrittenProduct(torch.autograd.Function):
     def forward(ctx, x, weight, bias, op, deltas, dtype, *values_and_indices):
         n = len(deltas)
         values, indices = values_and_indices[:n], values_and_indices[n:]
-        with _written(weight, op.transposed, deltas, values, indices), torch.autocast(x.device.type, enabled=False):
+        slots = [_Slots(weight, op.transposed, delta, i) for delta, i in zip(deltas, indices)]
+        with _written(slots, values), no_autocast(x.device.type):
             W = op.to_view(weight.data.to(dtype))
             y = op.product(x, W, None if bias is None else bias.to(dtype))
         ctx.trained = any(ctx.needs_input_grad[6 : 6 + n])
@@ -122,7 +135,8 @@ class _WrittenProduct(torch.autograd.Function):
                 kept, ctx.recipe = keep(x)
             else:
                 kept = [d.layout.inputs(op.by_channel(x), i) for d, i in zip(deltas, indices)]
-        ctx.save_for_backward(weight, *values_and_indices, *kept)
+        ctx.derived = [len(slot.derived) for slot in slots]
+        ctx.save_for_backward(weight, *values_and_indices, *(t for slot in slots for t in slot.derived), *kept)
         ctx.op, ctx.deltas, ctx.shape = op, deltas, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -132,12 +146,13 @@ class _WrittenProduct(torch.autograd.Function):
     def backward(ctx, gy):
         op, deltas, n = ctx.op, ctx.deltas, len(ctx.deltas)
         weight, *rest = ctx.saved_tensors
-        values, indices, kept = rest[:n], rest[n : 2 * n], rest[2 * n :]
+        values, indices, *derived, kept = _split(rest, n, n, *ctx.derived)
         gx = gb = None
         grads: list[torch.Tensor | None] = [None] * n
-        with torch.autocast(gy.device.type, enabled=False):
+        with no_autocast(gy.device.type):
             if ctx.needs_input_grad[0]:
-                with _written(weight, op.transposed, deltas, values, indices):
+                slots = [_Slots(weight, op.transposed, *place) for place in zip(deltas, indices, derived)]
+                with _written(slots, values):
                     gx = op.input_gradient(gy, ctx.shape, op.to_view(weight.data.to(gy.dtype)))
             if ctx.needs_input_grad[2]:
                 gb = op.by_channel(gy).transpose(0, 1).flatten(1).sum(1).to(ctx.bias_dtype)
@@ -192,7 +207,7 @@ class _SparseProduct(torch.autograd.Function):
     def backward(ctx, gy):
         values, indices, *parts = ctx.saved_tensors
         gx = gv = None
-        with torch.autocast(gy.device.type, enabled=False):
+        with no_autocast(gy.device.type):
             if ctx.needs_input_grad[0]:
                 gx = _multiply(gy, values, indices, ctx.delta.shape, not ctx.op.transposed)
             if ctx.needs_input_grad[1]:
@@ -217,7 +232,7 @@ def _multiply(x, values, indices, shape, transposed):
 
 def sparse_product(x: torch.Tensor, delta, op: LinearOp) -> torch.Tensor:
     """`x` (..., I) times the delta alone, (..., O), in the dtype of `x`."""
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         return _SparseProduct.apply(x, delta.values, delta.indices, op, delta)
 
 

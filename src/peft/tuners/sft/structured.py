@@ -29,12 +29,14 @@ in each, b the side of a block.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ...utils.autocast import no_autocast
 from . import gradients
 
 if TYPE_CHECKING:
@@ -80,15 +82,15 @@ class Layout:
         """Output channel, and input channel with kernel (0..I*K-1), of every number: broadcast together, (g, ...)."""
         raise NotImplementedError
 
-    def places(self, groups: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def places(self, groups: Tensor) -> tuple[Tensor, ...]:
         """The groups as `read` and `write` take them, int64."""
-        return groups.long()
+        return (groups.long(),)
 
-    def read(self, W: Tensor, places: Tensor | tuple[Tensor, ...]) -> Tensor:
+    def read(self, W: Tensor, places: Sequence[Tensor]) -> Tensor:
         """(g, s) the groups' numbers in the matrix `W` (O, I * K), a view of a contiguous weight."""
         raise NotImplementedError
 
-    def write(self, W: Tensor, places: Tensor | tuple[Tensor, ...], numbers: Tensor) -> None:
+    def write(self, W: Tensor, places: Sequence[Tensor], numbers: Tensor) -> None:
         """Put the groups' numbers (g, s) into such a matrix."""
         raise NotImplementedError
 
@@ -140,10 +142,10 @@ class Rows(Layout):
         return groups[:, None], torch.arange(self.size, device=groups.device)
 
     def read(self, W, places):
-        return W.index_select(0, places)
+        return W.index_select(0, *places)
 
     def write(self, W, places, numbers):
-        W.index_copy_(0, places, numbers)
+        W.index_copy_(0, *places, numbers)
 
     @property
     def is_thin(self):
@@ -178,11 +180,11 @@ class Columns(Layout):
         return W.unflatten(1, (self.in_features, self.kernel))
 
     def read(self, W, places):
-        return self._by_channel(W).index_select(1, places).transpose(0, 1).flatten(1)
+        return self._by_channel(W).index_select(1, *places).transpose(0, 1).flatten(1)
 
     def write(self, W, places, numbers):
         numbers = numbers.unflatten(1, (self.out_features, self.kernel))
-        self._by_channel(W).index_copy_(1, places, numbers.transpose(0, 1))
+        self._by_channel(W).index_copy_(1, *places, numbers.transpose(0, 1))
 
     def inputs(self, x, groups):
         by_group = x.unflatten(1, (self.channel_groups, self.in_features))
@@ -253,10 +255,10 @@ class Blocks(Layout):
         return tiles.mT if self.transposed else tiles
 
     def read(self, W, places):
-        return self._turned(self._lines(W)[places]).flatten(1)
+        return self._turned(self._lines(W)[tuple(places)]).flatten(1)
 
     def write(self, W, places, numbers):
-        self._lines(W)[places] = self._turned(numbers).reshape(-1, self.b)
+        self._lines(W)[tuple(places)] = self._turned(numbers).reshape(-1, self.b)
 
     def _step(self, t: Tensor) -> int:
         """Tiles at a time, so that what is gathered of (N, channels) for them stays bounded: N * b numbers each."""
@@ -264,8 +266,8 @@ class Blocks(Layout):
 
     def gradient(self, op, gy, inputs, groups):
         left, right = self._tiled(gy).transpose(0, 1), self._tiled(inputs).transpose(0, 1)  # (whole tiles, N, b)
-        parts = []
-        for some in groups.split(self._step(gy)):
+        parts, step = [], self._step(gy)
+        for some in [groups] if len(groups) <= step else groups.split(step):
             row, column = self._tiles(some)
             parts.append(torch.bmm(left.index_select(0, row).mT, right.index_select(0, column)).flatten(1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -387,7 +389,7 @@ class _AddProduct(torch.autograd.Function):
         values, indices, inputs = ctx.saved_tensors
         op, delta, layout = ctx.op, ctx.delta, ctx.delta.layout
         gx = gv = None
-        with torch.autocast(gy.device.type, enabled=False):
+        with no_autocast(gy.device.type):
             if ctx.needs_input_grad[1]:
                 gx = layout.input_gradient(gy, indices, values.to(gy.dtype))
             if inputs is not None and ctx.whole:
@@ -401,7 +403,7 @@ class _AddProduct(torch.autograd.Function):
 
 def add_product(y: Tensor, x: Tensor, op: LinearOp, delta: SparseDelta) -> Tensor:
     """`y` (..., O) plus the product of `x` (..., I) with the delta alone, in the dtype of `y`."""
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         rows = x.reshape(-1, x.shape[-1]).to(y.dtype)
         y_rows = y.reshape(-1, y.shape[-1])
         return _AddProduct.apply(y_rows, rows, delta.values, delta.indices, op, delta).view(y.shape)

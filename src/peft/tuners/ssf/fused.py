@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ...utils.autocast import no_autocast
 from ..ops import linear
 from ..recompute import keep
 
@@ -75,7 +76,7 @@ class ScaledLinear(torch.autograd.Function):
     def backward(ctx, g):
         W, b, s, t, y, *parts = ctx.saved_tensors
         need_x, _, need_b, need_s, need_t = ctx.needs_input_grad
-        with torch.autocast(g.device.type, enabled=False):
+        with no_autocast(g.device.type):
             rows = g.reshape(-1, g.shape[-1])  # (N, O)
             total = rows.sum(0) if need_b or need_t else None
             gs = None
