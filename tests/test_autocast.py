@@ -13,14 +13,22 @@ from torch import nn
 
 from peft import LoraConfig, SftConfig, SsfConfig, get_peft_model
 from peft.utils.autocast import no_autocast
+from peft.utils.blockwise import quantize_
 
-SPARSE = ("element", "row", "column", "block")
+SPARSE = {"element": {}, "row": {}, "column": {}, "block": {"block_size": 4}}
 CONFIGS = {
-    "lora": lambda: LoraConfig(r=2, init_lora_weights=False, target_modules=["0"]),
-    "ssf": lambda: SsfConfig(target_modules=["0"]),
-    **{how: functools.partial(SftConfig, granularity=how, density=0.4, target_modules=["0"]) for how in SPARSE},
-    "block": lambda: SftConfig(granularity="block", block_size=4, density=0.4, target_modules=["0"]),
+    "lora": functools.partial(LoraConfig, r=2, init_lora_weights=False),
+    "ssf": SsfConfig,
+    **{how: functools.partial(SftConfig, granularity=how, density=0.4, **fields) for how, fields in SPARSE.items()},
 }
+
+
+def adapt(layer: nn.Module, method: str) -> nn.Module:
+    model = get_peft_model(nn.Sequential(layer), CONFIGS[method](target_modules=["0"]))
+    for p in model.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p)
+    return model
 
 
 def gradients(model: nn.Module, x: torch.Tensor, inside: bool) -> list[torch.Tensor]:
@@ -32,21 +40,42 @@ def gradients(model: nn.Module, x: torch.Tensor, inside: bool) -> list[torch.Ten
         return list(torch.autograd.grad(loss, [x, *trained]))
 
 
-@pytest.mark.parametrize(
-    ("method", "beside"), [*((method, False) for method in CONFIGS), *((method, True) for method in SPARSE)]
-)
-def test_a_backward_pass_inside_autocast(method, beside):
-    model = get_peft_model(nn.Sequential(nn.Linear(16, 12)), CONFIGS[method]())
-    for p in model.parameters():
-        if p.requires_grad:
-            nn.init.normal_(p)
-    if beside:  # the delta's product stands beside the layer
-        model.get_base_model()[0].base_layer.register_forward_hook(lambda module, args, output: None)
-    x = torch.randn(8, 16)
+def check(model: nn.Module, x: torch.Tensor, but_the_input: bool = False) -> None:
     pairs = list(zip(gradients(model, x, True), gradients(model, x, False)))
-    for found, expected in pairs[1:] if beside else pairs:  # that of the input then comes from torch's own layer too
+    for found, expected in pairs[but_the_input:]:
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # bfloat16 would be off by 1e-2
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_backward_pass_inside_autocast(method):
+    check(adapt(nn.Linear(16, 12), method), torch.randn(8, 16))
+
+
+@pytest.mark.parametrize("method", SPARSE)
+def test_with_the_delta_beside_the_layer(method):
+    model = adapt(nn.Linear(16, 12), method)
+    model.get_base_model()[0].base_layer.register_forward_hook(lambda module, args, output: None)
+    check(model, torch.randn(8, 16), but_the_input=True)  # whose gradient comes from torch's own layer too
+
+
+@pytest.mark.parametrize("method", ["element", "row", "column"])
+def test_of_a_convolution(method):
+    check(adapt(nn.Conv2d(3, 4, 3), method), torch.randn(2, 3, 6, 5))
+
+
+def test_of_a_packed_base():
+    base = nn.Sequential(nn.Linear(16, 12))
+    quantize_({"0": base[0]})
+    check(get_peft_model(base, LoraConfig(r=2, init_lora_weights=False, target_modules=["0"])), torch.randn(8, 16))
+
+
+@pytest.mark.parametrize("method", ["lora", *SPARSE])
+def test_compiled(method):
+    """The backward pass is traced together with the forward pass, which runs outside. (What is compiled of SSF are
+    torch's own functions.)"""
+    torch.compiler.reset()
+    check(torch.compile(adapt(nn.Linear(16, 12), method), backend="eager"), torch.randn(8, 16))
 
 
 @pytest.mark.parametrize("enabled", [False, True])

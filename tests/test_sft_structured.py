@@ -360,6 +360,22 @@ def test_where_a_delta_stands_is_found_once_for_forward_and_backward(kind, how, 
     assert len(found) == 2 * count
 
 
+@linear_cases
+@pytest.mark.parametrize("turned_first", [False, True])
+def test_a_weight_that_lies_otherwise_in_backward(kind, how, turned_first):
+    model, x = adapt(kind, (how,)), draw(kind).requires_grad_()
+    weight, (delta,) = layer_of(model).base_layer.weight, deltas_of(model)
+    model(x).square().sum().backward()
+    expected, x.grad, delta.values.grad = (x.grad, delta.values.grad), None, None
+    frozen, turned = weight.data, weight.data.T.contiguous().T
+    weight.data = turned if turned_first else frozen
+    y = model(x)
+    weight.data = frozen if turned_first else turned
+    y.square().sum().backward()
+    torch.testing.assert_close((x.grad, delta.values.grad), expected)
+    assert torch.equal(frozen, turned)  # both as they were
+
+
 # ---- Gathering ----
 
 

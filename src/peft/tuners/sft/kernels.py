@@ -73,8 +73,8 @@ class _Slots:
     Written through `.data`, whose version counter is its own: autograd graphs that saved the weight stay valid.
 
     Attributes:
-        derived: what `Layout.places` made of the indices, few numbers beside those of the delta; given to another
-            `_Slots` of the same weight and indices it is not computed again.
+        derived: what `Layout.places` made of the indices, one or two int64 for every group, or line of a block; given
+            to another `_Slots` of the same weight and indices it is not computed again.
     """
 
     def __init__(self, weight: torch.Tensor, transposed: bool, delta, indices, derived: Sequence[torch.Tensor] = ()):
@@ -135,8 +135,9 @@ class _WrittenProduct(torch.autograd.Function):
                 kept, ctx.recipe = keep(x)
             else:
                 kept = [d.layout.inputs(op.by_channel(x), i) for d, i in zip(deltas, indices)]
-        ctx.derived = [len(slot.derived) for slot in slots]
-        ctx.save_for_backward(weight, *values_and_indices, *(t for slot in slots for t in slot.derived), *kept)
+        derived = [slot.derived if ctx.needs_input_grad[0] else () for slot in slots]
+        ctx.derived_counts = [len(tensors) for tensors in derived]
+        ctx.save_for_backward(weight, *values_and_indices, *itertools.chain(*derived), *kept)
         ctx.op, ctx.deltas, ctx.shape = op, deltas, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -146,7 +147,7 @@ class _WrittenProduct(torch.autograd.Function):
     def backward(ctx, gy):
         op, deltas, n = ctx.op, ctx.deltas, len(ctx.deltas)
         weight, *rest = ctx.saved_tensors
-        values, indices, *derived, kept = _split(rest, n, n, *ctx.derived)
+        values, indices, *derived, kept = _split(rest, n, n, *ctx.derived_counts)
         gx = gb = None
         grads: list[torch.Tensor | None] = [None] * n
         with no_autocast(gy.device.type):
