@@ -65,9 +65,9 @@ def test_of_a_convolution(method):
 
 
 def test_of_a_packed_base():
-    base = nn.Sequential(nn.Linear(16, 12))
-    quantize_({"0": base[0]})
-    check(get_peft_model(base, LoraConfig(r=2, init_lora_weights=False, target_modules=["0"])), torch.randn(8, 16))
+    layer = nn.Linear(16, 12)
+    quantize_({"0": layer})
+    check(adapt(layer, "lora"), torch.randn(8, 16))
 
 
 @pytest.mark.parametrize("method", ["lora", *SPARSE])

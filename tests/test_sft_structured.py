@@ -360,14 +360,21 @@ def test_where_a_delta_stands_is_found_once_for_forward_and_backward(kind, how, 
     assert len(found) == 2 * count
 
 
-@linear_cases
-@pytest.mark.parametrize("turned_first", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "how", "turned_first"),
+    [
+        *((kind, how, False) for kind, how in LINEAR_CASES),  # a turned one would not be written into in forward
+        *(("conv", how, first) for how in ("row", "column") for first in (False, True)),
+    ],
+)
 def test_a_weight_that_lies_otherwise_in_backward(kind, how, turned_first):
     model, x = adapt(kind, (how,)), draw(kind).requires_grad_()
     weight, (delta,) = layer_of(model).base_layer.weight, deltas_of(model)
     model(x).square().sum().backward()
     expected, x.grad, delta.values.grad = (x.grad, delta.values.grad), None, None
-    frozen, turned = weight.data, weight.data.T.contiguous().T
+    frozen = weight.data
+    turned = frozen.contiguous(memory_format=torch.channels_last) if kind == "conv" else frozen.T.contiguous().T
+    assert turned.stride() != frozen.stride()
     weight.data = turned if turned_first else frozen
     y = model(x)
     weight.data = frozen if turned_first else turned

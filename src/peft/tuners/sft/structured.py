@@ -266,8 +266,8 @@ class Blocks(Layout):
 
     def gradient(self, op, gy, inputs, groups):
         left, right = self._tiled(gy).transpose(0, 1), self._tiled(inputs).transpose(0, 1)  # (whole tiles, N, b)
-        parts, step = [], self._step(gy)
-        for some in [groups] if len(groups) <= step else groups.split(step):
+        parts = []
+        for some in groups.split(self._step(gy)):
             row, column = self._tiles(some)
             parts.append(torch.bmm(left.index_select(0, row).mT, right.index_select(0, column)).flatten(1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
